@@ -1,0 +1,57 @@
+# Everything a checkout needs: `make demo` to see it work, `make test` to know that it does.
+# The virtual environment is made once; it is brought up to date when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# One process per core, and one thread in each: otherwise the processes' threads fight for the cores.
+WORKERS ?= 2
+
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+SOURCES := src tests
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     train and compare small models in a few minutes, and write a report"
+	@echo "              (ARGS=\"--scale smoke\" for seconds instead)"
+	@echo "make test     run the whole test suite (ARGS=\"-k recipe\" for a part of it)"
+	@echo "make lint     check style, format and types"
+	@echo "make format   put the code into the common format"
+	@echo "make clean    remove the virtual environment and all caches; runs/ stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/contextlm run demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "contextlm needs Python 3.11 or newer as '$(PYTHON)'; name another: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+# The development set holds all of the other, so it counts as both.
+$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) -e ".[dev]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,71 @@
+"""The command line: parse, call, print. Nothing is decided here.
+
+Each command imports what it needs when it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from contextlm import __version__
+from contextlm.cli import checkpoints, comparisons, listing, reports
+from contextlm.cli.shell import execute
+
+app = typer.Typer(
+    name="contextlm",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"contextlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="`contextlm COMMAND --help` explains a command and gives examples.")
+def contextlm(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show tracebacks, and the warnings of the libraries underneath. "
+            "Also accepted after the command.",
+        ),
+    ] = False,
+) -> None:
+    """Build, train, measure and compare context-compressed language models.
+
+    A recipe names a comparison: its contenders, data and training. `contextlm run` trains them
+    all and writes a run folder with tables, plots, a page, and a checkpoint of each.
+    """
+
+
+app.command("run")(comparisons.run)
+app.command("params")(comparisons.params)
+app.command("report")(reports.report)
+app.command("eval")(checkpoints.evaluate)
+app.command("generate")(checkpoints.generate)
+app.command("list")(listing.list_known)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code.
+
+    Args:
+        arguments: what follows the program's name; by default this process's own.
+    """
+    sys.exit(execute(app, sys.argv[1:] if arguments is None else arguments))

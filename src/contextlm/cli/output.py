@@ -1,0 +1,143 @@
+"""Printing results: one JSON object for programs, tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from contextlm.evaluation.result import Run
+
+# What the report of a run consists of.
+REPORT_FILES = ("report.md", "report.html", "curves.png", "frontier.png")
+
+_WIDE = 240  # columns of a table that goes into a file or a pipe
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on one line, valid for every reader (no NaN)."""
+    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types.
+
+    Dataclasses and pydantic models become objects (without the fields that a dataclass keeps out
+    of its repr: raw material), paths text, and numbers that are not finite null.
+    """
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json"))
+    if is_dataclass(value):
+        return {
+            field.name: plain(getattr(value, field.name)) for field in fields(value) if field.repr
+        }
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", text: int = 1
+) -> None:
+    """Print a table to stdout.
+
+    Args:
+        columns: the headings.
+        rows: one text for each column.
+        caption: a line above the table.
+        text: so many columns at the left hold text; those after them hold figures, set right.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    if caption:
+        table.title = Text(caption, style="bold")
+    for number, heading in enumerate(columns):
+        left = number < text
+        table.add_column(
+            Text(heading), justify="left" if left else "right", overflow="fold", vertical="top"
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def print_comparison(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of contenders, turned on its side where the terminal is too narrow for it."""
+    turned = list(zip(columns, *rows, strict=True))
+    upright = [columns, *rows]
+    if (
+        sys.stdout.isatty()
+        and _width(turned) < _width(upright) > shutil.get_terminal_size().columns
+    ):
+        upright = turned
+    print_table(upright[0], upright[1:])
+
+
+def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:
+    """Print names and values, one pair a line."""
+    rows = [(name.replace("_", " "), _shown(value)) for name, value in facts.items()]
+    print_table(["", "value"], rows, caption=caption, text=2)
+
+
+def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
+    """Print the main table of some runs and where their report is."""
+    from contextlm.report.tables import main_table, summarise_runs
+
+    table = main_table(summarise_runs(runs))
+    headings = [column.heading.replace(" (measured)", "") for column in table.columns]
+    print_comparison(headings, table.rows)
+    for kind, path in paths.items():
+        print(f"{kind}: {path}")
+
+
+def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
+    """The same as one object: run folders, paths of the report, one summary row a contender."""
+    from contextlm.report.tables import summarise_runs
+
+    return {
+        "runs": [run.folder for run in runs],
+        "report": dict(paths),
+        "rows": summarise_runs(runs),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def scientific(value: float) -> str:
+    """A large count, such as floating-point operations, with two figures."""
+    return f"{value:.1e}".replace("e+", "e")
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that a table takes when no cell is folded."""
+    return sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return str(value)

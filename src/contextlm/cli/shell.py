@@ -1,0 +1,159 @@
+"""What stands between a command and the user's shell: exit codes, one-line errors, silence.
+
+Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+
+import typer
+from typer.main import get_command
+
+from contextlm.errors import InputError, RunError
+
+FAULT, USAGE, INTERRUPTED = 1, 2, 130
+
+# Read by the libraries when they are imported, hence set before any command imports them.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        app: the commands.
+        arguments: what follows the program's name; none stands for ``--help``.
+
+    Returns:
+        The exit code. Errors are on stderr by then, one line each.
+    """
+    arguments, debug = _take_debug(arguments)
+    try:
+        with nullcontext() if debug else _quiet():
+            code = _invoke(app, arguments or ["--help"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _discard_stdout_if_broken()
+        _say("contextlm: interrupted")
+        return INTERRUPTED
+    except Exception as error:  # the command's outermost frame: no traceback may escape it
+        if _discard_stdout_if_broken() and isinstance(error, BrokenPipeError):
+            return FAULT
+        if debug:
+            traceback.print_exc()
+        code, message = explain(error)
+        _say(f"contextlm: error: {one_line(message)}")
+        return code
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the message for an exception that a command let through."""
+    if isinstance(error, InputError):
+        return USAGE, str(error)
+    if isinstance(error, RunError):
+        return FAULT, str(error)
+    if isinstance(error, typer.TyperException):
+        message = error.format_message()
+        # pydantic's words for a value that typer's own check has refused
+        message = message.replace("Value error, ", "")
+        return error.exit_code, message[:1].lower() + message[1:]
+    if _is_out_of_memory(error):
+        return FAULT, f"out of memory: {error} (smaller batches or sequences need less)"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename is not None else ""
+        return FAULT, f"{error.strerror}{where}"
+    kind = type(error).__name__
+    return FAULT, f"{kind}: {error} (use --debug for the traceback)"
+
+
+def one_line(message: str) -> str:
+    """`message` on one line, and without characters that could steer a terminal."""
+    folded = " ".join(message.split())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in folded)
+
+
+def _invoke(app: typer.Typer, arguments: list[str]) -> int:
+    # Not `app()`: typer would catch interrupts and end-of-file itself, and exit.
+    command = get_command(app)
+    try:
+        with command.make_context("contextlm", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as leave:
+        return leave.exit_code
+    return 0
+
+
+def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``--debug`` out of the arguments, wherever it stands before a ``--``.
+
+    Done before parsing, so that it also works after the command, and for errors of parsing.
+    """
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    head = [argument for argument in arguments[:end] if argument != "--debug"]
+    return head + arguments[end:], len(head) < end
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' warnings, log lines and progress bars off the user's terminal.
+
+    What the user set in the environment or with ``python -W`` stays as it is.
+    """
+    absent = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(absent)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for name in absent:
+            os.environ.pop(name, None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's own class is known by name: this module must not import torch. Its CPU allocator
+    # raises a plain RuntimeError.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _discard_stdout_if_broken() -> bool:
+    """Whether stdout can no longer be written; if so, keep the interpreter from trying at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+        return True
+    return False
+
+
+def _say(line: str) -> None:
+    # Nobody may be left to read stderr either.
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,304 @@
+"""One contender with one seed: phase 1, phase 2, measurements, and the files that hold them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel
+
+from contextlm.errors import RunError
+from contextlm.evaluation.memory import PeakMemory, measure_cache
+from contextlm.evaluation.quality import (
+    Quality,
+    bits_per_byte,
+    effective_rank,
+    evaluate_quality,
+    sample_rows,
+    window_contexts,
+)
+from contextlm.evaluation.result import (
+    PhaseOneFacts,
+    PhaseOneRow,
+    PhaseTwoRow,
+    Result,
+    Timings,
+)
+from contextlm.evaluation.speed import measure_speed
+from contextlm.files import write_json, write_text
+from contextlm.models.base import HasContextBlock
+from contextlm.models.build import create_model
+from contextlm.preparation import Prepared
+from contextlm.progress import Bar, Progress
+from contextlm.recipe import Contender, Recipe
+from contextlm.training.next_token import Epoch, NextTokenOutcome, train_next_token
+from contextlm.training.oacd import Iteration, PhaseOne, train_context_block
+from contextlm.training.precision import resolve_precision
+from contextlm.training.settings import PhaseOneSettings
+
+
+class _History:
+    """`history.jsonl`, rewritten whole at every row so that it can be followed while it grows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[str] = []
+
+    def add(self, row: PhaseOneRow | PhaseTwoRow) -> None:
+        self.lines.append(row.model_dump_json())
+        write_text(self.path, "\n".join(self.lines) + "\n")
+
+
+class _EpochWatcher:
+    """Shows the steps of an epoch as a bar and each finished epoch as a line."""
+
+    def __init__(self, progress: Progress, history: _History):
+        self.progress = progress
+        self.history = history
+        self.stack = ExitStack()
+        self.bar: Bar | None = None
+
+    def on_epoch_begin(self, number: int, steps: int) -> None:
+        self.bar = self.stack.enter_context(self.progress.bar(steps, f"epoch {number}"))
+
+    def on_step(self) -> None:
+        if self.bar is not None:
+            self.bar.advance()
+
+    def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
+        self.stack.close()
+        row = PhaseTwoRow(
+            epoch=epoch.number,
+            train_loss=epoch.train_loss,
+            train_ppl=_ppl(epoch.train_loss),
+            validation_loss=epoch.validation_loss,
+            validation_ppl=_ppl(epoch.validation_loss),
+            accuracy=epoch.accuracy,
+            learning_rate=epoch.learning_rate,
+        )
+        self.history.add(row)
+        self.progress.line(
+            f"epoch {epoch.number:2d}  train loss {epoch.train_loss:.4f}  "
+            f"val PPL {row.validation_ppl:.1f}  acc {100 * epoch.accuracy:.2f} %  "
+            f"{epoch.seconds:.1f} s{'  *' if best else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What training left, beside the model itself."""
+
+    outcome: NextTokenOutcome
+    precision: str
+    phase1: PhaseOneFacts | None
+    phase1_seconds: float | None
+
+
+def run_contender(
+    recipe: Recipe,
+    contender: Contender,
+    seed: int,
+    prepared: Prepared,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Train and measure one contender; `result.json` is written last and marks it as finished.
+
+    Args:
+        recipe: the comparison.
+        contender: which of its models.
+        seed: governs weights, noise, shuffling and dropout.
+        prepared: the recipe's data and configurations.
+        folder: for this contender and seed.
+        device: where to compute.
+        progress: is told what happens.
+
+    Raises:
+        RunError: training broke down (a loss that is not finite).
+    """
+    started = time.perf_counter()
+    peak = PeakMemory(device)
+    progress.stage(f"{contender.name}, seed {seed}")
+    model = create_model(prepared.configs[contender.name], seed).to(device)
+    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress)
+    progress.update("measuring quality, cache and speed")
+    measured = time.perf_counter()
+    offset = recipe.target_offset_of(contender)
+    size = recipe.evaluation.batch_size
+    validation = evaluate_quality(model, prepared.validation[offset], size, device)
+    train = evaluate_quality(model, prepared.train[offset], size, device)
+    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
+    _save_checkpoint(model, prepared, folder / "checkpoint")
+    now = time.perf_counter()
+    epoch_seconds = [epoch.seconds for epoch in trained.outcome.epochs]
+    tokens_per_epoch = prepared.facts.train_windows * recipe.sequence_length
+    timings = Timings(
+        phase1_seconds=trained.phase1_seconds,
+        epoch_seconds=epoch_seconds,
+        evaluation_seconds=now - measured,
+        total_seconds=now - started,
+        training_tokens_per_second=tokens_per_epoch / median(epoch_seconds),
+        prefill_tokens_per_second=speed.prefill_tokens_per_second,
+        decode_tokens_per_second=speed.decode_tokens_per_second,
+        speed_tokens=speed.tokens,
+        peak_host_bytes=peak.host_bytes(),
+        peak_accelerator_bytes=peak.accelerator_bytes(),
+    )
+    result = Result(
+        recipe=recipe.name,
+        scale=recipe.scale,
+        contender=contender.name,
+        architecture=model.config.model_type,
+        baseline=contender.baseline,
+        seed=seed,
+        target_offset=offset,
+        precision=trained.precision,
+        corpus=prepared.facts,
+        parameters_total=sum(p.numel() for p in model.parameters()),
+        parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **_quality_fields(validation, train, trained.outcome, prepared),
+        phase1=trained.phase1,
+        cache=cache,
+        cache_dtype=str(model.dtype).removeprefix("torch."),
+        reported=contender.reported,
+    )
+    write_json(folder / "timings.json", timings.model_dump())
+    write_json(folder / "result.json", result.model_dump())
+
+
+def _quality_fields(
+    validation: Quality, train: Quality, outcome: NextTokenOutcome, prepared: Prepared
+) -> dict[str, float | int]:
+    best = outcome.epochs[outcome.best_epoch - 1]
+    return {
+        "validation_loss": validation.loss,
+        "validation_ppl": validation.ppl,
+        "bits_per_byte": bits_per_byte(
+            validation.loss, prepared.facts.validation_tokens, prepared.validation_bytes
+        ),
+        "accuracy": validation.accuracy,
+        "train_ppl_running": _ppl(best.train_loss),
+        "train_ppl": train.ppl,
+        "best_epoch": outcome.best_epoch,
+        "epochs": len(outcome.epochs),
+    }
+
+
+def _train(
+    recipe: Recipe,
+    contender: Contender,
+    seed: int,
+    model: PreTrainedModel,
+    prepared: Prepared,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+) -> _Trained:
+    history = _History(folder / "history.jsonl")
+    training = recipe.training_of(contender)
+    precision = resolve_precision(training.precision, device)
+    offset = recipe.target_offset_of(contender)
+    phase1, phase1_seconds = None, None
+    if contender.phase1 is not None:
+        phase1, phase1_seconds = _phase_one(
+            contender.phase1, seed, model, prepared, device, history, progress
+        )
+    work = folder / "phase2"
+
+    def evaluate(module: torch.nn.Module) -> dict[str, float]:
+        quality = evaluate_quality(
+            module, prepared.validation[offset], recipe.evaluation.batch_size, device
+        )
+        return {"loss": quality.loss, "accuracy": quality.accuracy}
+
+    outcome = train_next_token(
+        model,
+        prepared.train[offset],
+        training,
+        evaluate,
+        seed=seed,
+        device=device,
+        precision=precision,
+        folder=work,
+        watcher=_EpochWatcher(progress, history),
+    )
+    shutil.rmtree(work)
+    return _Trained(outcome, precision, phase1, phase1_seconds)
+
+
+def _phase_one(
+    settings: PhaseOneSettings,
+    seed: int,
+    model: PreTrainedModel,
+    prepared: Prepared,
+    device: torch.device,
+    history: _History,
+    progress: Progress,
+) -> tuple[PhaseOneFacts, float]:
+    decoder = model.base_model
+    assert isinstance(decoder, HasContextBlock)  # `prepare` has checked it
+
+    def show(iteration: Iteration) -> None:
+        history.add(
+            PhaseOneRow(
+                iteration=iteration.number, converged=iteration.converged, loss=iteration.loss
+            )
+        )
+        loss = "random start" if iteration.loss is None else f"loss {iteration.loss:.4f}"
+        progress.line(
+            f"iteration {iteration.number:2d}  converged {100 * iteration.converged:.1f} %  "
+            f"{loss}  {iteration.seconds:.1f} s"
+        )
+
+    started = time.perf_counter()
+    try:
+        outcome: PhaseOne = train_context_block(
+            decoder.context_block,
+            decoder.embed_normalised,
+            prepared.stream,
+            settings,
+            seed=seed,
+            device=device,
+            on_iteration=show,
+        )
+    except FloatingPointError as error:
+        raise RunError(str(error)) from None
+    seconds = time.perf_counter() - started
+    width = decoder.context_block.context_dim
+    validation_NC = window_contexts(
+        decoder.context_block,
+        decoder.embed_normalised,
+        next(iter(prepared.validation.values())),
+        32,
+        device,
+        width,
+    )
+    facts = PhaseOneFacts(
+        iterations=len(outcome.iterations),
+        converged=outcome.converged,
+        context_dim=width,
+        effective_rank_train=effective_rank(sample_rows(outcome.contexts_PC, seed)),
+        effective_rank_validation=effective_rank(sample_rows(validation_NC, seed)),
+    )
+    return facts, seconds
+
+
+def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
+    """Weights, configuration and tokenizer, in a folder that appears whole."""
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    prepared.tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def _ppl(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

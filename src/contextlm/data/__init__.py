@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, token stores and windows. Imports nothing of the other rooms."""

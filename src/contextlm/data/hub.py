@@ -1,0 +1,115 @@
+"""Reaching the Hugging Face hub: quickly when it is there, and failing at once when it is not."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from contextlm.errors import RunError
+
+T = TypeVar("T")
+
+TRIES = 3
+BACK_OFF_SECONDS = 1.0
+_CONNECT_SECONDS = 5.0
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers a TCP connection now.
+
+    The libraries retry for most of a minute before they give up on a machine without a network;
+    this takes a moment. Where the environment names a proxy, the proxy is what must answer.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    url = urlsplit(constants.ENDPOINT)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def from_hub(what: str, instead: str, load: Callable[[bool], T]) -> T:
+    """What `load` fetches; with three tries for passing faults, none without a network.
+
+    Args:
+        what: names the wanted thing in the message, e.g. ``"corpus 'pile'"``.
+        instead: what the user can do without a hub.
+        load: called with whether the hub is reachable; if it is not, only what an earlier
+            download left on this machine may be read.
+
+    Raises:
+        RunError: the hub could not be reached, or did not deliver.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(BACK_OFF_SECONDS * 2 ** (attempt - 1))
+        online = hub_reachable()
+        try:
+            return load(online)
+        # The libraries raise ValueError where an earlier download lacks the asked configuration.
+        except (OSError, DatasetsError, HfHubHTTPError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not online:
+                raise RunError(
+                    f"{what}: the hub ({constants.ENDPOINT}) could not be reached; {instead}"
+                ) from None
+    raise RunError(f"{what}: the hub did not deliver after {TRIES} tries ({reason}); {instead}")
+
+
+def load_split(
+    corpus: str, path: str, split: str, read: Callable[[Any], list[str]], **options: Any
+) -> list[str]:
+    """Texts read from one split of a hub dataset.
+
+    Args:
+        corpus: our name of the corpus, for the message.
+        path: the dataset's name on the hub.
+        split: the dataset's own name of the split.
+        read: takes the loaded dataset, gives the texts; its faults count as the hub's when it
+            streams.
+        options: passed on to `datasets.load_dataset`.
+
+    Raises:
+        RunError: see `from_hub`.
+    """
+    import datasets
+
+    def load(online: bool) -> list[str]:
+        with _offline(not online):
+            return read(datasets.load_dataset(path, split=split, **options))
+
+    instead = "use text:PATH or jsonl:PATH, or CONTEXTLM_DATA=FOLDER with a local copy, instead"
+    return from_hub(f"corpus {corpus!r}", instead, load)
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Within the block the libraries read only what is on this machine, if `offline`."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,282 @@
+"""Tokenizers by name, from a folder, or trained on the corpus.
+
+Each comes as a transformers `PreTrainedTokenizerFast` with an end-of-text token, which also pads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contextlm.data.corpus import Corpus
+from contextlm.data.hub import from_hub
+from contextlm.data.named import data_folder
+from contextlm.errors import InputError, unknown_name
+from contextlm.files import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_BPE = 257  # 256 bytes and the end-of-text token
+_LARGEST_BPE = 2**31
+_ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|im_end|>")
+_NAMED = {
+    "gpt2": ("openai-community/gpt2", 50257),
+    "pythia": ("EleutherAI/pythia-70m", 50277),
+}
+_KNOWN = (*_NAMED, "bpe:SIZE", "a folder with tokenizer.json")
+_BPE_VERSION = 1
+_variables_set_here: set[str] = set()  # environment variables that the user had left unset
+
+
+def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that `spec` names.
+
+    Args:
+        spec: ``gpt2`` or ``pythia`` (from ``CONTEXTLM_DATA/tokenizers/`` if there, else from the
+            hub); ``bpe:SIZE``, a lossless byte-level BPE trained on the corpus; or a folder that
+            holds ``tokenizer.json`` or a saved tokenizer.
+        corpus: its train documents are what ``bpe:SIZE`` learns from; else unused.
+        cache: folder for trained tokenizers, made when written to.
+
+    Raises:
+        InputError: a bad `spec`, or a folder without a usable fast tokenizer.
+        RunError: the hub could not be reached.
+    """
+    size = _bpe_size(spec)
+    if size is not None:
+        return _wrap(_trained_bpe(size, corpus, cache), END_OF_TEXT)
+    if spec in _NAMED:
+        folder = _local_copy(spec)
+        return _from_folder(folder) if folder else _from_file(_download(spec), spec)
+    return _from_folder(_folder(spec))
+
+
+def known_vocab_size(spec: str) -> int | None:
+    """Entries of the tokenizer that `spec` names, found without loading or training it.
+
+    For ``bpe:SIZE`` it is SIZE; on a very small corpus fewer entries come into being. None for a
+    folder whose tokenizer is not saved as ``tokenizer.json``.
+
+    Raises:
+        InputError: a bad `spec` or an unreadable folder.
+    """
+    size = _bpe_size(spec)
+    if size is not None:
+        return size
+    if spec in _NAMED:
+        return _NAMED[spec][1]
+    file = _folder(spec) / "tokenizer.json"
+    return _entries(_backend(file)) if file.is_file() else None
+
+
+def vocab_entries(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the tokenizer's largest id, so that every id is below it."""
+    return _entries(tokenizer.backend_tokenizer)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hexadecimal) of all that decides a text's tokens."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for passing in ("truncation", "padding"):  # set anew by every call
+        state.pop(passing, None)
+    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without added special tokens and without length limits."""
+    with parallel_tokenizers():
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # else it warns of texts longer than some model's positions
+        )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+@contextmanager
+def parallel_tokenizers() -> Iterator[None]:
+    """Within the block `tokenizers` uses all cores, unless the user's environment forbids it.
+
+    Afterwards, where the user had not set ``TOKENIZERS_PARALLELISM``, it is off: a process that
+    forks after a parallel use (a data loader's workers) would warn at each fork, or hang if it went
+    on in parallel.
+    """
+    variable = "TOKENIZERS_PARALLELISM"
+    if variable not in os.environ:
+        _variables_set_here.add(variable)
+    if variable in _variables_set_here:
+        os.environ[variable] = "true"
+    try:
+        yield
+    finally:
+        if variable in _variables_set_here:
+            os.environ[variable] = "false"
+
+
+def _bpe_size(spec: str) -> int | None:
+    """SIZE of ``bpe:SIZE``, or None for another kind of tokenizer."""
+    kind, colon, text = spec.partition(":")
+    if kind != "bpe":
+        return None
+    if not colon or not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InputError(
+            f"tokenizer {spec!r}: expected bpe:SIZE with a whole number, e.g. bpe:4096"
+        )
+    size = int(text)
+    if not SMALLEST_BPE <= size <= _LARGEST_BPE:
+        raise InputError(
+            f"tokenizer {spec!r}: the size must be at least {SMALLEST_BPE} "
+            f"(256 bytes and the end-of-text token) and at most {_LARGEST_BPE}"
+        )
+    return size
+
+
+def _folder(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if spec and path.is_dir():
+        return path
+    if spec and (os.sep in spec or path.exists()):
+        raise InputError(f"tokenizer {spec!r}: no such folder")
+    raise unknown_name("tokenizer", spec, _KNOWN)
+
+
+def _local_copy(name: str) -> Path | None:
+    data = data_folder()
+    folder = data / "tokenizers" / name if data is not None else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    repository = _NAMED[name][0]
+
+    def load(online: bool) -> Path:
+        return Path(hf_hub_download(repository, "tokenizer.json", local_files_only=not online))
+
+    instead = (
+        f"use bpe:SIZE or a folder, or CONTEXTLM_DATA=FOLDER with FOLDER/tokenizers/{name}, instead"
+    )
+    return from_hub(f"tokenizer {name!r}", instead, load)
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer_config.json").is_file():
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"tokenizer {str(folder)!r}: the folder holds no tokenizer.json")
+        return _from_file(file, str(folder))
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"tokenizer {str(folder)!r}: cannot be loaded: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"tokenizer {str(folder)!r}: is not a fast tokenizer (no tokenizer.json)")
+    return _with_end(tokenizer, str(folder))
+
+
+def _from_file(file: Path, spec: str) -> PreTrainedTokenizerFast:
+    backend = _backend(file)
+    return _wrap(backend, _end_among(backend.get_vocab(with_added_tokens=True), spec))
+
+
+def _end_among(vocabulary: dict[str, int], spec: str) -> str:
+    """The entry that ends a text; plain ``tokenizer.json`` files do not say which it is."""
+    for token in _ENDS:
+        if token in vocabulary:
+            return token
+    raise InputError(f"tokenizer {spec!r}: has no end-of-text entry ({' '.join(_ENDS)})")
+
+
+def _with_end(tokenizer: PreTrainedTokenizerFast, spec: str) -> PreTrainedTokenizerFast:
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _end_among(tokenizer.get_vocab(), spec)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _wrap(backend: Any, end: str) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        clean_up_tokenization_spaces=False,  # else decoding drops spaces before punctuation
+    )
+
+
+def _backend(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` in `file`; an `InputError` naming it if it is no such thing."""
+    from tokenizers import Tokenizer
+
+    try:
+        text = file.read_text("utf-8")
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("not an object")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{file}: not a tokenizer (not valid JSON)") from None
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception for whatever does not fit
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not a tokenizer: {reason}") from None
+
+
+def _entries(backend: Any) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _trained_bpe(size: int, corpus: Corpus, cache: Path) -> Any:
+    """From the cache if an earlier training left it there whole, else trained now and kept."""
+    key = f"bpe {_BPE_VERSION} {size} {corpus.fingerprint}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = cache / "tokenizers" / f"bpe-{size}-{name}.json"
+    if file.is_file():
+        try:
+            return _backend(file)
+        except InputError:
+            pass  # damaged since: train again
+    backend = train_bpe(corpus.train, size)
+    write_text(file, backend.to_str(pretty=False))
+    return backend
+
+
+def train_bpe(texts: Sequence[str], size: int) -> Any:
+    """A byte-level BPE (`tokenizers.Tokenizer`) of at most `size` entries, the same each time.
+
+    All 256 bytes are entries, no space is added in front and nothing is normalised, so that every
+    text comes back unchanged. The end-of-text token has id 0.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with parallel_tokenizers():
+        backend.train_from_iterator(texts, trainer=trainer)
+    return backend

@@ -1,0 +1,99 @@
+"""Windows over a token stream: inputs and the targets that belong to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from contextlm.errors import InputError
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of T tokens, one every `stride`, with targets that are already shifted.
+
+    Item i starts at token s = i * stride; its ``input_ids`` are ``tokens[s : s + T]`` and
+    ``labels[j] = tokens[s + j + target_offset]``, both int64 ``[T]``. Every position has a target
+    (labels shifted inside a model would leave the last without one). An incomplete last window is
+    dropped.
+
+    Args:
+        tokens: ids, ``[N]``, of any integer type; read only where looked at.
+        sequence_length: T.
+        stride: between the starts of windows; by default T.
+        target_offset: how many tokens ahead a target lies; 1 is the next token.
+        samples: take exactly the first so many windows; by default all.
+        name: of the corpus and split, for messages.
+
+    Raises:
+        InputError: a value below 1, or too few tokens for one window or for `samples`.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[Any],
+        sequence_length: int,
+        stride: int | None = None,
+        target_offset: int = 1,
+        samples: int | None = None,
+        *,
+        name: str = "the corpus",
+    ) -> None:
+        stride = sequence_length if stride is None else stride
+        given = {
+            "sequence_length": sequence_length,
+            "stride": stride,
+            "target_offset": target_offset,
+            "samples": 1 if samples is None else samples,
+        }
+        for key, value in given.items():
+            if value < 1:
+                raise InputError(f"{key} must be at least 1, got {value}")
+        needed = sequence_length + target_offset
+        available = (len(tokens) - needed) // stride + 1 if len(tokens) >= needed else 0
+        if available == 0:
+            raise InputError(
+                f"{name} is too small: {len(tokens)} tokens, and one window needs {needed}"
+            )
+        if samples is not None and available < samples:
+            raise InputError(
+                f"{name} is too small: {len(tokens)} tokens make {available} windows, "
+                f"{samples} samples were asked for"
+            )
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.stride = stride
+        self.target_offset = target_offset
+        self._count = available if samples is None else samples
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -self._count <= index < self._count:
+            raise IndexError(f"window {index} of {self._count}")
+        start = (index % self._count) * self.stride
+        return {
+            "input_ids": self._slice(start),
+            "labels": self._slice(start + self.target_offset),
+        }
+
+    @property
+    def tokens_covered(self) -> int:
+        """Length of the shortest prefix of `tokens` with all inputs and all next tokens.
+
+        ``(windows - 1) * stride + T + 1``, counted as if `target_offset` were 1, so that contenders
+        that differ in it have read the same text.
+        """
+        return (self._count - 1) * self.stride + self.sequence_length + 1
+
+    def stream(self) -> npt.NDArray[Any]:
+        """That prefix: a view of `tokens`, ``[tokens_covered]``."""
+        return self.tokens[: self.tokens_covered]
+
+    def _slice(self, start: int) -> torch.Tensor:
+        part = self.tokens[start : start + self.sequence_length]
+        return torch.from_numpy(np.array(part, dtype=np.int64))

@@ -1,0 +1,1 @@
+"""Quality, memory and speed of a trained model. Imports models and data."""

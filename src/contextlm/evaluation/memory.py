@@ -1,0 +1,141 @@
+"""What decoding keeps, read off the tensors of a real cache, and peak memory of a stage."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from contextlm.evaluation.result import CacheBytes
+
+CHUNK = 1024
+
+
+class Held(NamedTuple):
+    """Bytes held by a cache: `logical` by its elements, `resident` by the memory behind them."""
+
+    logical: int
+    resident: int
+
+
+def cache_bytes(cache: Cache) -> Held:
+    """Count every tensor that the cache holds, whatever its layers call it.
+
+    Two views of one storage count their elements each in `logical`, the storage once in `resident`.
+    """
+    tensors = list({id(tensor): tensor for tensor in _tensors(cache, set())}.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    logical = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return Held(logical, sum(storages.values()))
+
+
+def _tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:
+    """Every tensor reachable through attributes, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in visited or isinstance(value, (str, bytes, int, float, type, torch.device)):
+        return
+    visited.add(id(value))
+    if isinstance(value, dict):
+        children: Iterable[Any] = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        children = value
+    else:
+        children = getattr(value, "__dict__", {}).values()
+    for child in children:
+        yield from _tensors(child, visited)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most positions that the model has, or None when it has no limit."""
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(model.config, name, None)
+        if limit is not None:
+            return int(limit)
+    return None
+
+
+@torch.no_grad()
+def measure_cache(
+    model: PreTrainedModel, lengths: Iterable[int], device: torch.device
+) -> list[CacheBytes]:
+    """Feed one sequence as decoding would and count the cache at each length.
+
+    The text does not matter for the count; a fixed token is fed, in chunks, the last token of each
+    length alone, as `generate` does. Lengths beyond the model's positions are left out.
+
+    Args:
+        model: a causal language model.
+        lengths: numbers of tokens.
+        device: where the model is.
+
+    Returns:
+        One entry per length, ascending.
+    """
+    limit = position_limit(model)
+    wanted = sorted(length for length in set(lengths) if limit is None or length <= limit)
+    was_training = model.training
+    model.eval()
+    measured: list[CacheBytes] = []
+    cache: Cache | None = None
+    seen = 0
+    for length in wanted:
+        while seen < length:
+            # The last token of each length goes in alone: that is a decoding step.
+            size = min(CHUNK, length - 1 - seen) or 1
+            ids_1T = torch.ones(1, size, dtype=torch.long, device=device)
+            outputs = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = cache_of(outputs)
+            seen += size
+        assert cache is not None
+        measured.append(CacheBytes(tokens=length, **cache_bytes(cache)._asdict()))
+    model.train(was_training)
+    return measured
+
+
+def cache_of(outputs: Any) -> Cache:
+    """The cache in a model's outputs: `past_key_values`, or `cache_params` for state-space models."""
+    cache = getattr(outputs, "past_key_values", None)
+    return cache if cache is not None else outputs.cache_params
+
+
+class PeakMemory:
+    """Peak memory of this process, and of the accelerator, since construction.
+
+    On Linux the kernel's high-water mark is reset; elsewhere the host figure covers the process's
+    whole life.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def host_bytes(self) -> int:
+        """Largest resident set so far."""
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def accelerator_bytes(self) -> int | None:
+        """Most memory allocated on the accelerator, or None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.max_memory_allocated(self.device))

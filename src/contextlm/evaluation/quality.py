@@ -1,0 +1,132 @@
+"""How well a model predicts: loss, perplexity, bits per byte, accuracy, effective rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+IGNORED = -100
+RANK_SAMPLE = 10_000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`loss` is the mean over `tokens` targets in nats; `accuracy` in 0..1."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, ``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate_quality(
+    model: nn.Module, windows: Dataset[dict[str, Tensor]], batch_size: int, device: torch.device
+) -> Quality:
+    """Score every target of every window, each window on its own, in the weights' own type.
+
+    Sums are kept in float64 and divided once, so that batches of unequal size weigh by their
+    tokens. The model's training mode is restored.
+
+    Args:
+        model: gives logits ``[B, T, V]``.
+        windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already.
+        batch_size: windows per forward pass.
+        device: where the model is.
+    """
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = tokens = 0
+    with torch.autocast(device.type, enabled=False):
+        for batch in DataLoader(windows, batch_size=batch_size):
+            labels_N = batch["labels"].to(device).flatten()
+            logits_NV = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+            logits_NV = logits_NV.flatten(0, 1).float()
+            losses_N = F.cross_entropy(
+                logits_NV, labels_N, ignore_index=IGNORED, reduction="none"
+            )
+            loss += losses_N.double().sum().cpu()
+            real_N = labels_N != IGNORED
+            correct += int(((logits_NV.argmax(-1) == labels_N) & real_N).sum())
+            tokens += int(real_N.sum())
+    model.train(was_training)
+    return Quality(loss.item() / tokens, correct / tokens, tokens)
+
+
+def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
+    """Loss per byte of text, comparable across tokenizers.
+
+    Args:
+        loss: nats per token.
+        tokens: length of the validation text in tokens.
+        num_bytes: its length in UTF-8 bytes.
+    """
+    return loss / math.log(2) * tokens / num_bytes
+
+
+def effective_rank(contexts_NC: Tensor) -> float:
+    """``exp(entropy)`` of the singular values normalised to sum 1 (DESIGN 1.6), between 1 and C.
+
+    Args:
+        contexts_NC: contexts of N positions; all-zero ones have rank 0.
+    """
+    values = torch.linalg.svdvals(contexts_NC.double().cpu())
+    if values.sum() == 0:
+        return 0.0
+    shares = values / values.sum()
+    return math.exp(torch.special.entr(shares).sum().item())
+
+
+def sample_rows(contexts_PC: Tensor, seed: int, limit: int = RANK_SAMPLE) -> Tensor:
+    """At most `limit` rows, drawn without replacement by `seed`, ``[<=limit, C]``."""
+    total = contexts_PC.shape[0]
+    if total <= limit:
+        return contexts_PC
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(total, generator=generator)[:limit].sort().values
+    return contexts_PC[rows.to(contexts_PC.device)]
+
+
+@torch.no_grad()
+def window_contexts(
+    block: nn.Module,
+    embed: Callable[[Tensor], Tensor],
+    windows: Dataset[dict[str, Tensor]],
+    batch_size: int,
+    device: torch.device,
+    context_dim: int,
+    limit: int = RANK_SAMPLE,
+) -> Tensor:
+    """Contexts of the first windows by the exact recurrence, each window from zero.
+
+    Args:
+        block: a context block.
+        embed: maps token ids to normalised embeddings.
+        windows: items with ``"input_ids"``.
+        batch_size: windows per pass.
+        device: where the block is.
+        context_dim: C.
+        limit: stop after at least so many positions.
+
+    Returns:
+        ``[N, C]``.
+    """
+    collected: list[Tensor] = []
+    for batch in DataLoader(windows, batch_size=batch_size):
+        ids_BT = batch["input_ids"].to(device)
+        initial_BC = torch.zeros(ids_BT.shape[0], context_dim, device=device)
+        collected.append(block(embed(ids_BT), initial_BC)[-1].flatten(0, 1))
+        if sum(len(contexts) for contexts in collected) >= limit:
+            break
+    return torch.cat(collected)

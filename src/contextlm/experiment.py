@@ -1,0 +1,58 @@
+"""A comparison, from a checked recipe to a run folder with its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from contextlm.contender import run_contender
+from contextlm.device import resolve_device
+from contextlm.environment import describe_environment
+from contextlm.evaluation.result import read_run, seed_folder
+from contextlm.files import write_json, write_text
+from contextlm.preparation import prepare
+from contextlm.progress import Progress
+from contextlm.recipe import Recipe, dump_recipe
+from contextlm.report.page import write_report
+
+
+def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
+    """Train and measure every contender with every seed, and write the report.
+
+    Args:
+        recipe: the comparison.
+        out: where run folders go; this run gets a new numbered one.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        progress: is told what happens.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: the recipe, its corpus or the device is not usable; nothing was written.
+        RunError: a fault while running; what had finished stays.
+    """
+    where = resolve_device(device)
+    progress.update(f"preparing corpus {recipe.corpus}")
+    prepared = prepare(recipe)
+    folder = _new_folder(out, recipe.name)
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
+    for contender in recipe.contenders:
+        for seed in recipe.seeds:
+            place = seed_folder(folder, contender.name, seed)
+            run_contender(recipe, contender, seed, prepared, place, where, progress)
+    write_report([read_run(folder)], folder)
+    return folder
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    """Make the next free ``name-001``; `mkdir` decides when two runs start at once."""
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = out / f"{name}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1

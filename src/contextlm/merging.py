@@ -1,0 +1,114 @@
+"""Merging a recipe's scales and overrides, before anything in it is checked.
+
+In a scale and in ``--set`` the contenders are addressed by name, as if ``contenders`` were a
+mapping; ``null`` in place of a contender leaves it out. A leaf module: it works on plain
+dictionaries and knows nothing of the recipe's fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from contextlm.errors import InputError, unknown_name
+from contextlm.strict_yaml import parse
+
+FULL = "full"
+
+
+def resolve(
+    raw: dict[str, Any], where: str, scale: str, overrides: Iterable[str]
+) -> dict[str, Any]:
+    """The recipe with its scale and then the overrides merged over it, its values not yet checked.
+
+    Args:
+        raw: the recipe as read, contenders as a list.
+        where: opens the message of an error.
+        scale: the scale to take.
+        overrides: ``dotted.key=value`` strings; the value is YAML.
+
+    Raises:
+        InputError: the scale or a contender is unknown, or something is no mapping that must be.
+        RecursionError: a value contains itself.
+    """
+    named = scales_of(raw, where)
+    raw.pop("scales", None)
+    if scale != FULL and scale not in named:
+        raise unknown_name(f"scale of {where}:", scale, [*named, FULL])
+    contenders = _by_name(raw.get("contenders"), where)
+    raw["contenders"] = contenders
+    layers = [] if scale == FULL else [mapping(named[scale], f"{where}: scale {scale!r}")]
+    for layer in [*layers, *(_parse_override(override) for override in overrides)]:
+        if "scale" in layer:
+            raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
+        raw = merge(raw, layer)
+    raw["contenders"] = _as_list(raw["contenders"], list(contenders), where)
+    raw["scale"] = scale
+    return raw
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """`value` itself if it is a mapping with names as keys, otherwise an `InputError`."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{where}: expected a mapping from names to values")
+    return value
+
+
+def scales_of(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The recipe's own scales, each not yet checked; an `InputError` if they are no mapping."""
+    scales = raw.get("scales")
+    scales = mapping({} if scales is None else scales, f"{where}: scales")
+    if FULL in scales:
+        raise InputError(f"{where}: scales: {FULL!r} is the recipe's top level")
+    return scales
+
+
+def _by_name(contenders: Any, where: str) -> dict[str, Any]:
+    if not isinstance(contenders, list) or not contenders:
+        raise InputError(f"{where}: 'contenders' must be a list with at least one entry")
+    named: dict[str, Any] = {}
+    for number, entry in enumerate(contenders, start=1):
+        name = mapping(entry, f"{where}: contenders: entry {number}").get("name")
+        if not isinstance(name, str):
+            raise InputError(f"{where}: contenders: entry {number} needs a 'name' in letters")
+        if name in named:
+            raise InputError(f"{where}: contenders: {name!r} is named twice")
+        named[name] = entry
+    return named
+
+
+def _as_list(contenders: Any, known: list[str], where: str) -> list[dict[str, Any]]:
+    """The contenders as a list again, without those that are null now.
+
+    A name that the recipe's top level does not `know` is a new contender if it brings a model with
+    a type, otherwise a slip.
+    """
+    entries = []
+    for name, entry in mapping(contenders, f"{where}: contenders, by name").items():
+        if entry is None and name in known:
+            continue
+        model = entry.get("model") if isinstance(entry, dict) else None
+        if name not in known and not (isinstance(model, dict) and "type" in model):
+            raise unknown_name(f"contender of {where}:", name, known)
+        entries.append({"name": name, **mapping(entry, f"{where}: contenders.{name}")})
+    return entries
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings merge deeply, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set {text!r}: expected key=value, e.g. training.learning_rate=3e-4")
+    parsed = parse(value, f"--set {text!r}")
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return dict(parsed)

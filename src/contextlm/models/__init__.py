@@ -1,0 +1,7 @@
+"""Architectures, one file each. Every module here is imported, which registers what it defines."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

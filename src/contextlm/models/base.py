@@ -1,0 +1,223 @@
+"""What every architecture shares: the registry, the pretrained base class, the language-model head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from contextlm.models.layers import ContextBlock, ContextLayer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One registered architecture. `tiny` are config fields small enough for the contract tests."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    description: str
+    tiny: tuple[dict[str, Any], ...]
+
+
+_REGISTRY: dict[str, Architecture] = {}
+M = TypeVar("M", bound=type[PreTrainedModel])
+
+
+def register_architecture(
+    config: type[PreTrainedConfig], *, tiny: tuple[dict[str, Any], ...]
+) -> Callable[[M], M]:
+    """Class decorator for a causal language model: makes it known to recipes, tests and Auto classes.
+
+    Args:
+        config: its configuration class; `model_type` is the name used in recipes.
+        tiny: one or more sets of config fields, each a variant that the contract tests try.
+
+    Raises:
+        ValueError: the `model_type` is taken.
+    """
+
+    def register(model: M) -> M:
+        name = config.model_type
+        if name in _REGISTRY:
+            raise ValueError(f"an architecture named {name!r} is registered already")
+        AutoConfig.register(name, config)
+        AutoModelForCausalLM.register(config, model)
+        description = (model.__doc__ or "").strip().partition("\n")[0]
+        _REGISTRY[name] = Architecture(config, model, description, tiny)
+        return model
+
+    return register
+
+
+def registry() -> dict[str, Architecture]:
+    """Our architectures by `model_type`, sorted by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def architectures() -> dict[str, str]:
+    """Our model types, each with one line of description."""
+    return {name: entry.description for name, entry in registry().items()}
+
+
+def token_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the newest tokens are real.
+
+    Args:
+        attention_mask: ``[B, past + T]``, 0 at padding, or None.
+        tokens: T.
+
+    Returns:
+        ``[B, T]`` bool, or None when every token is real.
+
+    Raises:
+        ValueError: the mask is not two-dimensional or too short.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask must be [batch, past + {tokens}], got {list(attention_mask.shape)}"
+        )
+    mask_BT = attention_mask[:, -tokens:].bool()
+    if not torch.compiler.is_compiling() and bool(mask_BT.all()):
+        return None
+    return mask_BT
+
+
+def real_positions(
+    mask_BT: Tensor | None, seen_B: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> Tensor:
+    """Position of each token among the real tokens of its own row, so that padding changes nothing.
+
+    Args:
+        mask_BT: False at padding, or None.
+        seen_B: real tokens that each row has seen before, or None for none.
+        batch: B.
+        tokens: T.
+        device: where to make the result.
+
+    Returns:
+        ``[B, T]`` int64; 0 at leading padding.
+    """
+    if mask_BT is None:
+        positions_BT = torch.arange(tokens, device=device).expand(batch, tokens)
+    else:
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+    return positions_BT if seen_B is None else positions_BT + seen_B.unsqueeze(1)
+
+
+@runtime_checkable
+class HasContextBlock(Protocol):
+    """A model whose context block can be trained by phase 1."""
+
+    context_block: ContextBlock
+
+    def embed_normalised(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as the context block reads them, ``[..., D]``."""
+        ...
+
+
+class ContextPreTrainedModel(PreTrainedModel):
+    """Base of our architectures: weights, flags, and a cache of their own making."""
+
+    config_class: type[PreTrainedConfig]
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers' own spelling
+    _supports_sdpa = True
+    # A recurrence cannot be rewound, so `generate` must not try (assisted decoding).
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ContextLayer):
+            module.reset_parameters()
+
+
+class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
+    """A decoder in `self.model` with a linear head. Subclasses build both and call `post_init`."""
+
+    model: ContextPreTrainedModel
+    lm_head: nn.Module
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss when labels are given.
+
+        Args:
+            input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
+            attention_mask: ``[B, past + T]``, 0 at padding (on the left).
+            position_ids: ``[B, T]``; by default counted over each row's real tokens.
+            past_key_values: the cache that an earlier call returned.
+            inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
+            labels: ``[B, T]``, shifted inside as everywhere in transformers; -100 is ignored.
+            use_cache: return a cache.
+            logits_to_keep: compute logits for the last so many tokens only; 0 for all.
+            **kwargs: passed to the decoder and to the loss (`num_items_in_batch`).
+
+        Returns:
+            `CausalLMOutputWithPast` with logits ``[B, T, V]``.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

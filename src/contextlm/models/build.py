@@ -1,0 +1,99 @@
+"""From a recipe's `model` entry to a configuration and a model, ours or transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from contextlm.errors import InputError, unknown_name
+from contextlm.models.base import registry
+
+# transformers' own architectures that the documentation and the tests speak of; any other causal
+# language model of transformers can be named too.
+_BASELINES = {
+    "gpt_neox": "GPT-NeoX (Pythia): multi-head attention, rotary positions, parallel residual",
+    "gpt2": "GPT-2: multi-head attention, learned positions",
+    "llama": "Llama: grouped-query attention (num_key_value_heads), rotary positions, gated FFN",
+    "mistral": "Mistral: grouped-query attention with an optional sliding window",
+    "mamba": "Mamba: selective state space, no attention",
+}
+
+# Spellings that configurations accept beside their fields and turn into `rope_parameters`.
+_ROTARY_KEYS = ("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base")
+
+
+def baseline_types() -> dict[str, str]:
+    """transformers' architectures that recipes commonly name, each with one line of description."""
+    return dict(_BASELINES)
+
+
+def config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The configuration class of a model type, ours or transformers'.
+
+    Raises:
+        InputError: no causal language model of that type is known.
+    """
+    ours = registry()
+    if model_type in ours:
+        return ours[model_type].config
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return CONFIG_MAPPING[model_type]
+    raise unknown_name("model type", model_type, [*ours, *_BASELINES])
+
+
+def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) -> PreTrainedConfig:
+    """The configuration that a recipe's `model` entry describes.
+
+    Args:
+        model: `type`, and fields of that architecture's configuration.
+        vocab_size: of the model, unless `model` names its own.
+        **token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+
+    Raises:
+        InputError: an unknown type or field, or values that do not fit together.
+    """
+    given = dict(model)
+    model_type = given.pop("type")
+    kind = config_class(model_type)
+    known = {field.name for field in dataclass_fields(kind)} | set(kind.attribute_map)
+    for key in given:
+        if key not in known and key not in _ROTARY_KEYS:
+            raise unknown_name(f"field of model type {model_type!r}:", key, sorted(known))
+    values: dict[str, Any] = {"vocab_size": vocab_size, **token_ids, **given}
+    try:
+        return kind(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"model type {model_type!r}: {_reason(error)}") from None
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights: for counting, and for finding out what does not fit.
+
+    Raises:
+        InputError: the configuration's values do not fit together.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        raise InputError(f"model type {config.model_type!r}: {_reason(error)}") from None
+
+
+def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A freshly initialised model in float32; `seed` governs its weights and all that follows."""
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _reason(error: Exception) -> str:
+    """The innermost message on one line: validation errors of configurations are nested."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,111 @@
+"""Cache layers for states that are not keys and values.
+
+Each is an ordinary member of a transformers `Cache`, so that `generate` can reorder it for beams,
+repeat it for several returned sequences and ask how many tokens it has seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class ContextStateLayer(CacheLayerMixin):
+    """Keeps one context vector per sequence: constant memory, whatever the length.
+
+    Attributes:
+        state: the context after the last token, ``[B, C]``, or None before the first one.
+        counts: real (not padding) tokens seen by each row, ``[B]`` int64.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+        self.counts: Tensor | None = None
+        self._seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first `update_state` brings the tensors."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Not for this layer: it keeps no keys and values.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("ContextStateLayer keeps a context, not keys and values: use update_state")
+
+    def update_state(self, state_BC: Tensor, new_counts_B: Tensor, tokens: int) -> None:
+        """Replace the state.
+
+        Args:
+            state_BC: the context after the newest token.
+            new_counts_B: real tokens in this chunk, per row.
+            tokens: length of this chunk, padding included.
+        """
+        self.state = state_BC
+        self.counts = new_counts_B if self.counts is None else self.counts + new_counts_B
+        self._seen += tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included; `generate` slices its input with this."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask would cover, as if all tokens were kept."""
+        return self._seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = self.counts = None
+        self._seen = 0
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        """Stay on the device: the state is one vector per row."""
+
+    def prefetch(self) -> None:
+        """Stay on the device: the state is one vector per row."""
+
+    def _select(self, index_B: Tensor) -> None:
+        if self.state is not None and self.counts is not None:
+            self.state = self.state.index_select(0, index_B.to(self.state.device))
+            self.counts = self.counts.index_select(0, index_B.to(self.counts.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows named by `beam_idx`, ``[B]``, for beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self._select(indices if indices.dtype != torch.bool else indices.nonzero().flatten())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.state is not None:
+            rows = torch.arange(self.state.shape[0], device=self.state.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """A recurrence cannot be rewound.
+
+        Raises:
+            ValueError: when any token is to be removed.
+        """
+        if tokens_to_remove != 0:
+            raise ValueError(
+                "a context state cannot be cropped: the recurrence does not run backwards; "
+                "start again from an empty cache"
+            )

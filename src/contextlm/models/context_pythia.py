@@ -1,0 +1,303 @@
+"""Context-Pythia: GPT-NeoX layers that see recurrent contexts instead of token embeddings.
+
+Source: the report 003_718e20eaf3f23208 (DESIGN 1.4). A normalised embedding and a context block
+stand in front of ordinary GPT-NeoX layers. With ``stream="compressed"`` the layers, and so the keys
+and values that decoding keeps, have the width of the context; with ``stream="projected"`` a linear
+map restores the full width first, and nothing is saved.
+
+Shape suffixes: B batch, T tokens, D embedding width, C context width, S stream width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXAttention,
+    GPTNeoXLayer,
+    GPTNeoXRotaryEmbedding,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from contextlm.models.base import (
+    ContextForCausalLM,
+    ContextPreTrainedModel,
+    real_positions,
+    register_architecture,
+    token_mask,
+)
+from contextlm.models.cache import ContextStateLayer
+from contextlm.models.layers import ContextBlock
+
+
+@strict
+class ContextPythiaConfig(PreTrainedConfig):
+    """Configuration of Context-Pythia; the defaults are the document's.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D, the width of the embedding, and of the layers when projected.
+        context_dim: C, the width of the context, and of the layers when compressed.
+        context_layers: layers of the context block.
+        freeze_context: the block learns in phase 1 only, as in the document.
+        stream: what the layers see.
+        num_hidden_layers: GPT-NeoX layers.
+        num_attention_heads: heads of each, which must divide the stream's width.
+        intermediate_size: width of the feed-forward part; None is four times the stream's width.
+        hidden_act: its activation.
+        max_position_embeddings: positions that the rotary embedding is meant for.
+        rotary_pct: share of each head that is rotated.
+        rope_theta: base of the rotary frequencies.
+        attention_dropout: on the attention weights.
+        hidden_dropout: on the embedding and after each sublayer.
+        initializer_range: standard deviation of the linear layers and the embedding.
+        layer_norm_eps: of every layer norm.
+        use_cache: return a cache by default.
+    """
+
+    model_type = "context_pythia"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own spelling
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    context_dim: int = 256
+    context_layers: int = 1
+    freeze_context: bool = True
+    stream: Literal["projected", "compressed"] = "compressed"
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 2048
+    rotary_pct: float = 0.25
+    rope_theta: float | int = 10000.0
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def stream_size(self) -> int:
+        """S, the width of the layers and of the head's input."""
+        return self.context_dim if self.stream == "compressed" else self.hidden_size
+
+    def layer_config(self) -> GPTNeoXConfig:
+        """The configuration of the GPT-NeoX layers behind the context block."""
+        return GPTNeoXConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.stream_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size or 4 * self.stream_size,
+            hidden_act=self.hidden_act,
+            max_position_embeddings=self.max_position_embeddings,
+            rotary_pct=self.rotary_pct,
+            rotary_emb_base=self.rope_theta,
+            attention_dropout=self.attention_dropout,
+            hidden_dropout=self.hidden_dropout,
+            layer_norm_eps=self.layer_norm_eps,
+        )
+
+    def validate_architecture(self) -> None:
+        """Called by transformers on construction.
+
+        Raises:
+            ValueError: the heads do not divide the stream's width, or a size is not positive.
+        """
+        for name in ("vocab_size", "hidden_size", "context_dim", "context_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_hidden_layers < 1 or self.num_attention_heads < 1:
+            raise ValueError("num_hidden_layers and num_attention_heads must be at least 1")
+        if self.stream_size % self.num_attention_heads:
+            width = "context_dim" if self.stream == "compressed" else "hidden_size"
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must divide "
+                f"{width} ({self.stream_size}), the width of the {self.stream} stream"
+            )
+
+
+class ContextPythiaModel(ContextPreTrainedModel):
+    """Embedding, context block and GPT-NeoX layers, without the head."""
+
+    config_class = ContextPythiaConfig
+    _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - transformers' own spelling
+    _can_record_outputs = {  # noqa: RUF012 - transformers' own spelling
+        "hidden_states": GPTNeoXLayer,
+        "attentions": GPTNeoXAttention,
+    }
+
+    def __init__(self, config: ContextPythiaConfig):
+        super().__init__(config)
+        layer_config = config.layer_config()
+        layer_config._attn_implementation = config._attn_implementation
+        self.layer_config = layer_config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.context_block = ContextBlock(
+            config.context_dim, config.hidden_size, config.context_layers, config.layer_norm_eps
+        )
+        self.projection = (
+            nn.Linear(config.context_dim, config.hidden_size)
+            if config.stream == "projected"
+            else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(layer_config)
+        self.layers = nn.ModuleList(
+            GPTNeoXLayer(layer_config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(config.stream_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.context_block.requires_grad_(not config.freeze_context)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def embed_normalised(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as the context block reads them, ``[..., D]``."""
+        return self.embed_norm(self.embed_tokens(input_ids))
+
+    def new_cache(self) -> Cache:
+        """An empty cache: keys and values per layer, and the context after the last token."""
+        attention = [DynamicLayer() for _ in self.layers]
+        return Cache(layers=[*attention, ContextStateLayer()])
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``[B, T, S]``; the arguments are those of `ContextForCausalLM.forward`.
+
+        Raises:
+            ValueError: neither or both of tokens and embeddings are given, or the cache is foreign.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        embedded_BTD = self.embed_norm(inputs_embeds)
+        batch, tokens = embedded_BTD.shape[:2]
+        mask_BT = token_mask(attention_mask, tokens)
+        state = self._state_of(past_key_values)
+        if position_ids is None:
+            seen_B = None if state is None else state.counts
+            position_ids = real_positions(mask_BT, seen_B, batch, tokens, embedded_BTD.device)
+        contexts_BTC = self._contexts(embedded_BTD, mask_BT, state)
+        stream_BTS = self.dropout(self.projection(contexts_BTC))
+        self.layer_config._attn_implementation = self.config._attn_implementation
+        causal_mask = create_causal_mask(
+            config=self.layer_config,
+            inputs_embeds=stream_BTS,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = self.rotary_emb(stream_BTS, position_ids=position_ids)
+        for layer in self.layers:
+            stream_BTS = layer(
+                stream_BTS,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                layer_past=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=rotary,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layer_norm(stream_BTS), past_key_values=past_key_values
+        )
+
+    def _state_of(self, cache: Cache | None) -> ContextStateLayer | None:
+        if cache is None:
+            return None
+        state = cache.layers[-1] if len(cache.layers) == len(self.layers) + 1 else None
+        if not isinstance(state, ContextStateLayer):
+            raise ValueError(
+                "context_pythia needs its own cache: leave past_key_values out, pass what an "
+                "earlier call returned, or make one with new_cache()"
+            )
+        return state
+
+    def _contexts(
+        self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
+    ) -> Tensor:
+        """The contexts of the new tokens, ``[B, T, C]``; moves the cached state on."""
+        batch, tokens = embedded_BTD.shape[:2]
+        if state is not None and state.state is not None:
+            initial_BC = state.state
+        else:
+            initial_BC = embedded_BTD.new_zeros(batch, self.config.context_dim)
+        contexts_BTC = self.context_block(embedded_BTD, initial_BC, mask_BT)[-1]
+        if state is not None:
+            counts_B = (
+                torch.full((batch,), tokens, device=embedded_BTD.device)
+                if mask_BT is None
+                else mask_BT.sum(1)
+            )
+            # A copy: the last row of `contexts_BTC` would keep the whole chunk in memory.
+            state.update_state(contexts_BTC[:, -1].clone(), counts_B, tokens)
+        return contexts_BTC
+
+
+_TINY = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "context_dim": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@register_architecture(
+    ContextPythiaConfig,
+    tiny=(
+        {**_TINY, "stream": "compressed"},
+        {**_TINY, "stream": "projected"},
+        {**_TINY, "stream": "compressed", "context_layers": 2, "freeze_context": False},
+    ),
+)
+class ContextPythiaForCausalLM(ContextForCausalLM):
+    """Context-Pythia: GPT-NeoX layers over recurrent contexts, full width or compressed."""
+
+    config_class = ContextPythiaConfig
+    _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - transformers' own spelling
+    _tied_weights_keys = {  # noqa: RUF012 - transformers' own spelling
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: ContextPythiaConfig):
+        super().__init__(config)
+        self.model = ContextPythiaModel(config)
+        self.lm_head = nn.Linear(config.stream_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -1,0 +1,130 @@
+"""Blocks that architectures share. Shape suffixes: B batch, T tokens, L layers, C context, D width."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from contextlm.ops.context_scan import context_scan, context_step
+
+
+class ContextLayer(nn.Module):
+    """One layer of the context block: ``c' = LN(c + GELU(W [c ; e] + b))`` (DESIGN 1.2).
+
+    `weight` is one ``[C, C + D]`` matrix whose first C columns act on the context and whose last D
+    act on the token. The two products are computed apart, because the token's part can be had
+    for all tokens (or for all vocabulary entries) at once.
+
+    Args:
+        context_dim: C.
+        embedding_dim: D.
+        eps: of the layer norm.
+    """
+
+    def __init__(self, context_dim: int, embedding_dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.context_dim = context_dim
+        self.weight = nn.Parameter(torch.empty(context_dim, context_dim + embedding_dim))
+        self.bias = nn.Parameter(torch.empty(context_dim))
+        self.norm = nn.LayerNorm(context_dim, eps=eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from N(0, 0.1) and N(0, 0.01); with Xavier, phase 1 does not converge (DESIGN 1.2)."""
+        init.normal_(self.weight, mean=0.0, std=0.1)
+        init.normal_(self.bias, mean=0.0, std=0.01)
+
+    @property
+    def context_weight(self) -> Tensor:
+        """The recurrent part of the weight, ``[C, C]``."""
+        return self.weight[:, : self.context_dim]
+
+    def project(self, embedded: Tensor) -> Tensor:
+        """The tokens' part ``W_e e + b``: ``[..., D]`` to ``[..., C]``."""
+        return F.linear(embedded, self.weight[:, self.context_dim :], self.bias)
+
+    def step(self, context_NC: Tensor, projected_NC: Tensor) -> Tensor:
+        """Apply the layer once to N independent contexts, ``[N, C]`` each."""
+        return context_step(
+            context_NC,
+            projected_NC,
+            self.context_weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+        )
+
+
+class ContextBlock(nn.Module):
+    """A stack of context layers, each fed the token's embedding again (DESIGN 1.2).
+
+    The last layer's output is the recurrent context; before the first token it is zero.
+
+    Args:
+        context_dim: C.
+        embedding_dim: D, the width of the normalised token embeddings.
+        num_layers: L.
+        eps: of the layer norms.
+    """
+
+    def __init__(
+        self, context_dim: int, embedding_dim: int, num_layers: int = 1, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.context_dim = context_dim
+        self.layers = nn.ModuleList(
+            ContextLayer(context_dim, embedding_dim, eps) for _ in range(num_layers)
+        )
+
+    def forward(
+        self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """The exact recurrence over the tokens.
+
+        It runs in the weights' own type even under autocast: a recurrence multiplies rounding errors.
+
+        Args:
+            embedded_BTD: normalised token embeddings.
+            initial_BC: the context before the first token.
+            mask_BT: False where a token is padding, which the context passes unchanged.
+
+        Returns:
+            Every layer's output at every token, ``[L, B, T, C]``.
+        """
+        dtype = self.layers[0].weight.dtype
+        with _without_autocast(embedded_BTD.device.type):
+            embedded_BTD = embedded_BTD.to(dtype)
+            return context_scan(
+                [layer.project(embedded_BTD) for layer in self.layers],
+                [layer.context_weight for layer in self.layers],
+                [layer.norm.weight for layer in self.layers],
+                [layer.norm.bias for layer in self.layers],
+                initial_BC.to(dtype),
+                mask_BT=mask_BT,
+                eps=self.layers[0].norm.eps,
+            )
+
+    def step(self, context_NC: Tensor, projected_NC: list[Tensor]) -> Tensor:
+        """Apply the whole block once to N independent contexts.
+
+        Args:
+            context_NC: the contexts that go in.
+            projected_NC: per layer, the tokens' part (`ContextLayer.project`).
+
+        Returns:
+            The last layer's output, ``[N, C]``.
+        """
+        for layer, projected_layer_NC in zip(self.layers, projected_NC, strict=True):
+            context_NC = layer.step(context_NC, projected_layer_NC)
+        return context_NC
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast switched off; nothing to do on devices without it (meta)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

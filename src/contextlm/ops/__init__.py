@@ -1,0 +1,1 @@
+"""Tensor functions. Imports torch and optional kernel compilers only."""

@@ -1,0 +1,141 @@
+"""Everything that a run needs, made and checked before anything is written to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
+
+from contextlm.data.corpora import load_corpus
+from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.tokenizers import known_vocab_size, load_tokenizer
+from contextlm.data.windows import Windows
+from contextlm.errors import InputError
+from contextlm.evaluation.result import CorpusFacts
+from contextlm.models.base import HasContextBlock
+from contextlm.models.build import build_config, meta_model
+from contextlm.recipe import Contender, Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's data and configurations, ready to train on.
+
+    `train` and `validation` map a target offset to windows over the same text; `stream` is the text
+    that the training windows cover; `validation_bytes` counts the UTF-8 bytes behind the validation
+    windows' `facts.validation_tokens`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    configs: Mapping[str, PreTrainedConfig]
+    train: Mapping[int, Windows]
+    validation: Mapping[int, Windows]
+    stream: np.ndarray
+    validation_bytes: int
+    facts: CorpusFacts
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the corpus and the tokenizer, cut windows, and check that every contender fits them.
+
+    What can be checked without the corpus is checked first.
+
+    Raises:
+        InputError: the recipe, its corpus or a contender is not usable; nothing was written.
+        RunError: a hub is needed and cannot be reached.
+    """
+    _check_contenders(recipe, recipe.vocab_size or known_vocab_size(recipe.tokenizer))
+    limits = recipe.documents
+    corpus = load_corpus(recipe.corpus, limits and (limits.train, limits.validation))
+    tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
+    vocab_size = _vocab_size(recipe, tokenizer)
+    end = int(tokenizer.eos_token_id)
+    configs = {
+        contender.name: build_config(
+            contender.model, vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end
+        )
+        for contender in recipe.contenders
+    }
+    stores = [
+        build_token_store(corpus, split, tokenizer, cache_folder()) for split in ("train", "validation")
+    ]
+    train = _windows(recipe, stores[0], "train")
+    validation = _windows(recipe, stores[1], "validation")
+    first = recipe.target_offset_of(recipe.contenders[0])
+    facts = CorpusFacts(
+        name=corpus.name,
+        tokenizer=recipe.tokenizer,
+        vocab_size=vocab_size,
+        train_tokens=train[first].tokens_covered,
+        validation_tokens=validation[first].tokens_covered,
+        train_windows=len(train[first]),
+        validation_windows=len(validation[first]),
+        sequence_length=recipe.sequence_length,
+    )
+    return Prepared(
+        tokenizer=tokenizer,
+        configs=configs,
+        train=train,
+        validation=validation,
+        stream=train[first].stream(),
+        validation_bytes=stores[1].byte_count(facts.validation_tokens),
+        facts=facts,
+    )
+
+
+def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
+    for contender in recipe.contenders:
+        where = f"contenders.{contender.name}"
+        try:
+            config = build_config(contender.model, vocab_size)
+            model = meta_model(config)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and recipe.sequence_length > positions:
+            raise InputError(
+                f"{where}: sequence_length {recipe.sequence_length} is more than the model's "
+                f"{positions} positions"
+            )
+        if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
+            raise InputError(
+                f"{where}: phase1 needs a model with a context block, which "
+                f"{contender.model['type']!r} has not"
+            )
+
+
+def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
+    size = len(tokenizer)
+    if recipe.vocab_size is None:
+        return size
+    if recipe.vocab_size < size:
+        raise InputError(
+            f"vocab_size {recipe.vocab_size} is less than the {size} entries of tokenizer "
+            f"{recipe.tokenizer!r}"
+        )
+    return recipe.vocab_size
+
+
+def _windows(recipe: Recipe, store: TokenStore, split: str) -> dict[int, Windows]:
+    """The split's windows by target offset, cut from the same tokens."""
+    tokens = store.tokens
+    limit = getattr(recipe.tokens, split, None)
+    if limit is not None:
+        if len(tokens) < limit:
+            raise InputError(
+                f"tokens.{split}: {limit} asked for, but corpus {recipe.corpus!r} has {len(tokens)}"
+            )
+        tokens = tokens[:limit]
+    samples = getattr(recipe.samples, split, None)
+
+    def cut(contender: Contender) -> Windows:
+        offset = recipe.target_offset_of(contender)
+        name = f"corpus {recipe.corpus!r} ({split})"
+        return Windows(
+            tokens, recipe.sequence_length, recipe.stride, offset, samples, name=name
+        )
+
+    return {recipe.target_offset_of(c): cut(c) for c in recipe.contenders}

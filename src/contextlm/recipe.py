@@ -1,0 +1,241 @@
+"""Recipes: a comparison as strict YAML, its scales and its `--set` overrides.
+
+A recipe's top level is the scale ``full``; an entry of ``scales`` is merged over it, then each
+``--set key=value``. In a scale and in ``--set`` the contenders are addressed by name, as if
+``contenders`` were a mapping; ``null`` in place of a contender leaves it out. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
+
+from contextlm.errors import InputError, unknown_name
+from contextlm.merging import FULL, mapping, merge, resolve, scales_of
+from contextlm.strict_yaml import dump, parse
+from contextlm.training.settings import PhaseOneSettings, Settings, TrainingSettings
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
+
+
+class Split(Settings):
+    """Two counts, one for each split."""
+
+    train: PositiveInt
+    validation: PositiveInt
+
+
+class EvaluationSettings(Settings):
+    """What is measured after training."""
+
+    batch_size: PositiveInt = Field(32, description="windows per batch")
+    cache_lengths: list[PositiveInt] = Field([128, 512, 2048, 8192], min_length=1)
+    speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
+
+
+class Contender(Settings):
+    """One model in a comparison."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)
+    baseline: bool = False
+    model: dict[str, JsonValue] = Field(
+        description="`type`, and fields of that architecture's config"
+    )
+    phase1: PhaseOneSettings | None = None
+    training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
+    target_offset: PositiveInt | None = Field(None, description="overrides the recipe's")
+    reported: dict[str, float] = Field({}, description="the source document's own figures")
+
+    @model_validator(mode="after")
+    def _model_has_a_type(self) -> Self:
+        if not isinstance(self.model.get("type"), str):
+            raise ValueError("model needs a 'type'")
+        return self
+
+
+class Recipe(Settings):
+    """A comparison, resolved: a baseline, other contenders, the same data and training for all."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
+    question: str
+    document: str | None = Field(None, description="the report that the setting comes from")
+    scale: str = FULL
+    corpus: str = "pydocs"
+    tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE or a folder")
+    vocab_size: PositiveInt | None = Field(
+        None, description="the models' vocabulary where it is larger than the tokenizer's"
+    )
+    sequence_length: PositiveInt = 128
+    stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
+    target_offset: PositiveInt = 1
+    documents: Split | None = Field(None, description="use only the first documents of each split")
+    tokens: Split | None = Field(None, description="use only the first tokens of each split")
+    samples: Split | None = Field(None, description="use only the first windows of each split")
+    seeds: list[Seed] = Field([0], min_length=1)
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    contenders: list[Contender] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_baseline_and_distinct_names(self) -> Self:
+        names = [contender.name for contender in self.contenders]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"contenders: {sorted(twice)[0]!r} is named twice")
+        if sum(contender.baseline for contender in self.contenders) != 1:
+            raise ValueError("contenders: exactly one must have 'baseline: true'")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: a seed is named twice")
+        for contender in self.contenders:
+            self.training_of(contender)
+        return self
+
+    @property
+    def baseline(self) -> Contender:
+        """The contender that others are compared with."""
+        return next(contender for contender in self.contenders if contender.baseline)
+
+    def training_of(self, contender: Contender) -> TrainingSettings:
+        """The recipe's training with the contender's own overrides applied."""
+        merged = merge(self.training.model_dump(), contender.training)
+        try:
+            return TrainingSettings.model_validate(merged)
+        except ValidationError as error:
+            above = ["contenders", contender.name, "training"]
+            raise ValueError(_first_problem(error, TrainingSettings, above)) from None
+
+    def target_offset_of(self, contender: Contender) -> int:
+        """How many tokens ahead the contender predicts."""
+        return contender.target_offset or self.target_offset
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    folder = resources.files("contextlm") / "recipes"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def recipe_scales(name_or_path: str) -> list[str]:
+    """The scales of a recipe in its own order, ``full`` last.
+
+    Raises:
+        InputError: unknown name, malformed YAML, or `scales` is not a mapping.
+    """
+    raw, where = _read(name_or_path)
+    return [*scales_of(raw, where), FULL]
+
+
+def load_recipe(
+    name_or_path: str,
+    *,
+    scale: str | None = None,
+    overrides: Iterable[str] = (),
+    seeds: list[int] | None = None,
+) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        name_or_path: a built-in name, or the path of a YAML file.
+        scale: ``full`` (the default) or one of the recipe's scales.
+        overrides: ``dotted.key=value`` strings; the value is YAML.
+        seeds: replace the recipe's seeds.
+
+    Raises:
+        InputError: unknown name, scale or key, malformed YAML, or a value that does not fit.
+    """
+    raw, where = _read(name_or_path)
+    try:
+        raw = resolve(raw, where, scale or FULL, overrides)
+    except RecursionError:  # YAML aliases can make a value contain itself
+        raise InputError(f"{where}: nested too deeply") from None
+    if seeds is not None:
+        raw["seeds"] = seeds
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        names = [str(contender["name"]) for contender in raw["contenders"]]
+        raise InputError(f"{where}: {_first_problem(error, Recipe, names=names)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML. Loading it gives the same recipe, its scale now ``full``."""
+    data = recipe.model_dump(mode="json", exclude={"scale"})
+    header = f"# resolved from scale {recipe.scale!r}\n"
+    return header + dump(data)
+
+
+def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
+    path = Path(name_or_path)
+    if name_or_path in builtin_recipes():
+        file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
+        text = file.read_text("utf-8")
+        where = f"recipe {name_or_path!r}"
+    elif path.suffix in {".yaml", ".yml"} or path.is_file():
+        where = str(path)
+        try:
+            text = path.read_text("utf-8-sig")
+        except OSError as error:
+            raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
+        except ValueError:  # also a name that no file can have
+            raise InputError(f"{where}: the recipe is not UTF-8 text") from None
+    else:
+        raise unknown_name("recipe", name_or_path, builtin_recipes())
+    raw = dict(mapping(parse(text, where), where))
+    if "scale" in raw:
+        raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
+    return raw, where
+
+
+def _first_problem(
+    error: ValidationError,
+    root: type[Settings],
+    above: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> str:
+    """One line for the first problem: the dotted key, what is wrong, the nearest known key.
+
+    Args:
+        error: what pydantic found.
+        root: the settings that were validated.
+        above: the keys that lead to `root`.
+        names: the contenders' names, which stand for their places in the list.
+    """
+    problem = error.errors(include_url=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    known = _fields_at(root, location[:-1])
+    if len(location) > 1 and location[0] == "contenders" and location[1].isdecimal():
+        location[1] = names[int(location[1])]
+    key = ".".join([*above, *location])
+    if problem["type"] == "extra_forbidden":
+        return str(unknown_name("key", key, [".".join([*above, *location[:-1], k]) for k in known]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "value_error":
+        message = message[:1].lower() + message[1:]
+    value = problem.get("input")
+    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool)) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _fields_at(root: type[Settings], location: list[str]) -> list[str]:
+    """Field names of the settings class that a pydantic error location points into."""
+    current = root
+    for part in location:
+        field = current.model_fields.get(part)
+        if field is None:
+            continue  # a list index
+        for candidate in _settings_in(field.annotation):
+            current = candidate
+    return list(current.model_fields)
+
+
+def _settings_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [s for arg in getattr(annotation, "__args__", ()) for s in _settings_in(arg)]

@@ -1,0 +1,1 @@
+"""Tables, plots and the page of a run. Imports evaluation.result only."""

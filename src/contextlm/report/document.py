@@ -1,0 +1,201 @@
+"""The source document's own figures beside the measured ones.
+
+A recipe's ``reported`` maps names to numbers. Known names are `val_ppl`, `val_loss`, `train_ppl`,
+`bits_per_byte`, `accuracy`, `best_epoch`, `epochs`, `parameters`, `parameters_trainable`,
+`seconds_per_epoch`, `phase1_iterations`, `phase1_converged`, `phase1_seconds`,
+`effective_rank_train`, `effective_rank_val` and `cache_kb_at_N` (`mb`, `bytes`); `validation_` may
+stand for `val_`. Accuracy, convergence and rank (as part of the width) are shares up to 1, and
+percentages above. Any other name is shown as it stands, with nothing measured beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from contextlm.report import numbers
+from contextlm.report.numbers import Stat, percent_change
+from contextlm.report.summary import SummaryRow
+
+
+@dataclass(frozen=True)
+class DocumentFigure:
+    """One figure of one contender. Texts are ready to print; changes are percent of the reference.
+
+    `measured` is None where this run has no such figure; a change is None where a percentage makes
+    no sense or the reference lacks the figure.
+    """
+
+    name: str
+    key: str
+    label: str
+    reported: str
+    measured: str | None
+    reported_change: float | None
+    measured_change: float | None
+
+
+Measure = Callable[[SummaryRow], Stat | None]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    label: str
+    measure: Measure
+    show: Callable[[float], str]
+    unit: str = ""
+    share: bool = False
+    relative: bool = False
+
+    def reported(self, value: float) -> str:
+        """The document's figure, in its own digits."""
+        if self.share:
+            return numbers.plain(100 * value if value <= 1 else value) + " %"
+        return numbers.plain(value) + self.unit
+
+
+def loss(value: float) -> str:
+    """Nats, four decimals."""
+    return numbers.decimal(value, 4)
+
+
+def epoch(value: float) -> str:
+    """An epoch or iteration: whole where it is whole."""
+    return numbers.decimal(value, 0 if value == int(value) else 1)
+
+
+def _exactly(value: float) -> Stat:
+    return Stat(mean=value, sd=None, seeds=1)
+
+
+def _rank(validation: bool) -> Measure:
+    def measure(row: SummaryRow) -> Stat | None:
+        if row.phase1 is None:
+            return None
+        rank = row.phase1.rank_validation if validation else row.phase1.rank_train
+        width = row.phase1.context_dim
+        return Stat(rank.mean / width, None if rank.sd is None else rank.sd / width, rank.seeds)
+
+    return measure
+
+
+def _iterations(row: SummaryRow) -> Stat | None:
+    return row.phase1.iterations if row.phase1 else None
+
+
+def _converged(row: SummaryRow) -> Stat | None:
+    return row.phase1.converged if row.phase1 else None
+
+
+_TRAIN_RANK = _Kind("effective rank, train", _rank(False), numbers.percent, share=True)
+_KINDS = {
+    "val_ppl": _Kind("validation PPL", lambda r: r.ppl, numbers.perplexity, relative=True),
+    "val_loss": _Kind("validation loss", lambda r: r.loss, loss, relative=True),
+    "train_ppl": _Kind(
+        "train PPL, running", lambda r: r.train_ppl_running, numbers.perplexity, relative=True
+    ),
+    "bits_per_byte": _Kind("bits per byte", lambda r: r.bits_per_byte, loss, relative=True),
+    "accuracy": _Kind("accuracy", lambda r: r.accuracy, numbers.percent, share=True),
+    "best_epoch": _Kind("best epoch", lambda r: r.best_epoch, epoch),
+    "epochs": _Kind("epochs run", lambda r: r.epochs, epoch),
+    "parameters": _Kind(
+        "parameters", lambda r: _exactly(r.parameters_total), numbers.count, relative=True
+    ),
+    "parameters_trainable": _Kind(
+        "parameters trained in phase 2",
+        lambda r: _exactly(r.parameters_trainable),
+        numbers.count,
+        relative=True,
+    ),
+    "seconds_per_epoch": _Kind(
+        "seconds an epoch", lambda r: r.seconds_per_epoch, numbers.seconds, " s", relative=True
+    ),
+    "phase1_iterations": _Kind("phase-1 iterations", _iterations, epoch),
+    "phase1_converged": _Kind("phase-1 convergence", _converged, numbers.percent, share=True),
+    "phase1_seconds": _Kind("phase-1 seconds", lambda r: r.phase1_seconds, numbers.seconds, " s"),
+    "effective_rank_train": _TRAIN_RANK,
+    "effective_rank_val": _Kind(
+        "effective rank, validation", _rank(True), numbers.percent, share=True
+    ),
+}
+_ALIASES = {
+    "parameters_total": "parameters",
+    "iterations": "phase1_iterations",
+    "converged": "phase1_converged",
+    "effective_rank": "effective_rank_train",
+}
+_UNITS = {"bytes": 1, "kb": 1024, "mb": 1024**2}
+_CACHE = re.compile(r"cache_(bytes|kb|mb)_at_(\d+)")
+
+
+def document_figures(rows: Sequence[SummaryRow]) -> list[DocumentFigure]:
+    """Every reported figure of every contender, in the recipe's order."""
+    return [
+        _figure(row, _reference(row, rows), key, value)
+        for row in rows
+        for key, value in row.reported.items()
+    ]
+
+
+def reported_value(row: SummaryRow, key: str) -> float | None:
+    """The document's figure for a contender, whichever of its names the recipe uses."""
+    return next((v for name, v in row.reported.items() if _canonical(name) == key), None)
+
+
+def reported_change(row: SummaryRow, rows: Sequence[SummaryRow], key: str) -> float | None:
+    """The document's own difference of a contender from its reference, in percent."""
+    value, other = reported_value(row, key), _reference(row, rows)
+    base = reported_value(other, key) if other else None
+    return None if value is None or base is None else percent_change(value, base)
+
+
+def _reference(row: SummaryRow, rows: Sequence[SummaryRow]) -> SummaryRow | None:
+    return next((other for other in rows if other.name == row.comparison.reference), None)
+
+
+def _canonical(key: str) -> str:
+    key = key.replace("validation", "val")
+    return _ALIASES.get(key, key)
+
+
+def _kind(key: str) -> _Kind | None:
+    cache = _CACHE.fullmatch(key)
+    if cache is None:
+        return _KINDS.get(key)
+    unit, tokens = cache[1], int(cache[2])
+    name = "bytes" if unit == "bytes" else unit.upper()
+
+    def measure(row: SummaryRow) -> Stat | None:
+        found = row.cache_at(tokens)
+        return _exactly(found.logical / _UNITS[unit]) if found else None
+
+    def show(value: float) -> str:
+        return f"{numbers.decimal(value, 0 if unit == 'bytes' else 1)} {name}"
+
+    label = f"cache at {numbers.count(tokens)} tokens"
+    return _Kind(label, measure, show, f" {name}", relative=True)
+
+
+def _figure(
+    row: SummaryRow, reference: SummaryRow | None, key: str, value: float
+) -> DocumentFigure:
+    kind = _kind(_canonical(key))
+    if kind is None:
+        label = key.replace("_", " ")
+        return DocumentFigure(row.name, key, label, numbers.plain(value), None, None, None)
+    measured = kind.measure(row)
+    base = kind.measure(reference) if reference and kind.relative else None
+    return DocumentFigure(
+        name=row.name,
+        key=key,
+        label=kind.label,
+        reported=kind.reported(value),
+        measured=numbers.with_deviation(measured, kind.show) if measured else None,
+        reported_change=(
+            reported_change(row, [row, reference], _canonical(key))
+            if reference and kind.relative
+            else None
+        ),
+        measured_change=percent_change(measured.mean, base.mean) if measured and base else None,
+    )

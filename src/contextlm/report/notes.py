@@ -1,0 +1,106 @@
+"""What a reader must know before believing the tables, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from contextlm.evaluation.result import Run
+from contextlm.report import numbers
+from contextlm.report.frontier import comparable_groups
+from contextlm.report.numbers import amount
+from contextlm.report.summary import SummaryRow
+
+FULL = "full"
+MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched
+
+
+def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
+    """The notes of a report; empty if there is nothing to beware of."""
+    return [
+        *_scale_notes(rows),
+        *_missing_notes(runs),
+        *_comparison_notes(rows),
+        *_size_notes(rows),
+        *_length_notes(rows),
+    ]
+
+
+def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    found = []
+    for scale in dict.fromkeys(row.scale for row in rows if row.scale != FULL):
+        if any(row.reported for row in rows if row.scale == scale):
+            found.append(
+                f"Measured at scale {scale}; the document's figures are for its own setting, "
+                "so compare the differences from the baseline rather than the figures themselves."
+            )
+        else:
+            found.append(f"Measured at scale {scale}, not at the recipe's full setting.")
+    return found
+
+
+def _missing_notes(runs: Sequence[Run]) -> list[str]:
+    missing = []
+    for run in runs:
+        done = {(o.result.contender, o.result.seed) for o in run.outcomes}
+        for contender in run.recipe.get("contenders", []):
+            name = str(contender.get("name"))
+            seeds = [s for s in run.recipe.get("seeds", [0]) if (name, s) not in done]
+            if seeds:
+                plural = "seed" if len(seeds) == 1 else "seeds"
+                missing.append(f"{name} ({plural} {', '.join(map(str, seeds))})")
+    return [f"Not finished, and so not shown: {'; '.join(missing)}."] if missing else []
+
+
+def _comparison_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    found = []
+    groups = comparable_groups(rows)
+    for group in groups:
+        if len({row.corpus.train_tokens for row in group}) > 1:
+            found.append(f"{_names(group)} were trained on different numbers of tokens.")
+        if len({row.precision for row in group}) > 1:
+            found.append(f"{_names(group)} were trained in different precisions.")
+    if len({group[0].corpus.model_dump_json() for group in groups}) > 1:
+        found.append(
+            "The runs differ in data, tokenizer or window; perplexities are compared only "
+            "between contenders that share them."
+        )
+    for row in rows:
+        reference = row.comparison.reference
+        if row.target_offset > 1:
+            beside = f"; it is compared with {reference}" if reference else ""
+            found.append(
+                f"{row.name} predicts the token {row.target_offset} ahead, which is harder than "
+                f"the next one{beside}."
+            )
+        alone = reference is None and not row.baseline
+        if alone and not any(other.comparison.reference == row.name for other in rows):
+            found.append(f"{row.name} has no baseline result to be compared with.")
+    return found
+
+
+def _size_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    found = []
+    for row in rows:
+        change = row.comparison.parameters
+        if change is not None and abs(change) > MATCHED_PERCENT:
+            found.append(
+                f"{row.name} has {amount(change)} {'more' if change > 0 else 'fewer'} parameters "
+                f"than {row.comparison.reference}: the two are not matched in size."
+            )
+    return found
+
+
+def _length_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    longest = max((cache.tokens for row in rows for cache in row.cache), default=0)
+    found = []
+    for row in rows:
+        reach = max((cache.tokens for cache in row.cache), default=0)
+        if reach < longest:
+            measured = f"up to {numbers.count(reach)}" if reach else "at none of the lengths"
+            head = f"{row.name} stops short of {numbers.count(longest)} tokens"
+            found.append(f"{head}: its cache was measured {measured}.")
+    return found
+
+
+def _names(rows: Sequence[SummaryRow]) -> str:
+    return ", ".join(row.name for row in rows)

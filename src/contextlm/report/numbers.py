@@ -1,0 +1,130 @@
+"""How the report writes numbers: perplexities, bytes, percentages, means with their deviation.
+
+Text only; nothing here knows what a run is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+ABSENT = "–"  # noqa: RUF001 - the dash that stands for "no such figure", in every table
+_UNITS = ("KB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over seeds and its sample standard deviation (ddof=1); one seed has none."""
+
+    mean: float
+    sd: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Stat:
+        """The mean and deviation of one value per seed.
+
+        Raises:
+            ValueError: there are no values.
+        """
+        known = [float(value) for value in values]
+        if not known:
+            raise ValueError("no values to summarise")
+        finite = all(math.isfinite(value) for value in known)
+        sd = stdev(known) if len(known) > 1 and finite else None
+        return cls(mean=fmean(known), sd=sd, seeds=len(known))
+
+
+def percent_change(value: float, base: float) -> float | None:
+    """By how many percent `value` lies above (+) or below (-) `base`; None without a sound base."""
+    if not (math.isfinite(value) and math.isfinite(base)) or base <= 0:
+        return None
+    return 100 * (value / base - 1)
+
+
+def decimal(value: float, places: int) -> str:
+    """A number with thousands separators and a fixed count of decimals."""
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{value:,.{places}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def count(value: float) -> str:
+    """A whole number with thousands separators."""
+    return decimal(value, 0)
+
+
+def perplexity(value: float) -> str:
+    """One decimal, two below 10."""
+    return decimal(value, 2 if round(value, 2) < 10 else 1)
+
+
+def rate(value: float) -> str:
+    """Tokens per second: whole from 100, one decimal below."""
+    return decimal(value, 0 if value >= 100 else 1)
+
+
+def seconds(value: float) -> str:
+    """Seconds, one decimal from 10, two below."""
+    return decimal(value, 1 if value >= 10 else 2) + " s"
+
+
+def percent(share: float) -> str:
+    """A share in 0..1 as a percentage with one decimal."""
+    return decimal(100 * share, 1) + " %"
+
+
+def signed_percent(change: float | None) -> str:
+    """A percentage with its sign and one decimal; zero has no sign, None is a dash."""
+    if change is None:
+        return ABSENT
+    text = decimal(change, 1)
+    return f"{'+' if change > 0 and float(text.replace(',', '')) != 0 else ''}{text} %"
+
+
+def amount(change: float) -> str:
+    """The size of a difference in percent, without its sign."""
+    size = abs(change)
+    return "less than 0.1 %" if round(size, 1) == 0 else f"{decimal(size, 1)} %"
+
+
+def plain(value: float) -> str:
+    """A number as it was given, with thousands separators."""
+    return f"{value:,.10g}"
+
+
+def human_bytes(size: float) -> str:
+    """Bytes in the largest unit that leaves at least one; 1 KB = 1024 bytes."""
+    if size < 1024:
+        return f"{count(size)} B"
+    unit = min(int(math.log2(size)) // 10, len(_UNITS))
+    if round(size / 1024**unit, 1) >= 1024 and unit < len(_UNITS):
+        unit += 1
+    return f"{decimal(size / 1024**unit, 1)} {_UNITS[unit - 1]}"
+
+
+def with_deviation(stat: Stat | None, show: Callable[[float], str] = perplexity) -> str:
+    """``97.9 ± 0.4``, or ``97.9`` alone with one seed; None is a dash.
+
+    The deviation has the mean's decimals, and up to three more where it would read zero.
+    """
+    if stat is None:
+        return ABSENT
+    text = show(stat.mean)
+    if stat.sd is None:
+        return text
+    number, space, unit = text.partition(" ")
+    places = len(number.partition(".")[2])
+    scale = 100 if unit == "%" else 1
+    deviation = stat.sd * scale
+    if deviation > 10.0 ** -(places + 3) and round(deviation, places) == 0:
+        places = -math.floor(math.log10(deviation))
+    return f"{number} ± {decimal(deviation, places)}{space}{unit}"
+
+
+def seeds_text(number: int) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return "1 seed" if number == 1 else f"{number} seeds"

@@ -1,0 +1,157 @@
+"""The report of one or several runs: ``report.md``, ``report.html`` and the two plots.
+
+The HTML is one self-contained file without scripts. Both texts come from templates that hold words
+only: every figure, and every sentence with one, is computed from the results.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from contextlm.errors import InputError
+from contextlm.evaluation.result import Run
+from contextlm.files import atomic_open, write_text
+from contextlm.report import details, plots, tables, words
+from contextlm.report.notes import notes
+from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
+from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
+
+
+@dataclass(frozen=True)
+class _RunPart:
+    """What the page says about one run alone."""
+
+    label: str
+    settings: Table
+    contenders: Table
+    environment: Table
+
+
+def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
+    """Write the report of `runs` into `folder`, each file whole or not at all.
+
+    Args:
+        runs: usually one, with ``folder == run.folder``. Several are compared with each other;
+            contenders whose names clash get their run folder's name in front.
+        folder: made if it does not exist; earlier reports in it are replaced.
+
+    Returns:
+        The paths by file name: ``report.md``, ``report.html``, ``curves.png``, ``frontier.png``.
+
+    Raises:
+        InputError: there is no run, or a run in which no contender has finished.
+    """
+    if not runs:
+        raise InputError("report: no run was given")
+    for run in runs:
+        if not run.outcomes:
+            raise InputError(f"{run.folder}: no contender has finished, nothing to report")
+    rows = summarise_runs(runs)
+    pictures = {
+        "curves.png": plots.png(plots.curves_figure(rows)),
+        "frontier.png": plots.png(plots.frontier_figure(rows)),
+    }
+    facts = _facts(runs, rows)
+    embedded = {name: _data_uri(picture) for name, picture in pictures.items()}
+    texts = {
+        "report.md": render_markdown({**facts, "images": {name: name for name in pictures}}),
+        "report.html": render_html({**facts, "images": embedded}),
+    }
+    for name, picture in pictures.items():
+        with atomic_open(folder / name, "wb") as stream:
+            stream.write(picture)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return {name: folder / name for name in (*texts, *pictures)}
+
+
+def render_html(facts: dict[str, Any]) -> str:
+    """The HTML page; whatever is not marked up by the template itself is escaped."""
+    return _environment(autoescape=True).get_template("report.html.j2").render(facts)
+
+
+def render_markdown(facts: dict[str, Any]) -> str:
+    """The Markdown page; whatever is not marked up by the template itself is escaped."""
+    environment = _environment(autoescape=False, finalize=_escape_unless_marked)
+    environment.filters["table"] = lambda table: Markup(markdown_table(table))
+    return environment.get_template("report.md.j2").render(facts)
+
+
+def _environment(
+    *, autoescape: bool, finalize: Callable[[object], object] | None = None
+) -> Environment:
+    return Environment(
+        loader=PackageLoader("contextlm.report"),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _escape_unless_marked(value: object) -> object:
+    return value if isinstance(value, Markup) else escape_markdown(value)
+
+
+def _data_uri(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+
+
+def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
+    """All that the templates may show."""
+    measured = [
+        tables.quality_table(rows),
+        tables.training_table(rows),
+        tables.phase1_table(rows),
+        tables.cache_table(rows),
+        tables.speed_table(rows),
+    ]
+    parts = [
+        _RunPart(
+            label,
+            details.settings_table(run),
+            details.contenders_table(run),
+            details.environment_table(run),
+        )
+        for run, label in zip(runs, run_labels(runs), strict=True)
+    ]
+    return {
+        "title": " · ".join(dict.fromkeys(_said(run, "name") or run.folder.name for run in runs)),
+        "questions": _distinct(runs, "question"),
+        "documents": _distinct(runs, "document"),
+        "answer": words.answer(rows),
+        "verdicts": words.verdicts(rows),
+        "notes": notes(runs, rows),
+        "main": tables.main_table(rows),
+        "document_table": tables.document_table(rows),
+        "measured": [table for table in measured if table is not None],
+        "data": details.data_table(rows),
+        "runs": parts,
+        "histories": [(row.name, details.history_tables(row)) for row in rows],
+        "curves_alt": words.curves_alt(rows),
+        "frontier_alt": words.frontier_alt(rows),
+        "kinds": _kinds,
+    }
+
+
+def _kinds(table: Table, row: tuple[str, ...]) -> list[tuple[Column, str]]:
+    """The cells of a row after the first, each with its column."""
+    return list(zip(table.columns[1:], row[1:], strict=True))
+
+
+def _said(run: Run, key: str) -> str:
+    value = run.recipe.get(key)
+    return "" if value is None else str(value)
+
+
+def _distinct(runs: Sequence[Run], key: str) -> list[str]:
+    return [text for text in dict.fromkeys(_said(run, key) for run in runs) if text]

@@ -1,0 +1,306 @@
+"""Phase 2: next-token training on transformers' `Trainer`, in the documents' protocols.
+
+What differs from the Trainer's defaults, and why: targets come shifted from the data, so that all T
+positions of a window are trained and `target_offset` is a matter of data; evaluation is a function
+that the caller supplies, exact over tokens; optimiser groups and schedules are the recipe's; a
+loss that is not finite stops the run instead of being hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from contextlm.errors import RunError
+from contextlm.training.optimisation import build_optimizer, build_schedule
+from contextlm.training.settings import TrainingSettings
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch. Losses in nats per token; `seconds` without the evaluation."""
+
+    number: int
+    train_loss: float
+    validation_loss: float
+    accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class NextTokenOutcome:
+    """How phase 2 ended; the model holds the weights of `best_epoch`."""
+
+    epochs: list[Epoch]
+    best_epoch: int
+
+
+class Watcher(Protocol):
+    """Told about the steps and epochs as they happen."""
+
+    def on_epoch_begin(self, number: int, steps: int) -> None:
+        """An epoch of `steps` optimiser steps begins."""
+
+    def on_step(self) -> None:
+        """One optimiser step is done."""
+
+    def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
+        """An epoch was trained and evaluated."""
+
+
+# Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+def next_token_loss(
+    outputs: CausalLMOutputWithPast, labels_BT: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy against targets that are shifted already.
+
+    Args:
+        outputs: with logits ``[B, T, V]``.
+        labels_BT: the target of each position; -100 is ignored.
+        num_items_in_batch: targets in all micro-batches of this step; None: of this one.
+
+    Returns:
+        A scalar in nats per token.
+    """
+    logits_NV = outputs.logits.flatten(0, 1).float()
+    labels_N = labels_BT.flatten()
+    total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+    return total / ((labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def train_next_token(
+    model: PreTrainedModel,
+    train: Dataset[dict[str, Tensor]],
+    settings: TrainingSettings,
+    evaluate: Evaluate,
+    *,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    folder: Path,
+    watcher: Watcher,
+) -> NextTokenOutcome:
+    """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
+
+    Args:
+        model: to train in place; only parameters that require gradients change.
+        train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already.
+        settings: optimiser, schedule, batch size, stopping rule.
+        evaluate: called after each epoch.
+        seed: of shuffling and dropout.
+        device: where to compute.
+        precision: ``float32`` or ``bfloat16`` (autocast).
+        folder: for the working checkpoints.
+        watcher: is told about progress.
+
+    Raises:
+        RunError: the loss is not finite; the message names the step.
+        InputError: a parameter group matches nothing.
+    """
+    arguments = _arguments(settings, seed, device, precision, folder)
+    recorder = _Recorder(watcher)
+    callbacks: list[TrainerCallback] = [recorder]
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+    trainer = _NextTokenTrainer(model, arguments, train, settings, evaluate, callbacks)
+    trainer.train()
+    losses = [epoch.validation_loss for epoch in recorder.epochs]
+    return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
+
+
+def _arguments(
+    settings: TrainingSettings, seed: int, device: torch.device, precision: str, folder: Path
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=max(1, settings.batch_size // settings.accumulation),
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        max_grad_norm=settings.clip or 0.0,
+        train_sampling_strategy="random" if settings.shuffle else "sequential",
+        dataloader_drop_last=settings.drop_last,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        bf16=precision == "bfloat16",
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    # One process trains on one device; several GPUs are used by several processes, never by
+    # DataParallel inside one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _NextTokenTrainer(Trainer):
+    """Trainer with the recipe's optimiser and schedule, and evaluation by the caller's function."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        train: Dataset[dict[str, Tensor]],
+        settings: TrainingSettings,
+        evaluate: Evaluate,
+        callbacks: list[TrainerCallback],
+    ):
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=train,
+            eval_dataset=train,  # never read: `evaluate` below has its own data
+            compute_loss_func=next_token_loss,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        # The loss is computed here, so the model need not be handed the count of targets.
+        self.model_accepts_loss_kwargs = False
+        self.settings = settings
+        self.evaluate_model = evaluate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimiser and parameter groups."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.settings)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The recipe's schedule."""
+        if self.lr_scheduler is None:
+            steps_per_epoch = num_training_steps // self.settings.epochs
+            self.lr_scheduler = build_schedule(
+                optimizer or self.optimizer, self.settings, steps_per_epoch
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the weights under the names that the model itself uses.
+
+        `save_pretrained` gives some an older name (GPT-NeoX's head becomes ``embed_out``), but the
+        Trainer reads its checkpoints back without translating, and would leave those weights as the
+        last epoch left them.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; a loss that is not finite ends the run before it spoils the weights."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise RunError(
+                f"the training loss is {loss.item()} at step {self.state.global_step + 1}: "
+                "lower training.learning_rate or set training.clip"
+            )
+        return loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Call the caller's function and tell the callbacks (early stopping, best weights)."""
+        measured = self.evaluate_model(self.model)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class _Recorder(TrainerCallback):
+    """Collects and times epochs; stops at a validation loss that is not finite."""
+
+    def __init__(self, watcher: Watcher):
+        self.watcher = watcher
+        self.epochs: list[Epoch] = []
+        self._started = 0.0
+        self._seconds = 0.0
+        self._train_loss = math.nan
+        self._learning_rate = 0.0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = max(1, state.max_steps // int(args.num_train_epochs))
+        self.watcher.on_epoch_begin(len(self.epochs) + 1, steps)
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.watcher.on_step()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seconds = time.perf_counter() - self._started
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self._train_loss = logs["loss"]
+            self._learning_rate = logs["learning_rate"]
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        metrics = kwargs["metrics"]
+        if not math.isfinite(metrics["eval_loss"]):
+            raise RunError(
+                f"the validation loss is {metrics['eval_loss']} after step {state.global_step}"
+            )
+        epoch = Epoch(
+            number=len(self.epochs) + 1,
+            train_loss=self._train_loss,
+            validation_loss=metrics["eval_loss"],
+            accuracy=metrics["eval_accuracy"],
+            learning_rate=self._learning_rate,
+            seconds=self._seconds,
+        )
+        best = all(epoch.validation_loss < earlier.validation_loss for earlier in self.epochs)
+        self.epochs.append(epoch)
+        self.watcher.on_epoch_end(epoch, best)

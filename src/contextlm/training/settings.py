@@ -1,0 +1,86 @@
+"""What a recipe may say about training. Pydantic only: a recipe is checked without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of every group of settings, which never change once made.
+
+    An unknown key is an error, and so is a value of another type (`true` or `3.0` for a count,
+    ``"3e-4"`` in quotes for a rate) or one that is not finite.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PhaseOneSettings(Settings):
+    """Context training by origin-anchored centroid dispersion (OACD), see `training.oacd`."""
+
+    learning_rate: PositiveFloat = 0.002
+    noise: NonNegativeFloat = Field(
+        0.1, description="standard deviation added to the contexts that are fed back"
+    )
+    stop_at: float = Field(
+        0.90, gt=0, le=1, description="stop at this share of converged positions"
+    )
+    max_iterations: PositiveInt = Field(60, description="the random start counts as the first")
+    batch_size: PositiveInt = Field(5000, description="positions per batch")
+    threshold: PositiveFloat = Field(
+        0.03, description="a position has converged when its mean squared change is below this"
+    )
+    mean_weight: NonNegativeFloat = Field(0.1, description="weight of ||mean||^2 in the loss")
+    clip: PositiveFloat = Field(2.0, description="largest gradient norm")
+
+
+class ParameterGroup(Settings):
+    """Parameters whose names match get their own learning rate or weight decay."""
+
+    match: str = Field(description="shell pattern on parameter names, e.g. '*.dca.*'")
+    learning_rate: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+
+
+class TrainingSettings(Settings):
+    """Next-token training (phase 2), see `training.next_token`."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.01
+    decay: Literal["all", "matrices"] = Field(
+        "all", description="which parameters decay; 'matrices' spares vectors (norms and biases)"
+    )
+    # Not strict, so that a recipe's list becomes a tuple.
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), strict=False)
+    batch_size: PositiveInt = Field(32, description="windows per optimiser step")
+    accumulation: PositiveInt = Field(1, description="micro-batches that make up one batch")
+    epochs: PositiveInt = Field(10, description="at most this many")
+    patience: PositiveInt | None = Field(
+        1, description="stop after this many epochs without a better validation loss; null: never"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_unit: Literal["step", "epoch"] = "step"
+    warmup: NonNegativeInt = Field(0, description="in units of the schedule")
+    minimum_ratio: float = Field(
+        0.0, ge=0, le=1, description="the cosine schedule ends at this share of the learning rate"
+    )
+    clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
+    shuffle: bool = True
+    drop_last: bool = Field(False, description="drop a last incomplete batch")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="autocast type; auto: bfloat16 where the machine is faster with it"
+    )
+    parameter_groups: list[ParameterGroup] = []

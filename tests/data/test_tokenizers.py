@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up_corpus import make_corpus
+
+from contextlm.data import tokenizers as ours
+from contextlm.data.corpus import Corpus
+from contextlm.data.tokenizers import (
+    END_OF_TEXT,
+    encode,
+    known_vocab_size,
+    load_tokenizer,
+    tokenizer_hash,
+    train_bpe,
+    vocab_entries,
+)
+from contextlm.errors import InputError, RunError
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "  two spaces , and a comma .",
+    "emoji 😀👩‍👩‍👧 ☕",
+    "\r\n\t\0\x7f\x85\u2028\ufeff\ufffd",
+    "é e\u0301 ﬁ 中文 العربية",
+    "\U0010ffff" * 3,
+    "x" * 5000,
+    f"a {END_OF_TEXT} b",
+]
+
+_BPE = ours._wrap(train_bpe(["some few words", "and some more"], 270), END_OF_TEXT)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=200, deadline=None)
+def test_bpe_gives_every_text_back(text: str) -> None:
+    assert _BPE.decode(encode(_BPE, [text])[0]) == text
+
+
+def test_bpe_gives_odd_texts_back(tokenizer: Any) -> None:
+    ids = encode(tokenizer, ODD_TEXTS)
+    assert [tokenizer.decode(row) for row in ids] == ODD_TEXTS
+    assert ids[0] == []
+    assert max(max(row) for row in ids if row) < vocab_entries(tokenizer) <= 300
+
+
+def test_bpe_learns_from_the_train_documents_only(tmp_path: Path) -> None:
+    corpus = make_corpus(["abcabcabc " * 20], ["xyzxyzxyz " * 20])
+    vocabulary = load_tokenizer("bpe:262", corpus, tmp_path).get_vocab()
+    assert "abc" in vocabulary
+    assert "xyz" not in vocabulary
+
+
+def test_bpe_is_the_same_each_time(corpus: Corpus) -> None:
+    first, second = (train_bpe(corpus.train, 290).to_str() for _ in range(2))
+    assert first == second
+
+
+def test_the_end_of_text_also_begins_and_pads(tokenizer: Any) -> None:
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END_OF_TEXT
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer.is_fast
+
+
+def test_a_trained_bpe_is_kept_and_reused(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    first = load_tokenizer("bpe:280", corpus, cache)
+    (file,) = (cache / "tokenizers").iterdir()
+    whole = file.read_bytes()
+
+    def untrained(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "train_bpe", untrained)
+        assert load_tokenizer("bpe:280", corpus, cache).get_vocab() == first.get_vocab()
+        for spec, other in (("bpe:281", corpus), ("bpe:280", make_corpus(["other"]))):
+            with pytest.raises(AssertionError, match="trained again"):
+                load_tokenizer(spec, other, cache)
+    file.write_bytes(whole[: len(whole) // 2])
+    load_tokenizer("bpe:280", corpus, cache)
+    assert file.read_bytes() == whole, "a damaged file is made anew, byte for byte"
+
+
+def test_no_length_is_too_long(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer("bpe:257", corpus, tmp_path)
+    tokenizer.model_max_length = 4
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    before = tokenizer_hash(tokenizer)
+    assert len(encode(tokenizer, ["a" * 100])[0]) == 100
+    assert not caplog.records
+    assert tokenizer_hash(tokenizer) == before, "truncation is no part of what a tokenizer is"
+
+
+def test_the_hash_tells_tokenizers_apart(corpus: Corpus, tmp_path: Path) -> None:
+    hashes = {tokenizer_hash(load_tokenizer(f"bpe:{n}", corpus, tmp_path)) for n in (257, 258, 257)}
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["a saved tokenizer", "tokenizer.json only"])
+def test_a_folder(tokenizer: Any, corpus: Corpus, tmp_path: Path, saved: bool) -> None:
+    folder = tmp_path / "mine"
+    if saved:
+        tokenizer.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+    again = load_tokenizer(str(folder), corpus, tmp_path)
+    assert encode(again, ODD_TEXTS) == encode(tokenizer, ODD_TEXTS)
+    assert [again.decode(row) for row in encode(again, ODD_TEXTS)] == ODD_TEXTS
+    assert (again.eos_token_id, again.pad_token_id) == (0, 0)
+    assert known_vocab_size(str(folder)) == vocab_entries(tokenizer)
+
+
+def test_named_tokenizers_come_from_the_local_folder_first(
+    tokenizer: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tokenizers" / "gpt2"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+    monkeypatch.setenv("CONTEXTLM_DATA", str(tmp_path))
+    assert load_tokenizer("gpt2", corpus, tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_named_tokenizers_come_from_the_hub_else(
+    tokenizer: Any, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+    asked = []
+
+    def download(repository: str, name: str, local_files_only: bool) -> str:
+        asked.append((repository, name, local_files_only))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load_tokenizer("pythia", corpus, tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert asked == [("EleutherAI/pythia-70m", "tokenizer.json", False)]
+
+
+def test_without_a_network_one_line_says_what_to_do(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, name: str, local_files_only: bool) -> str:
+        assert local_files_only
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(RunError, match=r"tokenizer 'gpt2': the hub .* could not be reached.*bpe:S"):
+        load_tokenizer("gpt2", corpus, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("bpe:256", "at least 257"),
+        ("bpe:", "whole number"),
+        ("bpe", "whole number"),
+        ("bpe:-5", "whole number"),
+        ("bpe:4k", "whole number"),
+        ("bpe:٣٠٠", "whole number"),
+        ("bpe:" + "9" * 5000, "whole number"),
+        ("gtp2", "did you mean 'gpt2'"),
+        ("no/such/folder", "no such folder"),
+        ("", "unknown tokenizer"),
+    ],
+)
+def test_a_bad_spec_is_named(corpus: Corpus, tmp_path: Path, spec: str, reason: str) -> None:
+    for call in (lambda: known_vocab_size(spec), lambda: load_tokenizer(spec, corpus, tmp_path)):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert repr(spec) in str(caught.value)
+        assert reason in str(caught.value)
+
+
+def test_a_bad_folder_is_named(tokenizer: Any, corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+
+    def problem() -> str:
+        with pytest.raises(InputError) as caught:
+            load_tokenizer(str(folder), corpus, tmp_path)
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "holds no tokenizer.json" in problem()
+    assert known_vocab_size(str(folder)) is None
+    file = folder / "tokenizer.json"
+    for text in ("{", "[]", '{"model": 1}'):
+        file.write_text(text, "utf-8")
+        assert "not a tokenizer" in problem()
+    state = tokenizer.backend_tokenizer.to_str().replace(END_OF_TEXT, "<other>")
+    file.write_text(state, "utf-8")
+    assert "has no end-of-text entry" in problem()
+    shutil.copy(file, folder / "tokenizer_config.json")
+    file.unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Nonesuch"}))
+    assert "cannot be loaded" in problem()
+
+
+def test_known_sizes_need_nothing_loaded() -> None:
+    assert [known_vocab_size(spec) for spec in ("gpt2", "pythia", "bpe:4096")] == [
+        50257,
+        50277,
+        4096,
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "false"), ("0", "0"), ("true", "true")])
+def test_parallelism_is_left_off_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.setattr(ours, "_variables_set_here", set())
+    monkeypatch.setenv(name, before or "")
+    if before is None:
+        monkeypatch.delenv(name)
+    for _ in range(2):
+        with ours.parallel_tokenizers():
+            assert os.environ[name] == (before or "true")
+        assert os.environ[name] == after

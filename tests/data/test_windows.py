@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from contextlm.data.windows import Windows
+from contextlm.errors import InputError
+
+
+def naive(tokens: list[int], length: int, stride: int, offset: int) -> list[tuple[list[int], ...]]:
+    """Every window that has all its inputs and targets, one token at a time."""
+    found = []
+    start = 0
+    while start + length - 1 + offset < len(tokens):
+        inputs = [tokens[start + j] for j in range(length)]
+        labels = [tokens[start + j + offset] for j in range(length)]
+        found.append((inputs, labels))
+        start += stride
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 63, 100, 129, 130, 257, 1000])
+@pytest.mark.parametrize("length", [1, 7, 63, 128])
+@pytest.mark.parametrize("stride", [1, 5, None, 129])
+@pytest.mark.parametrize("offset", [1, 2])
+def test_windows_equal_the_naive_loop(
+    count: int, length: int, stride: int | None, offset: int
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, 60_000, count).astype(np.uint16)
+    expected = naive(tokens.tolist(), length, stride or length, offset)
+    if not expected:
+        with pytest.raises(InputError, match=f"{count} tokens, and one window needs"):
+            Windows(tokens, length, stride, offset)
+        return
+    windows = Windows(tokens, length, stride, offset)
+    assert [(w["input_ids"].tolist(), w["labels"].tolist()) for w in windows] == expected
+    assert len(windows) == len(expected)
+    assert windows.tokens_covered == (len(expected) - 1) * (stride or length) + length + 1
+    assert windows.stream().tolist() == tokens[: windows.tokens_covered].tolist()
+
+
+def test_items_are_int64_copies_of_large_ids() -> None:
+    tokens = np.array([0, 65_535, 7, 65_534], dtype=np.uint16)
+    item = Windows(tokens, 3)[0]
+    assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
+    assert item["labels"].tolist() == [65_535, 7, 65_534]
+    item["input_ids"][0] = 5
+    assert tokens[0] == 0
+
+
+def test_samples_of_129_tokens_do_not_overlap() -> None:
+    windows = Windows(np.arange(129 * 5, dtype=np.uint32), 128, stride=129)
+    assert len(windows) == 5
+    assert windows.tokens_covered == 129 * 5
+    assert [int(window["input_ids"][0]) for window in windows] == [0, 129, 258, 387, 516]
+    assert [int(window["labels"][-1]) for window in windows] == [128, 257, 386, 515, 644]
+
+
+def test_samples_limits_the_windows_and_what_they_cover() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    one, two = (Windows(tokens, 16, target_offset=k, samples=10) for k in (1, 2))
+    assert len(one) == len(two) == 10
+    assert one.tokens_covered == two.tokens_covered == 161
+    assert int(two[9]["labels"][-1]) == 161
+
+
+def test_too_few_tokens_are_named() -> None:
+    tokens = np.arange(100, dtype=np.uint16)
+    with pytest.raises(InputError, match="pydocs is too small: 100 tokens make 6 windows, 7 "):
+        Windows(tokens, 16, samples=7, name="pydocs")
+    with pytest.raises(InputError, match="100 tokens, and one window needs 102"):
+        Windows(tokens, 100, target_offset=2)
+
+
+@pytest.mark.parametrize("key", ["sequence_length", "stride", "target_offset", "samples"])
+def test_values_below_one_are_named(key: str) -> None:
+    with pytest.raises(InputError, match=f"{key} must be at least 1, got 0"):
+        Windows(np.arange(9), **{"sequence_length": 4, key: 0})
+
+
+def test_indexing_is_a_sequences() -> None:
+    windows = Windows(np.arange(10), 3)
+    assert windows[-1]["input_ids"].tolist() == windows[2]["input_ids"].tolist() == [6, 7, 8]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+def test_a_data_loader_stacks_them() -> None:
+    batch = next(iter(DataLoader(Windows(np.arange(100), 8), batch_size=4)))
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, 8)
+    assert torch.equal(batch["labels"], batch["input_ids"] + 1)
