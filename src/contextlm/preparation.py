@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
-from contextlm.data.tokenizers import known_vocab_size, load_tokenizer
+from contextlm.data.tokenizers import known_vocab_size, load_tokenizer, vocab_entries
 from contextlm.data.windows import Windows
 from contextlm.errors import InputError
 from contextlm.evaluation.result import CorpusFacts
@@ -108,7 +108,9 @@ def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
 
 
 def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
-    size = len(tokenizer)
+    # A BPE trained on a small corpus may end with fewer entries than were asked for; the model has
+    # the size that was asked for, as `contextlm params` says.
+    size = max(vocab_entries(tokenizer), known_vocab_size(recipe.tokenizer) or 0)
     if recipe.vocab_size is None:
         return size
     if recipe.vocab_size < size:

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import make_corpus
 
+from contextlm.data import parallelism
 from contextlm.data import tokenizers as ours
+from contextlm.data.bpe import END_OF_TEXT, train_bpe
 from contextlm.data.corpus import Corpus
 from contextlm.data.tokenizers import (
-    END_OF_TEXT,
     encode,
     known_vocab_size,
     load_tokenizer,
     tokenizer_hash,
-    train_bpe,
     vocab_entries,
 )
 from contextlm.errors import InputError, RunError
@@ -62,6 +62,14 @@ def test_bpe_learns_from_the_train_documents_only(tmp_path: Path) -> None:
 def test_bpe_is_the_same_each_time(corpus: Corpus) -> None:
     first, second = (train_bpe(corpus.train, 290).to_str() for _ in range(2))
     assert first == second
+
+
+def test_an_endless_word_is_learnt_from_in_parts(tmp_path: Path) -> None:
+    corpus = make_corpus(["ab" * 100_000, " " * 5000])
+    tokenizer = load_tokenizer("bpe:270", corpus, tmp_path)
+    assert "abab" in tokenizer.get_vocab()
+    ids = encode(tokenizer, corpus.train)
+    assert [tokenizer.decode(row) for row in ids] == list(corpus.train)
 
 
 def test_the_end_of_text_also_begins_and_pads(tokenizer: Any) -> None:
@@ -224,11 +232,11 @@ def test_parallelism_is_left_off_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
 ) -> None:
     name = "TOKENIZERS_PARALLELISM"
-    monkeypatch.setattr(ours, "_variables_set_here", set())
+    monkeypatch.setattr(parallelism, "_variables_set_here", set())
     monkeypatch.setenv(name, before or "")
     if before is None:
         monkeypatch.delenv(name)
     for _ in range(2):
-        with ours.parallel_tokenizers():
+        with parallelism.parallel_tokenizers():
             assert os.environ[name] == (before or "true")
         assert os.environ[name] == after

@@ -211,3 +211,15 @@ def run(three_seeds: list[Outcome], tmp_path: Path) -> Run:
 def made() -> Callable[..., Outcome]:
     """`outcome`, for tests that need their own."""
     return outcome
+
+
+@pytest.fixture
+def run_of() -> Callable[..., Run]:
+    """`make_run`, for tests that need their own."""
+    return make_run
+
+
+@pytest.fixture
+def on_disk() -> Callable[[Run], None]:
+    """`save`: the run as a folder."""
+    return save

@@ -80,14 +80,12 @@ def print_table(
 
 def print_comparison(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table of contenders, turned on its side where the terminal is too narrow for it."""
-    turned = list(zip(columns, *rows, strict=True))
-    upright = [columns, *rows]
-    if (
-        sys.stdout.isatty()
-        and _width(turned) < _width(upright) > shutil.get_terminal_size().columns
-    ):
-        upright = turned
-    print_table(upright[0], upright[1:])
+    lines: list[Sequence[str]] = [columns, *rows]
+    turned: list[Sequence[str]] = [list(column) for column in zip(*lines, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
+    if _width(turned) < _width(lines) > room:
+        lines = turned
+    print_table(lines[0], lines[1:])
 
 
 def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:

@@ -50,14 +50,15 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _discard_stdout_if_broken()
+        _settle_stdout()
         _say("contextlm: interrupted")
         return INTERRUPTED
     except Exception as error:  # the command's outermost frame: no traceback may escape it
-        if _discard_stdout_if_broken() and isinstance(error, BrokenPipeError):
-            return FAULT
+        _settle_stdout()
         if debug:
             traceback.print_exc()
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
+            return FAULT
         code, message = explain(error)
         _say(f"contextlm: error: {one_line(message)}")
         return code
@@ -140,8 +141,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _discard_stdout_if_broken() -> bool:
-    """Whether stdout can no longer be written; if so, keep the interpreter from trying at exit."""
+def _settle_stdout() -> None:
+    """Write what is left for stdout; if that fails, keep the interpreter from trying at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -149,8 +150,6 @@ def _discard_stdout_if_broken() -> bool:
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
-        return True
-    return False
 
 
 def _say(line: str) -> None:

@@ -8,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contextlm.data.bpe import END_OF_TEXT, SMALLEST_BPE, train_bpe
 from contextlm.data.corpus import Corpus
 from contextlm.data.hub import from_hub
 from contextlm.data.named import data_folder
+from contextlm.data.parallelism import parallel_tokenizers
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
-SMALLEST_BPE = 257  # 256 bytes and the end-of-text token
 _LARGEST_BPE = 2**31
 _ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|im_end|>")
 _NAMED = {
@@ -32,7 +31,6 @@ _NAMED = {
 }
 _KNOWN = (*_NAMED, "bpe:SIZE", "a folder with tokenizer.json")
 _BPE_VERSION = 1
-_variables_set_here: set[str] = set()  # environment variables that the user had left unset
 
 
 def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenizerFast:
@@ -102,26 +100,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
         )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
-
-
-@contextmanager
-def parallel_tokenizers() -> Iterator[None]:
-    """Within the block `tokenizers` uses all cores, unless the user's environment forbids it.
-
-    Afterwards, where the user had not set ``TOKENIZERS_PARALLELISM``, it is off: a process that
-    forks after a parallel use (a data loader's workers) would warn at each fork, or hang if it went
-    on in parallel.
-    """
-    variable = "TOKENIZERS_PARALLELISM"
-    if variable not in os.environ:
-        _variables_set_here.add(variable)
-    if variable in _variables_set_here:
-        os.environ[variable] = "true"
-    try:
-        yield
-    finally:
-        if variable in _variables_set_here:
-            os.environ[variable] = "false"
 
 
 def _bpe_size(spec: str) -> int | None:
@@ -257,26 +235,4 @@ def _trained_bpe(size: int, corpus: Corpus, cache: Path) -> Any:
             pass  # damaged since: train again
     backend = train_bpe(corpus.train, size)
     write_text(file, backend.to_str(pretty=False))
-    return backend
-
-
-def train_bpe(texts: Sequence[str], size: int) -> Any:
-    """A byte-level BPE (`tokenizers.Tokenizer`) of at most `size` entries, the same each time.
-
-    All 256 bytes are entries, no space is added in front and nothing is normalised, so that every
-    text comes back unchanged. The end-of-text token has id 0.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    with parallel_tokenizers():
-        backend.train_from_iterator(texts, trainer=trainer)
     return backend

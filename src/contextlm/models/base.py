@@ -140,6 +140,19 @@ class ContextPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; parts that the configuration freezes come back frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_parts()
+        return loaded
+
+    def freeze_parts(self) -> None:
+        """Next-token training leaves alone every module that is marked ``frozen``."""
+        for module in self.modules():
+            if getattr(module, "frozen", False):
+                module.requires_grad_(False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

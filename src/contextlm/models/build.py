@@ -7,6 +7,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -69,7 +70,7 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
     values: dict[str, Any] = {"vocab_size": vocab_size, **token_ids, **given}
     try:
         return kind(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"model type {model_type!r}: {_reason(error)}") from None
 
 
@@ -92,8 +93,8 @@ def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _reason(error: Exception) -> str:
-    """The innermost message on one line: validation errors of configurations are nested."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+def _reason(error: BaseException) -> str:
+    """The message on one line; a validator's name says less than the error that it raised."""
+    if isinstance(error, StrictDataclassClassValidationError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
     return " ".join(str(error).split()) or type(error).__name__

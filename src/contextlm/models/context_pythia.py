@@ -8,8 +8,8 @@ map restores the full width first, and nothing is saved.
 Shape suffixes: B batch, T tokens, D embedding width, C context width, S stream width, V vocabulary.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: transformers checks configuration values against the
+# annotations, which must then be types and not strings.
 from typing import Any, Literal
 
 import torch
@@ -149,7 +149,11 @@ class ContextPythiaModel(ContextPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.context_block = ContextBlock(
-            config.context_dim, config.hidden_size, config.context_layers, config.layer_norm_eps
+            config.context_dim,
+            config.hidden_size,
+            config.context_layers,
+            config.layer_norm_eps,
+            frozen=config.freeze_context,
         )
         self.projection = (
             nn.Linear(config.context_dim, config.hidden_size)
@@ -163,7 +167,7 @@ class ContextPythiaModel(ContextPreTrainedModel):
         )
         self.final_layer_norm = nn.LayerNorm(config.stream_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
-        self.context_block.requires_grad_(not config.freeze_context)
+        self.freeze_parts()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

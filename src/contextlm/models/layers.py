@@ -69,12 +69,20 @@ class ContextBlock(nn.Module):
         embedding_dim: D, the width of the normalised token embeddings.
         num_layers: L.
         eps: of the layer norms.
+        frozen: only phase 1 trains the block.
     """
 
     def __init__(
-        self, context_dim: int, embedding_dim: int, num_layers: int = 1, eps: float = 1e-5
+        self,
+        context_dim: int,
+        embedding_dim: int,
+        num_layers: int = 1,
+        eps: float = 1e-5,
+        *,
+        frozen: bool = False,
     ):
         super().__init__()
+        self.frozen = frozen
         self.context_dim = context_dim
         self.layers = nn.ModuleList(
             ContextLayer(context_dim, embedding_dim, eps) for _ in range(num_layers)

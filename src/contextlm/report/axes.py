@@ -17,6 +17,7 @@ from contextlm.report import numbers
 WIDTH = 5.8  # inches; with large type, so that it can be read at 400 pixels
 DPI = 160
 FONT = 10.5
+LABEL = 10.0
 WIDE_RANGE = 4.0  # an axis is logarithmic when its largest value exceeds this times its smallest
 
 # Told apart with any colour vision, and dark enough on white (after Okabe and Ito).
@@ -34,7 +35,7 @@ class Style:
 
 def new_figure(height: float) -> Figure:
     """An empty white figure, `height` inches high."""
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from contextlm.evaluation.result import Outcome, PhaseTwoRow
 from contextlm.report import numbers
 from contextlm.report.axes import (
-    DPI,
     FONT,
+    LABEL,
     Style,
     byte_axis,
     new_figure,
@@ -36,7 +36,7 @@ from contextlm.report.summary import SummaryRow
 def png(figure: Figure) -> bytes:
     """The figure as PNG, the same bytes each time."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -46,7 +46,8 @@ def curves_figure(rows: Sequence[SummaryRow]) -> Figure:
     With several seeds, thick lines are means, as far as all seeds went, and thin ones
     the validation of each seed.
     """
-    legend_lines = math.ceil((len(rows) + 3) / 2)
+    columns = 2 if all(len(row.name) <= 28 for row in rows) else 1
+    legend_lines = math.ceil((len(rows) + 3) / columns)
     figure = new_figure(6.2 + 0.24 * legend_lines)
     figure.set_layout_engine("constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -58,21 +59,22 @@ def curves_figure(rows: Sequence[SummaryRow]) -> Figure:
     top.set_ylabel("loss (nats per token)")
     bottom.set_ylabel("perplexity")
     bottom.set_xlabel("epoch")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     longest = max((row.epochs.mean for row in rows), default=1)
     if longest <= 1:
         bottom.set_xlim(0.5, 1.5)
     names = "train_ppl", "validation_ppl"
     series = [_series(o, name) for row in rows for o in row.outcomes for name in names]
     perplexity_axis(bottom, [value for values in series for value in values.values()])
-    figure.legend(handles=_legend(rows, looks), loc="outside lower center", ncols=2, frameon=False)
+    entries = _legend(rows, looks)
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def frontier_figure(rows: Sequence[SummaryRow]) -> Figure:
     """Validation perplexity against logical cache bytes, and the frontier at one length.
 
-    Large markers stand at the length that most contenders reach, small ones at the others; a step
+    Large markers stand at `headline_length`, small ones at the other measured lengths; a step
     line joins the contenders that no other beats in both. Contenders whose perplexities cannot be
     compared (other data, other target) get a panel each.
     """
@@ -81,8 +83,10 @@ def frontier_figure(rows: Sequence[SummaryRow]) -> Figure:
     figure = new_figure(sum(heights) + 0.5)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     total = sum(heights) + 0.5
+    # The labels start at 1.075 axes widths and end just inside the figure.
+    right = min(0.15 + (0.835 - _label_width(figure, groups)) / 1.075, 0.72)
     figure.subplots_adjust(
-        left=0.15, right=0.70, top=1 - 0.55 / total, bottom=0.6 / total, hspace=0.36
+        left=0.15, right=right, top=1 - 0.55 / total, bottom=0.6 / total, hspace=0.36
     )
     looks = dict(zip((row.name for row in rows), styles(len(rows)), strict=True))
     for axes, group in zip(panels, groups, strict=True):
@@ -101,6 +105,7 @@ def _draw_curves(axes: Axes, row: SummaryRow, style: Style, measure: str) -> Non
         lines = [_series(outcome, f"{kind}_{measure}") for outcome in row.outcomes]
         lines = [line for line in lines if line]
         look: dict[str, Any] = {"color": style.colour, "linestyle": dashes, "marker": style.marker}
+        look["markerfacecolor"] = "white" if kind == "train" else style.colour
         if len(lines) > 1:
             if kind == "validation":  # the train lines of each seed would hide the rest
                 for line in lines:
@@ -150,7 +155,7 @@ def _legend(rows: Sequence[SummaryRow], looks: Sequence[Style]) -> list[Line2D]:
     ]
 
 
-def _shorten(name: str, width: int = 34) -> str:
+def _shorten(name: str, width: int = 40) -> str:
     return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
@@ -225,7 +230,7 @@ def _draw_labels(
     shown = [row for row in group if row.cache and math.isfinite(row.ppl.mean)]
     texts = [_label(row, length) for row in shown]
     height = axes.get_window_extent().height
-    line = FONT * 0.95 * 1.25 * axes.figure.dpi / 72 / height
+    line = LABEL * 1.25 * axes.figure.dpi / 72 / height
     gaps = [line * (text.count("\n") + 1) + 0.35 * line for text in texts]
     right = axes.get_xlim()[1]
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -249,11 +254,24 @@ def _draw_labels(
             text,
             transform=axes.transAxes,
             va="center",
-            fontsize=FONT * 0.95,
+            fontsize=LABEL,
             color=colour,
             linespacing=1.15,
             parse_math=False,
         )
+
+
+def _label_width(figure: Figure, groups: Sequence[Sequence[SummaryRow]]) -> float:
+    """The widest label, as a share of the figure's width."""
+    widest = 0.0
+    for group in groups:
+        length = headline_length(group)
+        for row in group:
+            if length is not None and row.cache:
+                text = figure.text(0, 0, _label(row, length), fontsize=LABEL, parse_math=False)
+                widest = max(widest, text.get_window_extent().width)
+                text.remove()
+    return widest / figure.bbox.width
 
 
 def _label(row: SummaryRow, length: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,19 +127,21 @@ def train_next_token(
         RunError: the loss is not finite; the message names the step.
         InputError: a parameter group matches nothing.
     """
-    arguments = _arguments(settings, seed, device, precision, folder)
+    arguments = _arguments(settings, seed, device, folder)
     recorder = _Recorder(watcher)
     callbacks: list[TrainerCallback] = [recorder]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-    trainer = _NextTokenTrainer(model, arguments, train, settings, evaluate, callbacks)
+    trainer = _NextTokenTrainer(
+        model, arguments, train, settings, precision, evaluate, callbacks
+    )
     trainer.train()
     losses = [epoch.validation_loss for epoch in recorder.epochs]
     return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
 
 
 def _arguments(
-    settings: TrainingSettings, seed: int, device: torch.device, precision: str, folder: Path
+    settings: TrainingSettings, seed: int, device: torch.device, folder: Path
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -151,7 +154,6 @@ def _arguments(
         dataloader_drop_last=settings.drop_last,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
-        bf16=precision == "bfloat16",
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
@@ -182,6 +184,7 @@ class _NextTokenTrainer(Trainer):
         arguments: TrainingArguments,
         train: Dataset[dict[str, Tensor]],
         settings: TrainingSettings,
+        precision: str,
         evaluate: Evaluate,
         callbacks: list[TrainerCallback],
     ):
@@ -196,8 +199,25 @@ class _NextTokenTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The loss is computed here, so the model need not be handed the count of targets.
         self.model_accepts_loss_kwargs = False
+        # Targets are shifted in the data, so the first of a window counts like the others.
+        self._loss_shifts_labels = False
         self.settings = settings
+        self.precision = precision
         self.evaluate_model = evaluate
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager[Any]:
+        """Autocast around the training loss only.
+
+        Asking accelerate for it would wrap `model.forward` for good, and evaluation with it.
+        """
+        return torch.autocast(
+            self.args.device.type,
+            torch.bfloat16,
+            enabled=self.precision == "bfloat16",
+            cache_enabled=cache_enabled,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimiser and parameter groups."""

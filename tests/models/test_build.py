@@ -1,0 +1,91 @@
+"""From a recipe's model entry to a configuration: what is accepted, and how mistakes are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contextlm.errors import InputError
+from contextlm.models.base import registry
+from contextlm.models.build import baseline_types, build_config, create_model, meta_model
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "gpt_neox", **SMALL, "rotary_pct": 0.5},
+        {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+        {"type": "gpt2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"type": "llama", **SMALL, "num_key_value_heads": 1},
+    ],
+    ids=["gpt_neox", "gpt2", "gpt2-common-names", "llama"],
+)
+def test_transformers_own_baselines(fields):
+    model = create_model(build_config(fields, 50), seed=0)
+    assert model.dtype == torch.float32
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 50)
+
+
+def test_grouped_heads_make_the_cache_smaller():
+    from contextlm.evaluation.memory import measure_cache
+
+    sizes = {}
+    for heads in (1, 2):
+        fields = {"type": "llama", **SMALL, "num_key_value_heads": heads}
+        model = create_model(build_config(fields, 50), seed=0)
+        sizes[heads] = measure_cache(model, [10], torch.device("cpu"))[0].logical
+    assert sizes[2] == 2 * sizes[1] == 2 * 10 * 16 * 4
+
+
+def test_rotary_share_arrives():
+    config = build_config({"type": "gpt_neox", **SMALL, "rotary_pct": 0.5}, 50)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+
+
+def test_one_seed_gives_one_model():
+    config = build_config({"type": "gpt_neox", **SMALL}, 50)
+    first, again, other = (create_model(config, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "gpt_neo_x"}, "unknown model type 'gpt_neo_x' (did you mean 'gpt_neox'?)"),
+        ({"type": "clip"}, "unknown model type 'clip'"),
+        ({"type": "gpt_neox", "hiden_size": 4}, "'hiden_size' (did you mean 'hidden_size'?)"),
+        ({"type": "context_pythia", "contextdim": 4}, "(did you mean 'context_dim'?)"),
+        ({"type": "context_pythia", "stream": "narrow"}, "stream"),
+        ({"type": "context_pythia", "context_dim": "wide"}, "context_dim"),
+        ({"type": "context_pythia", "num_attention_heads": 7}, "must divide"),
+        ({"type": "gpt_neox", "hidden_size": 30, "num_attention_heads": 4}, "divisible"),
+        ({"type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "multiple"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(fields, message):
+    with pytest.raises(InputError) as caught:
+        meta_model(build_config(fields, 50))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_gpt2_heads_are_checked_when_the_model_is_built():
+    fields = {"type": "gpt2", "n_embd": 30, "n_head": 4, "n_layer": 1}
+    with pytest.raises(InputError, match="divi"):
+        meta_model(build_config(fields, 50))
+
+
+def test_listed_types_exist():
+    for name in [*baseline_types(), *registry()]:
+        assert build_config({"type": name}, 50).model_type == name
+
+
+def test_a_name_can_be_registered_once_only():
+    from contextlm.models.base import register_architecture
+
+    entry = registry()["context_pythia"]
+    with pytest.raises(ValueError, match="registered already"):
+        register_architecture(entry.config, tiny=())(entry.model)

@@ -1,0 +1,178 @@
+"""Context-Pythia against an independent form written from DESIGN 1.2 and 1.4, in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from contextlm.evaluation.memory import measure_cache
+from contextlm.models.build import build_config, create_model
+from contextlm.models.context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
+
+
+def norm(x: Tensor, module) -> Tensor:
+    centred = x - x.mean()
+    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def rotate(vector: Tensor, position: int, share: float, base: float) -> Tensor:
+    """Rotary positions on the first `share` of a head, pairs (i, i + half)."""
+    size = int(len(vector) * share)
+    half = size // 2
+    out = vector.clone()
+    for i in range(half):
+        angle = position * base ** (-2 * i / size)
+        a, b = vector[i], vector[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def naive_layer(layer, inputs: list[Tensor], heads: int, config) -> list[Tensor]:
+    """One GPT-NeoX layer with parallel residual, token by token, head by head."""
+    width = len(inputs[0])
+    size = width // heads
+    keys, values, outputs = [], [], []
+    for position, x in enumerate(inputs):
+        normed = norm(x, layer.input_layernorm)
+        qkv = layer.attention.query_key_value.weight @ normed + layer.attention.query_key_value.bias
+        per_head = qkv.view(heads, 3 * size)
+        query = [rotate(h[:size], position, config.rotary_pct, config.rope_theta) for h in per_head]
+        keys.append(
+            [rotate(h[size : 2 * size], position, config.rotary_pct, config.rope_theta) for h in per_head]
+        )
+        values.append([h[2 * size :] for h in per_head])
+        mixed = []
+        for head in range(heads):
+            scores = torch.stack([query[head] @ k[head] / math.sqrt(size) for k in keys])
+            weights = torch.softmax(scores, 0)
+            mixed.append(sum(w * v[head] for w, v in zip(weights, values, strict=True)))
+        attention = layer.attention.dense.weight @ torch.cat(mixed) + layer.attention.dense.bias
+        inner = norm(x, layer.post_attention_layernorm)
+        inner = gelu(layer.mlp.dense_h_to_4h.weight @ inner + layer.mlp.dense_h_to_4h.bias)
+        feed_forward = layer.mlp.dense_4h_to_h.weight @ inner + layer.mlp.dense_4h_to_h.bias
+        outputs.append(x + attention + feed_forward)
+    return outputs
+
+
+def naive_logits(model: ContextPythiaForCausalLM, ids: list[int]) -> Tensor:
+    config, decoder = model.config, model.model
+    context = torch.zeros(config.context_dim, dtype=torch.float64)
+    stream = []
+    for token in ids:
+        embedded = norm(decoder.embed_tokens.weight[token], decoder.embed_norm)
+        for layer in decoder.context_block.layers:
+            update = gelu(layer.weight @ torch.cat([context, embedded]) + layer.bias)
+            context = norm(context + update, layer.norm)
+        if config.stream == "projected":
+            stream.append(decoder.projection.weight @ context + decoder.projection.bias)
+        else:
+            stream.append(context)
+    for layer in decoder.layers:
+        stream = naive_layer(layer, stream, config.num_attention_heads, config)
+    return torch.stack([model.lm_head.weight @ norm(x, decoder.final_layer_norm) for x in stream])
+
+
+@pytest.mark.parametrize("stream", ["compressed", "projected"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_logits_equal_the_naive_form(stream, layers):
+    torch.manual_seed(3)
+    config = ContextPythiaConfig(
+        vocab_size=31,
+        hidden_size=24,
+        context_dim=16,
+        context_layers=layers,
+        stream=stream,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        rotary_pct=0.5,
+    )
+    model = ContextPythiaForCausalLM(config).double().eval()
+    for parameter in model.parameters():  # biases and norms must matter
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.randint(31, (1, 13))
+    expected = naive_logits(model, ids[0].tolist())
+    torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("stream", "total", "trainable"),
+    [("projected", 70_756_608, 70_559_232), ("compressed", 43_570_944, 43_373_568)],
+)
+def test_parameter_counts_of_the_document(stream, total, trainable):
+    with torch.device("meta"):
+        model = ContextPythiaForCausalLM(ContextPythiaConfig(stream=stream))
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
+@pytest.mark.parametrize(("stream", "keys_and_values"), [("projected", 3_145_728), ("compressed", 1_572_864)])
+def test_cache_of_the_document_at_128_tokens(stream, keys_and_values):
+    """Full widths and depth; the vocabulary does not matter for the cache and is kept small."""
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(vocab_size=64, stream=stream))
+    (entry,) = measure_cache(model, [128], torch.device("cpu"))
+    state = 256 * 4 + 8  # the context in float32, and the row's count of tokens
+    assert entry.logical == entry.resident == keys_and_values + state
+
+
+def test_the_baselines_cache_at_128_tokens():
+    fields = {"type": "gpt_neox", "hidden_size": 512, "num_hidden_layers": 6}
+    fields |= {"num_attention_heads": 8, "intermediate_size": 2048}
+    model = create_model(build_config(fields, 64), seed=0)
+    (entry,) = measure_cache(model, [128], torch.device("cpu"))
+    assert entry.logical == entry.resident == 3_145_728
+
+
+def test_initial_weights_of_the_context_block():
+    torch.manual_seed(0)
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(vocab_size=64))
+    layer = model.model.context_block.layers[0]
+    assert layer.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert layer.bias.std().item() == pytest.approx(0.01, rel=0.2)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_heads_that_do_not_divide_the_stream_are_refused():
+    with pytest.raises(StrictDataclassError, match=r"num_attention_heads \(8\) must divide context_dim \(300\)"):
+        ContextPythiaConfig(context_dim=300)
+    ContextPythiaConfig(context_dim=300, stream="projected")  # the document's variant is fine
+
+
+def test_a_foreign_cache_is_refused():
+    from transformers import DynamicCache
+
+    model = ContextPythiaForCausalLM(
+        ContextPythiaConfig(vocab_size=31, hidden_size=16, context_dim=8, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="needs its own cache"):
+        model(torch.tensor([[1, 2]]), past_key_values=DynamicCache(), use_cache=True)
+
+
+def test_a_cache_cannot_be_cropped():
+    model = ContextPythiaForCausalLM(
+        ContextPythiaConfig(vocab_size=31, hidden_size=16, context_dim=8, num_attention_heads=2)
+    )
+    cache = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+
+
+def test_autocast_leaves_the_recurrence_in_float32():
+    torch.manual_seed(0)
+    model = ContextPythiaForCausalLM(
+        ContextPythiaConfig(vocab_size=31, hidden_size=16, context_dim=8, num_attention_heads=2)
+    ).eval()
+    ids = torch.randint(31, (2, 9))
+    plain = model(ids, use_cache=True).past_key_values.layers[-1].state
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(ids, use_cache=True).past_key_values.layers[-1].state
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0)

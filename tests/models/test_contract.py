@@ -1,0 +1,251 @@
+"""What every registered architecture must do. A new architecture is tested by being registered.
+
+The models run in float64, so that equality can be asked for to rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from contextlm.evaluation.memory import cache_bytes, measure_cache, position_limit
+from contextlm.models.base import registry
+
+VARIANTS = [
+    (name, index) for name, entry in registry().items() for index in range(len(entry.tiny))
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def model(request) -> PreTrainedModel:
+    name, index = request.param
+    entry = registry()[name]
+    torch.manual_seed(0)
+    return entry.model(entry.config(**entry.tiny[index])).double().eval()
+
+
+def make_tokens(model: PreTrainedModel, batch: int = 2, length: int = 23) -> Tensor:
+    """Random tokens, never 0, which the tests use for padding."""
+    length = min(length, position_limit(model) or length)
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int], **kwargs) -> Tensor:
+    """Logits of `ids` fed in pieces of the given sizes (the last size repeats)."""
+    cache, logits, start = None, [], 0
+    while start < ids.shape[1]:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        piece = ids[:, start : start + size]
+        mask = kwargs.get("attention_mask")
+        mask = None if mask is None else mask[:, : start + piece.shape[1]]
+        outputs = model(piece, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache, start = outputs.past_key_values, start + piece.shape[1]
+        logits.append(outputs.logits)
+        assert cache.get_seq_length() == start
+    return torch.cat(logits, dim=1)
+
+
+def test_the_future_does_not_leak_into_the_past(model):
+    ids = make_tokens(model)
+    reference = model(ids).logits
+    for j in range(1, ids.shape[1]):
+        changed = ids.clone()
+        changed[:, j] = changed[:, j] % (model.config.vocab_size - 1) + 1
+        logits = model(changed).logits
+        assert_close(logits[:, :j], reference[:, :j])
+        assert not torch.equal(logits[:, j], reference[:, j])
+
+
+@pytest.mark.parametrize("sizes", [[1], [7], [5, 1, 2, 11], [22, 1]], ids=str)
+def test_pieces_of_any_size_equal_the_whole(model, sizes):
+    ids = make_tokens(model)
+    assert_close(in_pieces(model, ids, list(sizes)), model(ids).logits)
+
+
+def test_left_padding_changes_nothing(model):
+    ids = make_tokens(model)
+    length, pad = ids.shape[1], min(9, ids.shape[1] // 2)
+    rows = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids[:1, : length - pad]], dim=1)
+    rows = torch.cat([rows, ids[1:]])
+    mask = torch.ones_like(rows)
+    mask[0, :pad] = 0
+    alone = [model(ids[:1, : length - pad]).logits[0], model(ids[1:]).logits[0]]
+    for logits in (
+        model(rows, attention_mask=mask).logits,
+        in_pieces(model, rows, [1], attention_mask=mask),
+        in_pieces(model, rows, [3, 8, 5], attention_mask=mask),
+    ):
+        assert_close(logits[0, pad:], alone[0])
+        assert_close(logits[1], alone[1])
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, new: int) -> Tensor:
+    """Greedy decoding without any cache: the truth that `generate` must agree with."""
+    for _ in range(new):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
+    """`generate` that never stops early."""
+    mask = kwargs.pop("attention_mask", torch.ones_like(ids))
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **kwargs}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def test_generate_is_greedy_decoding(model):
+    ids = make_tokens(model, length=11)
+    assert torch.equal(generate(model, ids, max_new_tokens=8), greedy(model, ids, 8))
+
+
+def test_generate_pads_on_the_left(model):
+    ids = make_tokens(model, length=11)
+    rows = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:1, :7]], dim=1)
+    rows = torch.cat([rows, ids[1:]])
+    mask = torch.ones_like(rows)
+    mask[0, :4] = 0
+    out = generate(model, rows, attention_mask=mask, max_new_tokens=8)
+    assert torch.equal(out[0, 11:], greedy(model, ids[:1, :7], 8)[0, 7:])
+    assert torch.equal(out[1], greedy(model, ids[1:], 8)[0])
+
+
+def test_beams_with_a_cache_equal_beams_without(model):
+    ids = make_tokens(model, length=9)
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    with_cache = generate(model, ids, use_cache=True, **options)
+    assert torch.equal(with_cache, generate(model, ids, use_cache=False, **options))
+    assert with_cache.shape == (4, 15)
+
+
+def test_sampling_returns_several_sequences(model):
+    ids = make_tokens(model, length=5)
+    torch.manual_seed(0)
+    out = generate(model, ids, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert out.shape == (6, 9)
+    assert torch.equal(out[0, :5], ids[0])
+
+
+def test_save_and_load_give_identical_logits(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert type(loaded) is type(model)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    ids = make_tokens(model)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_embeddings_may_replace_tokens(model):
+    ids = make_tokens(model)
+    embeds = model.get_input_embeddings()(ids)
+    assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
+
+
+def test_logits_to_keep(model):
+    ids = make_tokens(model)
+    logits = model(ids).logits
+    assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:])
+    assert_close(model(ids, logits_to_keep=5).logits, logits[:, -5:])
+
+
+def test_gradients_reach_every_trainable_parameter(model):
+    model.train()
+    ids = make_tokens(model)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("the architecture does not claim gradient checkpointing")
+    ids = make_tokens(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert_close(recomputed, plain)
+
+
+def test_the_loss_falls_on_one_batch(model):
+    model.train()
+    ids = make_tokens(model, batch=4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_loss_is_the_shifted_cross_entropy(model):
+    ids = make_tokens(model)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    torch.testing.assert_close(model(ids, labels=ids).loss.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_cache_bytes_equal_the_storage_kept(model):
+    limit = position_limit(model) or 100
+    lengths = [length for length in (1, 17, 100) if length <= limit]
+    for entry in measure_cache(model, lengths, CPU):
+        ids = make_tokens(model, batch=1, length=entry.tokens)
+        cache = model(ids, use_cache=True).past_key_values
+        kept = [
+            tensor
+            for layer in cache.layers
+            for tensor in vars(layer).values()
+            if isinstance(tensor, Tensor)
+        ]
+        assert entry.logical == sum(t.numel() * t.element_size() for t in kept)
+        assert entry.resident == sum(t.untyped_storage().nbytes() for t in kept)
+        assert entry.logical == cache_bytes(cache).logical
+
+
+def test_reset_makes_a_cache_new(model):
+    ids = make_tokens(model)
+    first = model(ids, use_cache=True)
+    first.past_key_values.reset()
+    assert first.past_key_values.get_seq_length() == 0
+    again = model(ids, past_key_values=first.past_key_values, use_cache=True)
+    assert_close(again.logits, first.logits)
+
+
+def test_rows_of_a_cache_can_be_chosen_and_repeated(model):
+    ids = make_tokens(model)
+    following = make_tokens(model, batch=4, length=3)
+    cache = model(ids, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    logits = model(following[:2], past_key_values=cache, use_cache=True).logits
+    whole = torch.cat([ids[[1, 0]], following[:2]], dim=1)
+    assert_close(logits, model(whole).logits[:, -3:])
+
+
+def test_the_config_says_what_it_is(model):
+    assert model.config.use_cache is True
+    assert type(model).__doc__
+    assert type(model.config).__doc__

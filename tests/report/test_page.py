@@ -1,0 +1,223 @@
+"""The page: what it says, that it stands alone, and that data cannot become markup."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from contextlm.errors import InputError
+from contextlm.evaluation.result import Run, read_run
+from contextlm.report.page import write_report
+
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+FILES = ["report.md", "report.html", "curves.png", "frontier.png"]
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and each text with the classes of all elements around it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(text)
+        assert self.open == [], "every element is closed"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attributes).get("class") or ""))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            classes = {name for _, names in self.open for name in names.split()}
+            self.texts.append((data.strip(), classes))
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(paths, name):
+    return paths[name].read_text("utf-8")
+
+
+@pytest.fixture
+def paths(run):
+    return write_report([run], run.folder)
+
+
+def test_files_and_their_names(run, paths):
+    assert list(paths) == FILES
+    assert all(
+        path == run.folder / name and path.stat().st_size > 0 for name, path in paths.items()
+    )
+    assert sorted(p.name for p in run.folder.iterdir()) == sorted(FILES), "nothing else is left"
+
+
+def test_a_run_folder_read_back_gives_the_same_report(run, on_disk, tmp_path):
+    on_disk(run)
+    again = read_run(run.folder)
+    first = write_report([run], tmp_path / "first")
+    second = write_report([again], tmp_path / "second")
+    for name in FILES:
+        assert first[name].read_bytes() == second[name].read_bytes(), name
+
+
+def test_html_needs_nothing_outside_itself(paths):
+    page = Page(read(paths, "report.html"))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        for key, value in attributes.items():
+            if key in {"src", "href", "srcset", "poster", "data", "action", "background"}:
+                assert value.startswith("data:image/png;base64,"), (tag, key)
+            assert not key.startswith("on")
+    style = re.search(r"<style>(.*)</style>", read(paths, "report.html"), re.S)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "http" not in re.sub(r"http-equiv", "", read(paths, "report.html"))
+
+
+def test_html_is_made_for_phones_and_readers(paths):
+    page = Page(read(paths, "report.html"))
+    metas = page.attributes("meta")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
+    assert page.attributes("html")[0]["lang"] == "en"
+    assert len(page.attributes("h1")) == 1
+    images = page.attributes("img")
+    assert len(images) == 2
+    for image in images:
+        assert len(image["alt"]) > 40
+        assert base64.b64decode(image["src"].partition(",")[2]).startswith(b"\x89PNG")
+    assert len(page.attributes("table")) == len(page.attributes("caption"))
+    text = read(paths, "report.html")
+    assert text.count("<table>") == text.count('<div class="scroll"'), "tables scroll on their own"
+
+
+def test_the_answer_comes_first(paths):
+    texts = [text for text, _ in Page(read(paths, "report.html")).texts]
+    answer = next(i for i, t in enumerate(texts) if t.startswith("hybrid has the lowest"))
+    order = [
+        texts.index("Does a smaller cache cost perplexity?"),
+        answer,
+        texts.index("Measured comparison"),
+        texts.index("Measurements in full"),
+    ]
+    assert order == sorted(order)
+
+
+def test_reported_and_measured_figures_are_labelled(paths):
+    page = Page(read(paths, "report.html"))
+    origin = dict(page.texts)
+    for figure in ("471.3", "554.2", "24.9 %", "3,072 KB", "1,536 KB"):
+        assert "reported" in origin[figure], figure
+        assert "measured" not in origin[figure], figure
+    for figure in ("90.0 ± 1.0", "-10.0 %", "64.0 KB", "65,536", "407.5 ± 0.0 of 500 (81.5 %)"):
+        assert "measured" in origin[figure], figure
+        assert "reported" not in origin[figure], figure
+    markdown = read(paths, "report.md")
+    assert "document (reported)" in markdown
+    assert "this run (measured)" in markdown
+
+
+def test_both_pages_say_what_was_used(paths):
+    for name in ("report.html", "report.md"):
+        text = read(paths, name)
+        for said in (
+            "made-up-document.txt",
+            "pydocs (Python 3.11.7)",
+            "bpe:4096",
+            "512,000",
+            "scale small",
+            "float32",
+            "training.learning_rate",
+            "versions.torch",
+            "0123abc",
+            "Epochs of hybrid",
+            "Phase-1 iterations of hybrid",
+        ):
+            assert said in text, (name, said)
+
+
+def poisoned(value, keep=()):
+    """Every string in a nest of mappings and lists replaced by markup, keys too."""
+    if isinstance(value, dict):
+        return {
+            (key if key in keep else EVIL + key): value[key]
+            if key in {"phase"}
+            else poisoned(value[key])
+            for key in value
+        }
+    if isinstance(value, list):
+        return [poisoned(item) for item in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_data_never_becomes_markup(run, tmp_path):
+    outcomes = []
+    for outcome in run.outcomes:
+        result = outcome.result
+        texts = {
+            key: f"{EVIL}|`x`{getattr(result, key)}"
+            for key in ("recipe", "scale", "contender", "architecture", "precision", "cache_dtype")
+        }
+        corpus = result.corpus.model_copy(update={"name": EVIL, "tokenizer": EVIL})
+        update = {**texts, "corpus": corpus, "reported": {EVIL: 1.0, "val_ppl": 9.0}}
+        outcomes.append(outcome.model_copy(update={"result": result.model_copy(update=update)}))
+    keep = {"name", "question", "document", "training", "contenders", "model"}
+    recipe = {key: poisoned(value) for key, value in run.recipe.items() if key in keep}
+    recipe["contenders"] = [{"name": EVIL, "model": poisoned({"type": "x"})}]
+    evil = Run(
+        folder=tmp_path / EVIL.replace("/", "_"),
+        recipe=recipe,
+        environment=poisoned(run.environment),
+        outcomes=outcomes,
+    )
+    paths = write_report([evil], tmp_path / "report")
+    for name in ("report.html", "report.md"):
+        text = read(paths, name)
+        assert "&lt;script&gt;" in text
+        assert "<script" not in text
+    assert "script" not in {tag for tag, _ in Page(read(paths, "report.html")).tags}
+    rows = [r for r in read(paths, "report.md").splitlines() if r.startswith("| ")]
+    assert all("`" not in row.replace("\\`", "") for row in rows)
+
+
+def test_one_seed_one_contender_no_phase_one(made, run_of, tmp_path):
+    run = run_of([made(baseline=True, epochs=1)], tmp_path / "solo", document=None)
+    text = read(write_report([run], run.folder), "report.html")
+    assert "Only mha was measured" in text
+    assert "1 seed" in text
+    assert "±" not in text
+    assert "Beside the document" not in text
+    assert "Phase 1" not in text
+
+
+def test_several_runs_in_one_report(run, made, run_of, tmp_path):
+    other = run_of([made(baseline=True), made("newer", ppl=80)], tmp_path / "run-2", name="second")
+    text = read(write_report([run, other], tmp_path / "joined"), "report.html")
+    assert "made-up · second" in text
+    assert "run-1/mha (baseline)" in text
+    assert "run-2/mha (baseline)" in text
+    assert "newer has the lowest validation perplexity, 80.0 (1 seed)." in text
+    assert "2 of these differences exceed two standard deviations, 1 rests on too few seeds" in text
+    assert not (tmp_path / "run-2").exists(), "only the given folder is written to"
+
+
+def test_a_report_is_replaced(run, paths):
+    before = read(paths, "report.md")
+    fewer = run.model_copy(update={"outcomes": run.outcomes[:2]})
+    assert read(write_report([fewer], run.folder), "report.md") != before
+
+
+def test_nothing_to_report_is_an_input_error(run_of, tmp_path):
+    with pytest.raises(InputError, match="no run"):
+        write_report([], tmp_path)
+    with pytest.raises(InputError, match="no contender has finished"):
+        write_report([run_of([], tmp_path)], tmp_path)

@@ -1,0 +1,293 @@
+"""The tables' numbers against numbers computed by hand, and their Markdown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from contextlm.report import details, document, numbers, tables, words
+from contextlm.report.frontier import comparable_groups, headline_length, pareto
+from contextlm.report.notes import notes
+from contextlm.report.numbers import Stat
+from contextlm.report.sheet import escape_markdown
+from contextlm.report.summary import certainty, summarise, summarise_runs
+
+
+def by_name(rows):
+    return {row.name: row for row in rows}
+
+
+def test_means_deviations_and_differences(three_seeds):
+    rows = by_name(summarise(three_seeds))
+    assert list(rows) == ["mha", "hybrid", "compressed"]
+    hybrid = rows["hybrid"]
+    assert hybrid.seeds == (0, 1, 2)
+    assert hybrid.ppl == Stat(mean=90.0, sd=1.0, seeds=3)  # 89, 90, 91
+    assert hybrid.seconds_per_epoch == Stat(mean=11.0, sd=1.0, seeds=3)  # 10, 11, 12
+    assert hybrid.train_validation_ratio.mean == pytest.approx(0.8)
+    against = hybrid.comparison
+    assert against.reference == "mha"
+    assert against.ppl == pytest.approx(-10.0)
+    assert against.cache == pytest.approx({128: -50.0, 512: -75.0, 2048: -87.5})
+    assert against.decode_rate == pytest.approx(-20.0)
+    assert against.parameters == pytest.approx(0.0)
+    # 10 against 2 * sqrt(1 + 1) = 2.83
+    assert against.certainty == "beyond"
+    assert rows["mha"].comparison.reference is None
+
+
+def test_phase_one_and_its_absence(three_seeds):
+    rows = by_name(summarise(three_seeds))
+    assert rows["mha"].phase1 is None
+    table = tables.phase1_table(list(rows.values()))
+    assert [row[0] for row in table.rows] == ["hybrid", "compressed"]
+    assert table.rows[0][3] == "407.5 ± 0.0 of 500 (81.5 %)"
+    assert tables.phase1_table([rows["mha"]]) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "seeds", "expected"),
+    [
+        (102.9, 1.0, 3, "beyond"),  # 2 * sqrt(2) = 2.828
+        (102.8, 1.0, 3, "within"),
+        (97.1, 1.0, 3, "beyond"),
+        (200.0, 1.0, 2, "two seeds"),
+        (200.0, None, 1, "one seed"),
+    ],
+)
+def test_two_deviations_rule(mean, sd, seeds, expected):
+    assert certainty(Stat(mean, sd, seeds), Stat(100.0, 1.0, 3)) == expected
+    assert certainty(Stat(100.0, 1.0, 3), Stat(mean, sd, seeds)) == expected
+
+
+def test_stat_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no values"):
+        Stat.of([])
+
+
+def test_one_seed_has_no_deviation(made):
+    rows = summarise([made(baseline=True), made("hybrid", ppl=90)])
+    line = tables.main_table(rows).rows[1]
+    assert line[1] == "90.0"
+    assert line[-1] == "1 seed"
+    assert "±" not in tables.markdown_table(tables.main_table(rows))
+    verdict = words.verdicts(rows)[0]
+    assert "One seed cannot tell" in verdict.measured
+    assert not verdict.settled
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (numbers.perplexity(9.994), "9.99"),
+        (numbers.perplexity(9.996), "10.0"),
+        (numbers.perplexity(1225.63), "1,225.6"),
+        (numbers.perplexity(math.inf), "not finite"),
+        (numbers.human_bytes(0), "0 B"),
+        (numbers.human_bytes(1023), "1,023 B"),
+        (numbers.human_bytes(1024), "1.0 KB"),
+        (numbers.human_bytes(1024 * 1024 - 1), "1.0 MB"),
+        (numbers.human_bytes(1536 * 1024), "1.5 MB"),
+        (numbers.signed_percent(17.58), "+17.6 %"),
+        (numbers.signed_percent(-6.7), "-6.7 %"),
+        (numbers.signed_percent(-0.01), "0.0 %"),
+        (numbers.signed_percent(1234.5), "+1,234.5 %"),
+        (numbers.signed_percent(None), "–"),  # noqa: RUF001
+        (numbers.percent(0.249), "24.9 %"),
+        (numbers.with_deviation(Stat(97.9, 0.44, 3)), "97.9 ± 0.4"),
+        (numbers.with_deviation(Stat(97.9, 0.02, 3)), "97.9 ± 0.02"),
+        (numbers.with_deviation(Stat(0.249, 0.01, 3), numbers.percent), "24.9 ± 1.0 %"),
+        (numbers.with_deviation(None), "–"),  # noqa: RUF001
+        (numbers.plain(2403563), "2,403,563"),
+    ],
+)
+def test_how_numbers_are_written(text, expected):
+    assert text == expected
+
+
+def test_percent_change_needs_a_sound_base():
+    assert numbers.percent_change(1.0, 0.0) is None
+    assert numbers.percent_change(math.nan, 1.0) is None
+
+
+def test_document_figures_stand_beside_measured_ones(three_seeds):
+    table = tables.document_table(summarise(three_seeds))
+    lines = {row[:2]: row[2:] for row in table.rows}
+    # 554.2 / 471.3 = 1.1759; 110 / 100; 64 KB against 128 KB
+    assert lines["compressed", "validation PPL"] == ("554.2", "110.0 ± 1.0", "+17.6 %", "+10.0 %")
+    assert lines["compressed", "accuracy"][:2] == ("24.9 %", "25.0 ± 0.0 %")
+    cache = lines["compressed", "cache at 128 tokens"]
+    assert cache == ("1,536 KB", "64.0 KB", "-50.0 %", "-50.0 %")
+    assert lines["mha", "best epoch"][:2] == ("5", "3 ± 0")
+    kinds = [column.kind for column in table.columns]
+    assert kinds == ["text", "text", "reported", "measured", "reported", "measured"]
+
+
+def test_unknown_and_shared_document_figures(made):
+    odd = {"something_else": 12.5, "accuracy": 0.249, "cache_bytes_at_64": 10}
+    figures = document.document_figures(summarise([made(baseline=True, reported=odd)]))
+    assert [(f.label, f.reported, f.measured) for f in figures] == [
+        ("something else", "12.5", None),
+        ("accuracy", "24.9 %", "25.0 %"),
+        ("cache at 64 tokens", "10 bytes", None),
+    ]
+    assert tables.document_table(summarise([made()])) is None
+
+
+def test_words_report_a_loss_as_a_loss(three_seeds):
+    rows = summarise(three_seeds)
+    (answer,) = words.answer(rows)
+    assert answer == (
+        "hybrid has the lowest validation perplexity, 90.0 ± 1.0 (3 seeds). Of 2 contenders "
+        "compared with a baseline, 1 wins and 1 loses; 2 of these differences exceed two "
+        "standard deviations."
+    )
+    won, lost = words.verdicts(rows)
+    assert (won.outcome, lost.outcome) == ("wins", "loses")
+    assert lost.measured.startswith(
+        "compressed loses to the baseline mha: its perplexity is 10.0 % higher "
+        "(110.0 ± 1.0 against 100.0 ± 1.0, 3 seeds). The difference exceeds two standard"
+    )
+    assert "Its cache at 2,048 tokens is 1.0 MB (-50.0 %)." in lost.measured
+    assert lost.reported == "The document reported +17.6 % of perplexity (554.2 against 471.3)."
+
+
+def test_words_for_one_contender_a_tie_and_a_pair(made):
+    (alone,) = words.answer(summarise([made(baseline=True)]))
+    assert alone == "Only mha was measured: validation perplexity 100.0 (1 seed)."
+    tie = summarise([made(baseline=True), made("same")])
+    assert words.answer(tie)[0].startswith("mha and same share the lowest")
+    assert words.verdicts(tie)[0].outcome == "ties"
+    pair = summarise([made(baseline=True), made("worse", ppl=117.6)])
+    assert "worse loses to the baseline mha by 17.6 %; one seed cannot" in words.answer(pair)[0]
+
+
+def test_notes(made, run_of, tmp_path):
+    outcomes = [
+        made(baseline=True, reported={"val_ppl": 9}),
+        made("big", parameters_total=3_000_000),
+        made("short", cache={32: 4096}),
+    ]
+    contenders = [{"name": name} for name in ("mha", "big", "short", "late")]
+    run = run_of(outcomes, tmp_path, contenders=contenders, seeds=[0, 1])
+    text = " ".join(notes([run], summarise(outcomes)))
+    assert "Measured at scale small; the document's figures are for its own setting" in text
+    assert "big has 16.9 % more parameters than mha" in text
+    assert "short stops short of 2,048 tokens: its cache was measured up to 32." in text
+    assert "mha (seed 1); big (seed 1); short (seed 1); late (seeds 0, 1)" in text
+    full = [made(baseline=True, scale="full")]
+    assert notes([run_of(full, tmp_path)], summarise(full)) == []
+
+
+def test_another_target_is_compared_with_its_own_reference(made):
+    rows = by_name(
+        summarise(
+            [
+                made("gpt2", baseline=True),
+                made("dca", ppl=107),
+                made("gpt2-2", ppl=1225, target_offset=2, architecture="gpt_neox"),
+                made("dca-2", ppl=1307, target_offset=2),
+                made("far", ppl=2000, target_offset=3),
+            ]
+        )
+    )
+    assert rows["dca"].comparison.reference == "gpt2"
+    assert rows["gpt2-2"].comparison.reference is None
+    assert rows["dca-2"].comparison.reference == "gpt2-2"
+    assert rows["far"].comparison.reference is None
+    groups = comparable_groups(list(rows.values()))
+    assert [[row.name for row in group] for group in groups] == [
+        ["gpt2", "dca"],
+        ["gpt2-2", "dca-2"],
+        ["far"],
+    ]
+    assert len(words.answer(list(rows.values()))) == 3
+
+
+def test_without_a_baseline_nothing_is_compared(made):
+    rows = summarise([made("hybrid")])
+    assert rows[0].comparison.ppl is None
+    assert words.verdicts(rows) == []
+
+
+def test_frontier_of_a_hand_made_set():
+    points = [(1.0, 9.0), (2.0, 5.0), (3.0, 6.0), (2.0, 7.0), (4.0, 5.0), (5.0, 1.0), (5.0, 1.0)]
+    assert pareto(points) == [0, 1, 5, 6]
+    assert pareto([]) == []
+
+
+def test_headline_length(made):
+    both = summarise([made(baseline=True), made("short", cache={128: 9, 512: 9})])
+    assert headline_length(both) == 2048
+    short_baseline = summarise([made(baseline=True, cache={128: 9, 512: 9}), made("long")])
+    assert headline_length(short_baseline) == 512
+    assert headline_length(summarise([made(cache={})])) is None
+
+
+def test_several_runs_get_distinct_names(made, run_of, tmp_path):
+    first = run_of([made(baseline=True), made("only")], tmp_path / "a" / "run-1")
+    second = run_of([made(baseline=True), made("other", ppl=90)], tmp_path / "b" / "run-1")
+    rows = summarise_runs([first, second])
+    assert [row.name for row in rows] == ["a/run-1/mha", "only", "b/run-1/mha", "other"]
+    assert rows[3].comparison.reference == "b/run-1/mha"
+    assert [row.name for row in summarise_runs([first])] == ["mha", "only"]
+
+
+def test_caches_and_peaks_are_the_largest_over_seeds(made):
+    small = made(cache={128: 10}, peak_host_bytes=5)
+    large = made(seed=1, cache={128: 30, 512: 40}, peak_host_bytes=7)
+    (row,) = summarise([small, large])
+    assert [(c.tokens, c.logical, c.resident) for c in row.cache] == [(128, 30, 60), (512, 40, 80)]
+    assert row.peak_host_bytes == 7
+    table = tables.cache_table([row])
+    assert table.rows[0][1:4] == ("128", "30 B", "30")
+
+
+def test_settings_environment_and_history(run):
+    settings = dict(details.settings_table(run).rows)
+    assert settings["training.betas"] == "0.9, 0.999"
+    assert settings["training.patience"] == "none"
+    assert dict(details.contenders_table(run).rows)["hybrid.model.hidden_size"] == "192"
+    environment = dict(details.environment_table(run).rows)
+    assert environment["versions.torch"] == "2.9.0"
+    assert environment["hardware.accelerator"] == "none"
+    rows = summarise(run.outcomes)
+    (epochs,) = details.history_tables(rows[0])
+    assert len(epochs.rows) == 3 * 4
+    assert epochs.rows[2][:2] == ("0", "3 (best)")
+    _, iterations = details.history_tables(rows[1])
+    assert iterations.rows[0] == ("0", "1", "0.0 %", "–")  # noqa: RUF001
+
+
+def test_markdown_table(three_seeds):
+    text = tables.markdown_table(tables.main_table(summarise(three_seeds)))
+    header, rule, *body = text.splitlines()
+    assert "validation PPL (measured)" in header
+    assert "validation PPL (reported)" in header
+    assert rule.startswith("| :--- | ---: |")
+    assert len({line.count("|") for line in (header, rule, *body)}) == 1
+    assert "| mha (baseline) | 100.0 ± 1.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a|b", r"a\|b"),
+        ("two\nlines\r\n", "two lines"),
+        ("`code`", r"\`code\`"),
+        ("<b> & co", "&lt;b&gt; &amp; co"),
+        ("![x](y)", r"!\[x\](y)"),
+        ("*a* _b_ snake_case", r"\*a\* \_b\_ snake_case"),
+        ("back\\slash", r"back\\slash"),
+    ],
+)
+def test_markdown_escaping(text, expected):
+    assert escape_markdown(text) == expected
+
+
+def test_a_pipe_in_a_name_does_not_add_a_column(made):
+    rows = [replace(row, name="a|b") for row in summarise([made()])]
+    lines = tables.markdown_table(tables.main_table(rows)).splitlines()
+    assert lines[2].replace(r"\|", "").count("|") == lines[0].count("|")

@@ -1,0 +1,94 @@
+"""The README is run: its commands, its two make targets, and its Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BIN = Path(sys.executable).parent
+
+
+def fenced(language: str) -> list[str]:
+    """The README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def run(*command: str, folder: Path, **options: str) -> str:
+    """Run a command in `folder` with a cache of its own; what it printed to stdout."""
+    # A make around the tests must not speak to the one inside them.
+    kept = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    environment = {
+        **kept,
+        "PATH": f"{BIN}{os.pathsep}{kept['PATH']}",
+        "CONTEXTLM_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        **options,
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def test_the_two_commands_stand_on_the_first_screen() -> None:
+    first_screen = README.splitlines()[:24]
+    for target in ("demo", "test"):
+        assert any(line.startswith(f"    make {target} ") for line in first_screen)
+
+
+def test_there_is_one_place_for_the_generated_results() -> None:
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    assert README.count(begin) == README.count(end) == 1
+    assert README.index(begin) < README.index(end)
+
+
+def test_commands_and_python_work_in_order(tmp_path: Path) -> None:
+    (commands,) = fenced("bash")
+    lines = [line for line in commands.splitlines() if line.strip()]
+    assert len(lines) >= 5
+    for line in lines:
+        assert line.startswith("contextlm ")
+        # A shell, for quotes and comments as the reader would type them.
+        assert run("bash", "-c", line, folder=tmp_path).strip()
+    examples = fenced("python")
+    assert len(examples) == 2
+    for example in examples:
+        assert run(sys.executable, "-c", example, folder=tmp_path).strip()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo(tmp_path: Path) -> None:
+    # The environment at work stands in for the one that make would install; its stamp counts as
+    # up to date, so that nothing is downloaded.
+    prefix = BIN.parent
+    arguments = f"--scale smoke --out {tmp_path / 'runs'}"
+    before = set(ROOT.glob("runs/*"))
+    printed = run(
+        *("make", "-C", str(ROOT), "-o", f"{prefix}/.installed", f"VENV={prefix}"),
+        *("demo", f"ARGS={arguments}"),
+        folder=tmp_path,
+    )
+    assert str(tmp_path / "runs" / "demo-001" / "report.html") in printed
+    for name in ("report.html", "report.md", "recipe.yaml", "environment.json"):
+        assert (tmp_path / "runs" / "demo-001" / name).is_file()
+    assert set(ROOT.glob("runs/*")) == before
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_test_runs_pytest(tmp_path: Path) -> None:
+    planned = run("make", "-C", str(ROOT), "-n", "test", folder=tmp_path)
+    assert "-m pytest" in planned
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README + (ROOT / "CONTRIBUTING.md").read_text()):
+        assert (ROOT / target).exists(), target
