@@ -48,10 +48,12 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing contextlm and what it needs (once; minutes where torch has to be fetched)"
 	$(INSTALL) -e .
 	@touch $@
 
 # The development set holds all of the other, so it counts as both.
 $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing contextlm and its tools (once; minutes where torch has to be fetched)"
 	$(INSTALL) -e ".[dev]"
 	@touch $(VENV)/.installed $@

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,71 +21,19 @@ from contextlm.evaluation.quality import (
     sample_rows,
     window_contexts,
 )
-from contextlm.evaluation.result import (
-    PhaseOneFacts,
-    PhaseOneRow,
-    PhaseTwoRow,
-    Result,
-    Timings,
-)
+from contextlm.evaluation.result import PhaseOneFacts, Result, Timings
 from contextlm.evaluation.speed import measure_speed
-from contextlm.files import write_json, write_text
+from contextlm.files import write_json
+from contextlm.live import EpochWatcher, History, IterationWatcher, perplexity
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import create_model
 from contextlm.preparation import Prepared
-from contextlm.progress import Bar, Progress
+from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
-from contextlm.training.next_token import Epoch, NextTokenOutcome, train_next_token
-from contextlm.training.oacd import Iteration, PhaseOne, train_context_block
+from contextlm.training.next_token import NextTokenOutcome, train_next_token
+from contextlm.training.oacd import train_context_block
 from contextlm.training.precision import resolve_precision
 from contextlm.training.settings import PhaseOneSettings
-
-
-class _History:
-    """`history.jsonl`, rewritten whole at every row so that it can be followed while it grows."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: list[str] = []
-
-    def add(self, row: PhaseOneRow | PhaseTwoRow) -> None:
-        self.lines.append(row.model_dump_json())
-        write_text(self.path, "\n".join(self.lines) + "\n")
-
-
-class _EpochWatcher:
-    """Shows the steps of an epoch as a bar and each finished epoch as a line."""
-
-    def __init__(self, progress: Progress, history: _History):
-        self.progress = progress
-        self.history = history
-        self.stack = ExitStack()
-        self.bar: Bar | None = None
-
-    def on_epoch_begin(self, number: int, steps: int) -> None:
-        self.bar = self.stack.enter_context(self.progress.bar(steps, f"epoch {number}"))
-
-    def on_step(self) -> None:
-        if self.bar is not None:
-            self.bar.advance()
-
-    def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
-        self.stack.close()
-        row = PhaseTwoRow(
-            epoch=epoch.number,
-            train_loss=epoch.train_loss,
-            train_ppl=_ppl(epoch.train_loss),
-            validation_loss=epoch.validation_loss,
-            validation_ppl=_ppl(epoch.validation_loss),
-            accuracy=epoch.accuracy,
-            learning_rate=epoch.learning_rate,
-        )
-        self.history.add(row)
-        self.progress.line(
-            f"epoch {epoch.number:2d}  train loss {epoch.train_loss:.4f}  "
-            f"val PPL {row.validation_ppl:.1f}  acc {100 * epoch.accuracy:.2f} %  "
-            f"{epoch.seconds:.1f} s{'  *' if best else ''}"
-        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +131,7 @@ def _quality_fields(
             validation.loss, prepared.facts.validation_tokens, prepared.validation_bytes
         ),
         "accuracy": validation.accuracy,
-        "train_ppl_running": _ppl(best.train_loss),
+        "train_ppl_running": perplexity(best.train_loss),
         "train_ppl": train.ppl,
         "best_epoch": outcome.best_epoch,
         "epochs": len(outcome.epochs),
@@ -202,7 +148,7 @@ def _train(
     device: torch.device,
     progress: Progress,
 ) -> _Trained:
-    history = _History(folder / "history.jsonl")
+    history = History(folder / "history.jsonl")
     training = recipe.training_of(contender)
     precision = resolve_precision(training.precision, device)
     offset = recipe.target_offset_of(contender)
@@ -228,7 +174,7 @@ def _train(
         device=device,
         precision=precision,
         folder=work,
-        watcher=_EpochWatcher(progress, history),
+        watcher=EpochWatcher(progress, history),
     )
     shutil.rmtree(work)
     return _Trained(outcome, precision, phase1, phase1_seconds)
@@ -240,34 +186,22 @@ def _phase_one(
     model: PreTrainedModel,
     prepared: Prepared,
     device: torch.device,
-    history: _History,
+    history: History,
     progress: Progress,
 ) -> tuple[PhaseOneFacts, float]:
     decoder = model.base_model
     assert isinstance(decoder, HasContextBlock)  # `prepare` has checked it
 
-    def show(iteration: Iteration) -> None:
-        history.add(
-            PhaseOneRow(
-                iteration=iteration.number, converged=iteration.converged, loss=iteration.loss
-            )
-        )
-        loss = "random start" if iteration.loss is None else f"loss {iteration.loss:.4f}"
-        progress.line(
-            f"iteration {iteration.number:2d}  converged {100 * iteration.converged:.1f} %  "
-            f"{loss}  {iteration.seconds:.1f} s"
-        )
-
     started = time.perf_counter()
     try:
-        outcome: PhaseOne = train_context_block(
+        outcome = train_context_block(
             decoder.context_block,
             decoder.embed_normalised,
             prepared.stream,
             settings,
             seed=seed,
             device=device,
-            on_iteration=show,
+            on_iteration=IterationWatcher(progress, history),
         )
     except FloatingPointError as error:
         raise RunError(str(error)) from None
@@ -298,7 +232,3 @@ def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, folder: Path) -
     model.save_pretrained(partial)
     prepared.tokenizer.save_pretrained(partial)
     partial.rename(folder)
-
-
-def _ppl(loss: float) -> float:
-    return math.exp(min(loss, 700.0))

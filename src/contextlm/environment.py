@@ -36,7 +36,9 @@ def describe_environment(device: torch.device, seeds: list[int]) -> dict[str, An
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
         "device": str(device),
@@ -66,7 +68,11 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    name = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else ""
+    name = (
+        torch.cpu.get_capabilities().get("cpu_name")
+        if hasattr(torch.cpu, "get_capabilities")
+        else ""
+    )
     return str(name or platform.processor() or platform.machine())
 
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from contextlm.data.tokenizers import known_vocab_size
 from contextlm.device import resolve_device
-from contextlm.preparation import Prepared, prepare
+from contextlm.errors import InputError
 from contextlm.models.build import build_config, meta_model
+from contextlm.preparation import Prepared, prepare
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.precision import resolve_precision
 
@@ -64,6 +65,10 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
         InputError: a contender's configuration is not valid.
     """
     vocab_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer)
+    if vocab_size is None:
+        raise InputError(
+            f"tokenizer {recipe.tokenizer!r}: its size is not known without loading it"
+        )
     return [_count(c, meta_model(build_config(c.model, vocab_size))) for c in recipe.contenders]
 
 

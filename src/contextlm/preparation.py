@@ -47,9 +47,9 @@ def prepare(recipe: Recipe) -> Prepared:
         InputError: the recipe, its corpus or a contender is not usable; nothing was written.
         RunError: a hub is needed and cannot be reached.
     """
-    _check_contenders(recipe, recipe.vocab_size or known_vocab_size(recipe.tokenizer))
+    _check_contenders(recipe, recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1)
     limits = recipe.documents
-    corpus = load_corpus(recipe.corpus, limits and (limits.train, limits.validation))
+    corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     end = int(tokenizer.eos_token_id)
@@ -60,7 +60,8 @@ def prepare(recipe: Recipe) -> Prepared:
         for contender in recipe.contenders
     }
     stores = [
-        build_token_store(corpus, split, tokenizer, cache_folder()) for split in ("train", "validation")
+        build_token_store(corpus, split, tokenizer, cache_folder())
+        for split in ("train", "validation")
     ]
     train = _windows(recipe, stores[0], "train")
     validation = _windows(recipe, stores[1], "validation")
@@ -136,8 +137,6 @@ def _windows(recipe: Recipe, store: TokenStore, split: str) -> dict[int, Windows
     def cut(contender: Contender) -> Windows:
         offset = recipe.target_offset_of(contender)
         name = f"corpus {recipe.corpus!r} ({split})"
-        return Windows(
-            tokens, recipe.sequence_length, recipe.stride, offset, samples, name=name
-        )
+        return Windows(tokens, recipe.sequence_length, recipe.stride, offset, samples, name=name)
 
     return {recipe.target_offset_of(c): cut(c) for c in recipe.contenders}

@@ -9,7 +9,12 @@ from contextlm.errors import InputError
 from contextlm.models.base import registry
 from contextlm.models.build import baseline_types, build_config, create_model, meta_model
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,9 @@ def test_rotary_share_arrives():
 def test_one_seed_gives_one_model():
     config = build_config({"type": "gpt_neox", **SMALL}, 50)
     first, again, other = (create_model(config, seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 

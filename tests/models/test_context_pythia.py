@@ -47,7 +47,10 @@ def naive_layer(layer, inputs: list[Tensor], heads: int, config) -> list[Tensor]
         per_head = qkv.view(heads, 3 * size)
         query = [rotate(h[:size], position, config.rotary_pct, config.rope_theta) for h in per_head]
         keys.append(
-            [rotate(h[size : 2 * size], position, config.rotary_pct, config.rope_theta) for h in per_head]
+            [
+                rotate(h[size : 2 * size], position, config.rotary_pct, config.rope_theta)
+                for h in per_head
+            ]
         )
         values.append([h[2 * size :] for h in per_head])
         mixed = []
@@ -114,7 +117,9 @@ def test_parameter_counts_of_the_document(stream, total, trainable):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
 
 
-@pytest.mark.parametrize(("stream", "keys_and_values"), [("projected", 3_145_728), ("compressed", 1_572_864)])
+@pytest.mark.parametrize(
+    ("stream", "keys_and_values"), [("projected", 3_145_728), ("compressed", 1_572_864)]
+)
 def test_cache_of_the_document_at_128_tokens(stream, keys_and_values):
     """Full widths and depth; the vocabulary does not matter for the cache and is kept small."""
     model = ContextPythiaForCausalLM(ContextPythiaConfig(vocab_size=64, stream=stream))
@@ -141,7 +146,9 @@ def test_initial_weights_of_the_context_block():
 
 
 def test_heads_that_do_not_divide_the_stream_are_refused():
-    with pytest.raises(StrictDataclassError, match=r"num_attention_heads \(8\) must divide context_dim \(300\)"):
+    with pytest.raises(
+        StrictDataclassError, match=r"num_attention_heads \(8\) must divide context_dim \(300\)"
+    ):
         ContextPythiaConfig(context_dim=300)
     ContextPythiaConfig(context_dim=300, stream="projected")  # the document's variant is fine
 

@@ -13,9 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from contextlm.evaluation.memory import cache_bytes, measure_cache, position_limit
 from contextlm.models.base import registry
 
-VARIANTS = [
-    (name, index) for name, entry in registry().items() for index in range(len(entry.tiny))
-]
+VARIANTS = [(name, index) for name, entry in registry().items() for index in range(len(entry.tiny))]
 CPU = torch.device("cpu")
 
 

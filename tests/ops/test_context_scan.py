@@ -48,14 +48,18 @@ def make(layers: int, batch: int, tokens: int, width: int, seed: int = 0):
     return projected, weights, scales, shifts, rand(batch, width)
 
 
-@pytest.mark.parametrize(("layers", "batch", "tokens", "width"), [(1, 1, 1, 3), (1, 3, 17, 5), (3, 2, 7, 4)])
+@pytest.mark.parametrize(
+    ("layers", "batch", "tokens", "width"), [(1, 1, 1, 3), (1, 3, 17, 5), (3, 2, 7, 4)]
+)
 def test_values_and_gradients_equal_the_naive_loop(layers, batch, tokens, width):
     inputs = make(layers, batch, tokens, width)
     leaves = [t for part in inputs for t in (part if isinstance(part, list) else [part])]
     fast = context_scan(*inputs, eps=1e-5)
     slow = naive_scan(*inputs, 1e-5)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    cotangent = torch.randn(fast.shape, dtype=fast.dtype, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.randn(
+        fast.shape, dtype=fast.dtype, generator=torch.Generator().manual_seed(1)
+    )
     expected = torch.autograd.grad((slow * cotangent).sum(), leaves)
     actual = torch.autograd.grad((fast * cotangent).sum(), leaves)
     for a, e in zip(actual, expected, strict=True):

@@ -13,7 +13,8 @@ from torch import nn
 from contextlm.data.windows import Windows
 from contextlm.errors import InputError, RunError
 from contextlm.models.build import build_config, create_model
-from contextlm.training.next_token import Epoch, next_token_loss, train_next_token
+from contextlm.training.epochs import Epoch
+from contextlm.training.next_token import next_token_loss, train_next_token
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import ParameterGroup, TrainingSettings
 
@@ -225,7 +226,9 @@ def rates(settings: TrainingSettings, steps_per_epoch: int, steps: int) -> list[
 
 
 def test_cosine_per_epoch_equals_torchs_annealing():
-    settings = TrainingSettings(learning_rate=0.5, schedule="cosine", schedule_unit="epoch", epochs=4)
+    settings = TrainingSettings(
+        learning_rate=0.5, schedule="cosine", schedule_unit="epoch", epochs=4
+    )
     reference_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(reference_optimizer, T_max=4)
     expected = []

@@ -68,7 +68,9 @@ def naive_iterations(block, table, tokens, settings, seed, count):
         torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
         optimizer.step()
         moved = ((new - contexts) ** 2).mean(1)
-        rows.append(((moved < settings.threshold).float().mean().item(), torch.stack(losses).mean().item()))
+        rows.append(
+            ((moved < settings.threshold).float().mean().item(), torch.stack(losses).mean().item())
+        )
         contexts = new
     return contexts, rows
 
@@ -77,9 +79,7 @@ def naive_iterations(block, table, tokens, settings, seed, count):
 def test_iterations_equal_the_naive_form(layers):
     settings = PhaseOneSettings(batch_size=17, max_iterations=5, threshold=0.3, stop_at=1.0)
     block, table, tokens = make(layers)
-    fast = train_context_block(
-        block, lambda ids: table[ids], tokens, settings, seed=4, device=CPU
-    )
+    fast = train_context_block(block, lambda ids: table[ids], tokens, settings, seed=4, device=CPU)
     naive_block, _, _ = make(layers)
     contexts, rows = naive_iterations(naive_block, table, tokens, settings, 4, 5)
     torch.testing.assert_close(fast.contexts_PC, contexts, rtol=1e-4, atol=1e-5)

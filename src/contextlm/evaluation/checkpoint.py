@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.data.corpora import load_corpus
@@ -42,7 +45,9 @@ class CheckpointReport(BaseModel):
 
 
 def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model, ready to evaluate, and its tokenizer, from a local folder; no network, no remote code.
+    """The model, ready to evaluate, and its tokenizer.
+
+    Only a local folder is read; no network is touched and no code from the folder runs.
 
     Raises:
         InputError: it is not a checkpoint folder, or a part is missing or damaged.

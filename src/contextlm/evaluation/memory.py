@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ def measure_cache(
 
 
 def cache_of(outputs: Any) -> Cache:
-    """The cache in a model's outputs: `past_key_values`, or `cache_params` for state-space models."""
+    """The cache in a model's outputs; state-space models call it `cache_params`."""
     cache = getattr(outputs, "past_key_values", None)
     return cache if cache is not None else outputs.cache_params
 
@@ -116,21 +117,17 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def host_bytes(self) -> int:
         """Largest resident set so far."""
-        try:
+        with suppress(OSError):
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        except OSError:
-            pass
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

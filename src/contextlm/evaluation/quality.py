@@ -53,9 +53,7 @@ def evaluate_quality(
             labels_N = batch["labels"].to(device).flatten()
             logits_NV = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
             logits_NV = logits_NV.flatten(0, 1).float()
-            losses_N = F.cross_entropy(
-                logits_NV, labels_N, ignore_index=IGNORED, reduction="none"
-            )
+            losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="none")
             loss += losses_N.double().sum().cpu()
             real_N = labels_N != IGNORED
             correct += int(((logits_NV.argmax(-1) == labels_N) & real_N).sum())

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from contextlm.errors import InputError
 
-RESULT_VERSION = 1
+RESULT_VERSION: Literal[1] = 1
 
 
 class _Record(BaseModel):

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -44,8 +45,8 @@ def measure_speed(model: PreTrainedModel, tokens: int, device: torch.device) -> 
     prefill: list[float] = []
     decode: list[float] = []
     for repetition in range(REPETITIONS + 1):
-        seconds, cache = _timed(lambda: _feed(model, prompt_1T, None), device)
-        per_token, _ = _timed(lambda cache=cache: _decode(model, cache, device), device)
+        seconds, cache = _timed(partial(_feed, model, prompt_1T, None), device)
+        per_token, _ = _timed(partial(_decode, model, cache, device), device)
         if repetition > 0:  # the first one warms up
             prefill.append(seconds)
             decode.append(per_token / DECODED)

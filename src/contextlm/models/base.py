@@ -1,4 +1,4 @@
-"""What every architecture shares: the registry, the pretrained base class, the language-model head."""
+"""What every architecture shares: the registry, the base class, the language-model head."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ M = TypeVar("M", bound=type[PreTrainedModel])
 def register_architecture(
     config: type[PreTrainedConfig], *, tiny: tuple[dict[str, Any], ...]
 ) -> Callable[[M], M]:
-    """Class decorator for a causal language model: makes it known to recipes, tests and Auto classes.
+    """Class decorator: makes a causal language model known to recipes, tests and Auto classes.
 
     Args:
         config: its configuration class; `model_type` is the name used in recipes.
@@ -185,12 +185,12 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,

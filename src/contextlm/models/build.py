@@ -75,7 +75,7 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: for counting, and for finding out what does not fit.
+    """The model without memory for its weights: to count them, or to see whether all fits.
 
     Raises:
         InputError: the configuration's values do not fit together.

@@ -1,4 +1,7 @@
-"""Blocks that architectures share. Shape suffixes: B batch, T tokens, L layers, C context, D width."""
+"""Blocks that architectures share.
+
+Shape suffixes: B batch, T tokens, L layers, C context width, D embedding width.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class ContextLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from N(0, 0.1) and N(0, 0.01); with Xavier, phase 1 does not converge (DESIGN 1.2)."""
+        """Start from N(0, 0.1) and N(0, 0.01): with Xavier, phase 1 does not converge."""
         init.normal_(self.weight, mean=0.0, std=0.1)
         init.normal_(self.bias, mean=0.0, std=0.01)
 
@@ -88,12 +91,17 @@ class ContextBlock(nn.Module):
             ContextLayer(context_dim, embedding_dim, eps) for _ in range(num_layers)
         )
 
+    def stack(self) -> list[ContextLayer]:
+        """The layers, in order, under their own type."""
+        return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
+
     def forward(
         self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None = None
     ) -> Tensor:
         """The exact recurrence over the tokens.
 
-        It runs in the weights' own type even under autocast: a recurrence multiplies rounding errors.
+        It runs in the weights' own type even under autocast: a recurrence would multiply rounding
+        errors.
 
         Args:
             embedded_BTD: normalised token embeddings.
@@ -103,17 +111,18 @@ class ContextBlock(nn.Module):
         Returns:
             Every layer's output at every token, ``[L, B, T, C]``.
         """
-        dtype = self.layers[0].weight.dtype
+        layers = self.stack()
+        dtype = layers[0].weight.dtype
         with _without_autocast(embedded_BTD.device.type):
             embedded_BTD = embedded_BTD.to(dtype)
             return context_scan(
-                [layer.project(embedded_BTD) for layer in self.layers],
-                [layer.context_weight for layer in self.layers],
-                [layer.norm.weight for layer in self.layers],
-                [layer.norm.bias for layer in self.layers],
+                [layer.project(embedded_BTD) for layer in layers],
+                [layer.context_weight for layer in layers],
+                [layer.norm.weight for layer in layers],
+                [layer.norm.bias for layer in layers],
                 initial_BC.to(dtype),
                 mask_BT=mask_BT,
-                eps=self.layers[0].norm.eps,
+                eps=layers[0].norm.eps,
             )
 
     def step(self, context_NC: Tensor, projected_NC: list[Tensor]) -> Tensor:
@@ -126,7 +135,7 @@ class ContextBlock(nn.Module):
         Returns:
             The last layer's output, ``[N, C]``.
         """
-        for layer, projected_layer_NC in zip(self.layers, projected_NC, strict=True):
+        for layer, projected_layer_NC in zip(self.stack(), projected_NC, strict=True):
             context_NC = layer.step(context_NC, projected_layer_NC)
         return context_NC
 

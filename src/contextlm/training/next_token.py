@@ -8,13 +8,11 @@ loss that is not finite stops the run instead of being hidden.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,29 +27,17 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from contextlm.errors import RunError
+from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import TrainingSettings
 
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch. Losses in nats per token; `seconds` without the evaluation."""
-
-    number: int
-    train_loss: float
-    validation_loss: float
-    accuracy: float
-    learning_rate: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,25 +48,14 @@ class NextTokenOutcome:
     best_epoch: int
 
 
-class Watcher(Protocol):
-    """Told about the steps and epochs as they happen."""
-
-    def on_epoch_begin(self, number: int, steps: int) -> None:
-        """An epoch of `steps` optimiser steps begins."""
-
-    def on_step(self) -> None:
-        """One optimiser step is done."""
-
-    def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
-        """An epoch was trained and evaluated."""
-
-
 # Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 def next_token_loss(
-    outputs: CausalLMOutputWithPast, labels_BT: Tensor, num_items_in_batch: Tensor | int | None = None
+    outputs: CausalLMOutputWithPast,
+    labels_BT: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy against targets that are shifted already.
 
@@ -95,7 +70,9 @@ def next_token_loss(
     logits_NV = outputs.logits.flatten(0, 1).float()
     labels_N = labels_BT.flatten()
     total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
-    return total / ((labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    return total / (
+        (labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    )
 
 
 def train_next_token(
@@ -128,13 +105,11 @@ def train_next_token(
         InputError: a parameter group matches nothing.
     """
     arguments = _arguments(settings, seed, device, folder)
-    recorder = _Recorder(watcher)
+    recorder = EpochRecorder(watcher)
     callbacks: list[TrainerCallback] = [recorder]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-    trainer = _NextTokenTrainer(
-        model, arguments, train, settings, precision, evaluate, callbacks
-    )
+    trainer = _NextTokenTrainer(model, arguments, train, settings, precision, evaluate, callbacks)
     trainer.train()
     losses = [epoch.validation_loss for epoch in recorder.epochs]
     return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
@@ -177,6 +152,10 @@ def _arguments(
 
 class _NextTokenTrainer(Trainer):
     """Trainer with the recipe's optimiser and schedule, and evaluation by the caller's function."""
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -237,7 +216,9 @@ class _NextTokenTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """Write the weights under the names that the model itself uses.
 
         `save_pretrained` gives some an older name (GPT-NeoX's head becomes ``embed_out``), but the
@@ -258,7 +239,9 @@ class _NextTokenTrainer(Trainer):
             )
         return loss
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
         """Call the caller's function and tell the callbacks (early stopping, best weights)."""
         measured = self.evaluate_model(self.model)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in measured.items()}
@@ -267,60 +250,3 @@ class _NextTokenTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-
-class _Recorder(TrainerCallback):
-    """Collects and times epochs; stops at a validation loss that is not finite."""
-
-    def __init__(self, watcher: Watcher):
-        self.watcher = watcher
-        self.epochs: list[Epoch] = []
-        self._started = 0.0
-        self._seconds = 0.0
-        self._train_loss = math.nan
-        self._learning_rate = 0.0
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        steps = max(1, state.max_steps // int(args.num_train_epochs))
-        self.watcher.on_epoch_begin(len(self.epochs) + 1, steps)
-        self._started = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.watcher.on_step()
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._seconds = time.perf_counter() - self._started
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self._train_loss = logs["loss"]
-            self._learning_rate = logs["learning_rate"]
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        metrics = kwargs["metrics"]
-        if not math.isfinite(metrics["eval_loss"]):
-            raise RunError(
-                f"the validation loss is {metrics['eval_loss']} after step {state.global_step}"
-            )
-        epoch = Epoch(
-            number=len(self.epochs) + 1,
-            train_loss=self._train_loss,
-            validation_loss=metrics["eval_loss"],
-            accuracy=metrics["eval_accuracy"],
-            learning_rate=self._learning_rate,
-            seconds=self._seconds,
-        )
-        best = all(epoch.validation_loss < earlier.validation_loss for earlier in self.epochs)
-        self.epochs.append(epoch)
-        self.watcher.on_epoch_end(epoch, best)

@@ -50,7 +50,7 @@ class PhaseOne:
 
 
 def oacd_loss(contexts_NC: Tensor, mean_weight: float = 0.1) -> Tensor:
-    """``-||c - mean||_F / n + mean_weight ||mean||^2``, the mean taken over the batch's n positions.
+    """``-||c - mean||_F / n + mean_weight ||mean||^2``, the mean being the batch's, over n positions.
 
     Args:
         contexts_NC: one batch of new contexts.
@@ -73,8 +73,8 @@ def batch_generator(seed: int, iteration: int, batch: int, device: torch.device)
 class _VocabularyProjection:
     """The tokens' part ``W_e e + b`` of every layer, computed once per distinct token.
 
-    A stream repeats its tokens many times over, so one product per vocabulary entry replaces one per
-    position; gradients are summed per entry before the one product that they need.
+    A stream repeats its tokens many times over, so one product per vocabulary entry replaces one
+    per position; gradients are summed per entry before the one product that they need.
     """
 
     def __init__(self, block: ContextBlock, embedded_UD: Tensor):
@@ -85,7 +85,7 @@ class _VocabularyProjection:
     @torch.no_grad()
     def refresh(self) -> None:
         """Project with the current weights and forget the gradients."""
-        self.tables_UC = [layer.project(self.embedded_UD) for layer in self.block.layers]
+        self.tables_UC = [layer.project(self.embedded_UD) for layer in self.block.stack()]
         self.gradients_UC = [torch.zeros_like(table_UC) for table_UC in self.tables_UC]
 
     def rows(self, entries_N: Tensor) -> list[Tensor]:
@@ -100,7 +100,8 @@ class _VocabularyProjection:
 
     def backward(self) -> None:
         """Carry the summed gradients on to the weights and biases."""
-        for layer, gradient_UC in zip(self.block.layers, self.gradients_UC, strict=True):
+        for layer, gradient_UC in zip(self.block.stack(), self.gradients_UC, strict=True):
+            assert layer.weight.grad is not None
             layer.weight.grad[:, layer.context_dim :].addmm_(gradient_UC.t(), self.embedded_UD)
             bias_gradient_C = gradient_UC.sum(0)
             layer.bias.grad = (

@@ -68,7 +68,8 @@ def build_schedule(
     """
     by_epoch = settings.schedule_unit == "epoch"
     total = settings.epochs if by_epoch else settings.epochs * steps_per_epoch
-    name, options = settings.schedule, None
+    name: str = settings.schedule
+    options = None
     if name == "constant":
         name = "constant_with_warmup"
     elif name == "cosine" and settings.minimum_ratio:

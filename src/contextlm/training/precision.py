@@ -23,8 +23,10 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     Returns:
         ``float32`` or ``bfloat16``.
     """
-    if wanted == "float32" or wanted == "bfloat16":
-        return wanted
+    if wanted == "float32":
+        return "float32"
+    if wanted == "bfloat16":
+        return "bfloat16"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":

@@ -1,0 +1,82 @@
+"""Cache bytes against storage that the tests know, and what counts as a view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from contextlm.evaluation.memory import PeakMemory, cache_bytes, measure_cache, position_limit
+from contextlm.evaluation.speed import measure_speed
+from contextlm.models.build import build_config, create_model
+
+CPU = torch.device("cpu")
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def filled(keys: torch.Tensor, values: torch.Tensor) -> Cache:
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    return Cache(layers=[layer])
+
+
+def test_views_count_their_elements_and_their_storage():
+    storage = torch.zeros(1, 2, 100, 4)
+    held = cache_bytes(filled(storage[:, :, :10], storage[:, :, 10:25]))
+    assert held.logical == (10 + 15) * 2 * 4 * 4
+    assert held.resident == 2 * 100 * 4 * 4
+
+
+def test_the_same_tensor_twice_counts_once():
+    keys = torch.zeros(1, 2, 5, 4, dtype=torch.bfloat16)
+    held = cache_bytes(filled(keys, keys))
+    assert held == (80, 80)
+
+
+def test_an_empty_cache_holds_nothing():
+    assert cache_bytes(DynamicCache()) == (0, 0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 1025])
+def test_keys_and_values_of_a_real_decode(length):
+    model = create_model(build_config({"type": "gpt_neox", **SMALL}, 20), 0)
+    (entry,) = measure_cache(model, [length], CPU)
+    assert entry.tokens == length
+    assert entry.logical == entry.resident == 3 * 2 * length * 16 * 4
+
+
+def test_lengths_beyond_the_positions_are_left_out():
+    fields = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = create_model(build_config(fields, 20), 0)
+    assert position_limit(model) == 32
+    assert [entry.tokens for entry in measure_cache(model, [64, 8, 32, 8], CPU)] == [8, 32]
+
+
+def test_training_mode_survives_a_measurement():
+    model = create_model(build_config({"type": "gpt_neox", **SMALL}, 20), 0).train()
+    measure_cache(model, [3], CPU)
+    measure_speed(model, 8, CPU)
+    assert model.training
+
+
+def test_speed_fits_into_the_positions():
+    fields = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 48}
+    speed = measure_speed(create_model(build_config(fields, 20), 0), 512, CPU)
+    assert speed.tokens == 16
+    assert speed.prefill_tokens_per_second > 0
+    assert speed.decode_tokens_per_second > 0
+
+
+def test_peak_memory_sees_an_allocation():
+    peak = PeakMemory(CPU)
+    before = peak.host_bytes()
+    block = torch.ones(64 * 2**20 // 4)
+    assert peak.host_bytes() >= before
+    assert peak.host_bytes() > block.numel() * 4
+    assert peak.accelerator_bytes() is None
