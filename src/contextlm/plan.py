@@ -66,9 +66,7 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
     """
     vocab_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer)
     if vocab_size is None:
-        raise InputError(
-            f"tokenizer {recipe.tokenizer!r}: its size is not known without loading it"
-        )
+        raise InputError(f"tokenizer {recipe.tokenizer!r}: it has no tokenizer.json to count")
     return [_count(c, meta_model(build_config(c.model, vocab_size))) for c in recipe.contenders]
 
 
@@ -132,8 +130,8 @@ def _plan(
 def _forward_flops(model: PreTrainedModel, tokens: int) -> float:
     """Floating-point operations of a forward pass per token, counted on the meta device.
 
-    With a cache, because without one transformers looks for packed sequences by reading values, which
-    meta tensors do not have.
+    With a cache, because without one transformers looks for packed sequences by reading values,
+    which meta tensors do not have.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)

@@ -153,7 +153,7 @@ def _arguments(
 class _NextTokenTrainer(Trainer):
     """Trainer with the recipe's optimiser and schedule, and evaluation by the caller's function."""
 
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any
     lr_scheduler: LRScheduler | None
     control: TrainerControl
 

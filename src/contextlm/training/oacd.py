@@ -50,7 +50,7 @@ class PhaseOne:
 
 
 def oacd_loss(contexts_NC: Tensor, mean_weight: float = 0.1) -> Tensor:
-    """``-||c - mean||_F / n + mean_weight ||mean||^2``, the mean being the batch's, over n positions.
+    """``-||c - mean||_F / n + mean_weight ||mean||^2``, the mean over the batch's n positions.
 
     Args:
         contexts_NC: one batch of new contexts.
