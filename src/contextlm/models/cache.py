@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class ContextStateLayer(CacheLayerMixin):
@@ -42,16 +42,21 @@ class ContextStateLayer(CacheLayerMixin):
         """
         raise TypeError("ContextStateLayer keeps a context, not keys and values: use update_state")
 
-    def update_state(self, state_BC: Tensor, new_counts_B: Tensor, tokens: int) -> None:
+    def update_state(self, state_BC: Tensor, mask_BT: Tensor | None, tokens: int) -> None:
         """Replace the state.
 
         Args:
-            state_BC: the context after the newest token.
-            new_counts_B: real tokens in this chunk, per row.
-            tokens: length of this chunk, padding included.
+            state_BC: the context after the newest token; copied, because it may be a slice that
+                would keep a whole chunk of contexts in memory.
+            mask_BT: False where a token of this chunk is padding, or None.
+            tokens: T, the length of this chunk, padding included.
         """
-        self.state = state_BC
-        self.counts = new_counts_B if self.counts is None else self.counts + new_counts_B
+        if mask_BT is None:
+            new_B = torch.full((state_BC.shape[0],), tokens, device=state_BC.device)
+        else:
+            new_B = mask_BT.sum(1)
+        self.state = state_BC.clone()
+        self.counts = new_B if self.counts is None else self.counts + new_B
         self._seen += tokens
         self.is_initialized = True
 
@@ -109,3 +114,28 @@ class ContextStateLayer(CacheLayerMixin):
                 "a context state cannot be cropped: the recurrence does not run backwards; "
                 "start again from an empty cache"
             )
+
+
+def state_layer(cache: Cache | None, layers: int, owner: str) -> ContextStateLayer | None:
+    """The context state of a model's cache, which is its last layer.
+
+    Args:
+        cache: what the caller of the model passed, or None.
+        layers: how many layers the model's own caches have.
+        owner: the model's type, for the message.
+
+    Returns:
+        The layer, or None without a cache.
+
+    Raises:
+        ValueError: the cache is not of the model's making.
+    """
+    if cache is None:
+        return None
+    last = cache.layers[-1] if len(cache.layers) == layers else None
+    if not isinstance(last, ContextStateLayer):
+        raise ValueError(
+            f"{owner} needs its own cache: leave past_key_values out, pass what an earlier call "
+            "returned, or make one with new_cache()"
+        )
+    return last

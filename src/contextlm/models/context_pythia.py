@@ -12,7 +12,6 @@ Shape suffixes: B batch, T tokens, D embedding width, C context width, S stream 
 # annotations, which must then be types and not strings.
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
@@ -35,7 +34,7 @@ from contextlm.models.base import (
     register_architecture,
     token_mask,
 )
-from contextlm.models.cache import ContextStateLayer
+from contextlm.models.cache import ContextStateLayer, state_layer
 from contextlm.models.layers import ContextBlock
 
 
@@ -213,7 +212,7 @@ class ContextPythiaModel(ContextPreTrainedModel):
         embedded_BTD = self.embed_norm(inputs_embeds)
         batch, tokens = embedded_BTD.shape[:2]
         mask_BT = token_mask(attention_mask, tokens)
-        state = self._state_of(past_key_values)
+        state = state_layer(past_key_values, len(self.layers) + 1, self.config.model_type)
         if position_ids is None:
             seen_B = None if state is None else state.counts
             position_ids = real_positions(mask_BT, seen_B, batch, tokens, embedded_BTD.device)
@@ -242,17 +241,6 @@ class ContextPythiaModel(ContextPreTrainedModel):
             last_hidden_state=self.final_layer_norm(stream_BTS), past_key_values=past_key_values
         )
 
-    def _state_of(self, cache: Cache | None) -> ContextStateLayer | None:
-        if cache is None:
-            return None
-        state = cache.layers[-1] if len(cache.layers) == len(self.layers) + 1 else None
-        if not isinstance(state, ContextStateLayer):
-            raise ValueError(
-                "context_pythia needs its own cache: leave past_key_values out, pass what an "
-                "earlier call returned, or make one with new_cache()"
-            )
-        return state
-
     def _contexts(
         self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
     ) -> Tensor:
@@ -264,13 +252,7 @@ class ContextPythiaModel(ContextPreTrainedModel):
             initial_BC = embedded_BTD.new_zeros(batch, self.config.context_dim)
         contexts_BTC = self.context_block(embedded_BTD, initial_BC, mask_BT)[-1]
         if state is not None:
-            counts_B = (
-                torch.full((batch,), tokens, device=embedded_BTD.device)
-                if mask_BT is None
-                else mask_BT.sum(1)
-            )
-            # A copy: the last row of `contexts_BTC` would keep the whole chunk in memory.
-            state.update_state(contexts_BTC[:, -1].clone(), counts_B, tokens)
+            state.update_state(contexts_BTC[:, -1], mask_BT, tokens)
         return contexts_BTC
 
 
