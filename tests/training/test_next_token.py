@@ -186,6 +186,12 @@ def test_one_seed_gives_one_outcome(tmp_path):
     assert not torch.equal(weights("c", 1), weights("d", 2))
 
 
+def test_a_trained_model_still_decodes_with_a_cache(tmp_path):
+    evaluate, _ = scripted([1.0])
+    model, _, _ = train(tmp_path, evaluate, TrainingSettings(batch_size=4, epochs=1))
+    assert model.config.use_cache is True
+
+
 def test_bfloat16_is_for_training_only(tmp_path):
     types = []
 

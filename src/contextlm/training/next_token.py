@@ -109,8 +109,11 @@ def train_next_token(
     callbacks: list[TrainerCallback] = [recorder]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+    use_cache = model.config.use_cache
     trainer = _NextTokenTrainer(model, arguments, train, settings, precision, evaluate, callbacks)
     trainer.train()
+    # The Trainer switches the cache off in the configuration, and a saved model would keep that.
+    model.config.use_cache = use_cache
     losses = [epoch.validation_loss for epoch in recorder.epochs]
     return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
 
