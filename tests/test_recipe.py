@@ -328,3 +328,16 @@ def test_what_is_dumped_is_read_back(value: Any) -> None:
     read = parse(dump({"value": value}), "dump")
     # repr, so that nan equals nan, and 1 differs from 1.0 and from True
     assert repr(read) == repr({"value": value})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.accumulation=3", "accumulation (3) must divide batch_size (16)"),
+        ("training.schedule=linear", "minimum_ratio is for schedule cosine, not linear"),
+    ],
+)
+def test_training_values_that_do_not_fit_together(override, message):
+    with pytest.raises(InputError) as caught:
+        load_recipe("demo", overrides=[override])
+    assert message in str(caught.value)

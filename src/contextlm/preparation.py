@@ -18,6 +18,7 @@ from contextlm.evaluation.result import CorpusFacts
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config, meta_model
 from contextlm.recipe import Contender, Recipe
+from contextlm.training.optimisation import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ def prepare(recipe: Recipe) -> Prepared:
     train = _windows(recipe, stores[0], "train")
     validation = _windows(recipe, stores[1], "validation")
     first = recipe.target_offset_of(recipe.contenders[0])
+    for contender in recipe.contenders:
+        training = recipe.training_of(contender)
+        if training.drop_last and len(train[first]) < training.batch_size:
+            raise InputError(
+                f"contenders.{contender.name}: {len(train[first])} training windows do not make "
+                f"one batch of {training.batch_size}, and training.drop_last drops the incomplete one"
+            )
     facts = CorpusFacts(
         name=corpus.name,
         tokenizer=recipe.tokenizer,
@@ -101,6 +109,7 @@ def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
                 f"{where}: sequence_length {recipe.sequence_length} is more than the model's "
                 f"{positions} positions"
             )
+        parameter_groups(model, recipe.training_of(contender))
         if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
             raise InputError(
                 f"{where}: phase1 needs a model with a context block, which "

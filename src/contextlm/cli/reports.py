@@ -27,6 +27,15 @@ def report(
             "into the folder `report` beside them.",
         ),
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[#NAME]",
+            show_default=False,
+            help="Also put a summary into a Markdown file, between the marks "
+            "`<!-- results:begin NAME -->` and `<!-- results:end NAME -->`.",
+        ),
+    ] = None,
     open_page: Annotated[
         bool, typer.Option("--open", help="Show the page in the web browser.")
     ] = False,
@@ -42,17 +51,19 @@ def report(
     ```
     contextlm report runs/demo-001 --open
     contextlm report runs/context-pythia-001 runs/context-kv-001 --out comparison
+    contextlm report runs/demo-001 --into README.md
     ```
     """
     from contextlm.evaluation.result import read_run
-    from contextlm.report.page import write_report
+    from contextlm.report.embed import embed
+    from contextlm.report.page import render_summary, write_report
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: not a folder")
     loaded = [read_run(folder) for folder in runs]
-    for run in loaded:
-        if not run.outcomes:
-            raise InputError(f"{run.folder}: no contender has finished in this run")
+    if into is not None:
+        document, _, block = into.partition("#")
+        embed(Path(document), block or None, render_summary(loaded))
     paths = write_report(loaded, out or _default_folder(runs))
     if as_json:
         print_json(runs_json(loaded, paths))

@@ -48,11 +48,7 @@ def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
     Raises:
         InputError: there is no run, or a run in which no contender has finished.
     """
-    if not runs:
-        raise InputError("report: no run was given")
-    for run in runs:
-        if not run.outcomes:
-            raise InputError(f"{run.folder}: no contender has finished, nothing to report")
+    _check(runs)
     rows = summarise_runs(runs)
     pictures = {
         "curves.png": plots.png(plots.curves_figure(rows)),
@@ -77,11 +73,29 @@ def render_html(facts: dict[str, Any]) -> str:
     return _environment(autoescape=True).get_template("report.html.j2").render(facts)
 
 
-def render_markdown(facts: dict[str, Any]) -> str:
+def render_markdown(facts: dict[str, Any], template: str = "report.md.j2") -> str:
     """The Markdown page; whatever is not marked up by the template itself is escaped."""
     environment = _environment(autoescape=False, finalize=_escape_unless_marked)
     environment.filters["table"] = lambda table: Markup(markdown_table(table))
-    return environment.get_template("report.md.j2").render(facts)
+    return environment.get_template(template).render(facts)
+
+
+def render_summary(runs: list[Run]) -> str:
+    """The answer, the main table and the findings as Markdown, to stand in another document.
+
+    Raises:
+        InputError: there is no run, or a run in which no contender has finished.
+    """
+    _check(runs)
+    return render_markdown(_facts(runs, summarise_runs(runs)), "summary.md.j2")
+
+
+def _check(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise InputError("report: no run was given")
+    for run in runs:
+        if not run.outcomes:
+            raise InputError(f"{run.folder}: no contender has finished, nothing to report")
 
 
 def _environment(

@@ -123,7 +123,7 @@ def _arguments(
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=max(1, settings.batch_size // settings.accumulation),
+        per_device_train_batch_size=settings.batch_size // settings.accumulation,
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,

@@ -17,6 +17,17 @@ from contextlm.training.settings import TrainingSettings
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters, in the recipe's groups.
 
+    Raises:
+        InputError: a group's pattern matches no trainable parameter.
+    """
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    groups = parameter_groups(model, settings)
+    return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The trainable parameters by learning rate and weight decay, as torch's optimisers take them.
+
     A parameter belongs to the first group whose pattern matches its name. Plain Adam takes no
     weight decay, as in the documents.
 
@@ -41,7 +52,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         raise InputError(
             f"training.parameter_groups: {sorted(unused)[0]!r} matches no trainable parameter"
         )
-    groups: list[dict[str, Any]] = [
+    return [
         {
             "params": parameters,
             "lr": rate,
@@ -49,8 +60,6 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         }
         for (rate, decay), parameters in buckets.items()
     ]
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
 def build_schedule(

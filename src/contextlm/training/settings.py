@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -84,3 +85,13 @@ class TrainingSettings(Settings):
         "auto", description="autocast type; auto: bfloat16 where the machine is faster with it"
     )
     parameter_groups: list[ParameterGroup] = []
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation ({self.accumulation}) must divide batch_size ({self.batch_size})"
+            )
+        if self.minimum_ratio and self.schedule != "cosine":
+            raise ValueError(f"minimum_ratio is for schedule cosine, not {self.schedule}")
+        return self

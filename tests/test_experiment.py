@@ -1,0 +1,220 @@
+"""From a recipe to a run folder, end to end at scale smoke."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from contextlm.errors import InputError
+from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
+from contextlm.evaluation.result import read_run, seed_folder
+from contextlm.experiment import run
+from contextlm.plan import count_parameters, dry_run
+from contextlm.preparation import prepare
+from contextlm.progress import SilentProgress
+from contextlm.recipe import builtin_recipes, load_recipe
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache, monkeypatch):
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(cache))
+    monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def demo(cache, tmp_path_factory):
+    """One smoke run with two seeds, in bfloat16 autocast whatever the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTEXTLM_CACHE", str(cache))
+        recipe = load_recipe(
+            "demo", scale="smoke", overrides=["training.precision=bfloat16"], seeds=[0, 3]
+        )
+        out = tmp_path_factory.mktemp("runs")
+        return read_run(run(recipe, out, device="cpu", progress=SilentProgress()))
+
+
+def test_the_run_folder_holds_what_it_should(demo):
+    assert demo.folder.name == "demo-001"
+    top = {path.name for path in demo.folder.iterdir()}
+    files = {"recipe.yaml", "environment.json", "report.md", "report.html"}
+    assert top == files | {"curves.png", "frontier.png"} | {
+        contender["name"] for contender in demo.recipe["contenders"]
+    }
+    for outcome in demo.outcomes:
+        place = seed_folder(demo.folder, outcome.result.contender, outcome.result.seed)
+        names = {path.name for path in place.iterdir()}
+        assert names == {"history.jsonl", "result.json", "timings.json", "checkpoint"}
+        assert (place / "checkpoint" / "model.safetensors").is_file()
+        assert (place / "checkpoint" / "tokenizer.json").is_file()
+    for name in ("curves.png", "frontier.png"):
+        with Image.open(demo.folder / name) as image:
+            assert min(image.size) > 300
+
+
+def test_every_contender_and_seed_has_a_result(demo):
+    keys = [(o.result.contender, o.result.seed) for o in demo.outcomes]
+    names = ["pythia", "context-pythia", "context-pythia-projected"]
+    assert keys == [(name, seed) for name in names for seed in (0, 3)]
+    for outcome in demo.outcomes:
+        result = outcome.result
+        assert result.precision == "bfloat16"
+        assert len([row for row in outcome.history if row.phase == 2]) == result.epochs == 2
+        assert (result.phase1 is not None) == (result.architecture == "context_pythia")
+        assert result.validation_loss == pytest.approx(
+            min(row.validation_loss for row in outcome.history if row.phase == 2), abs=1e-9
+        )
+
+
+def test_cache_bytes_are_those_of_float32_whatever_training_computed_in(demo):
+    state = 16 * 4 + 8  # a context of 16 numbers, and the row's count of tokens
+    for outcome in demo.outcomes:
+        result = outcome.result
+        width = {"pythia": 32, "context-pythia": 16, "context-pythia-projected": 32}
+        extra = 0 if result.contender == "pythia" else state
+        for entry in result.cache:
+            keys_and_values = 2 * 2 * width[result.contender] * entry.tokens * 4
+            assert entry.logical == entry.resident == keys_and_values + extra
+
+
+def test_a_checkpoint_gives_the_figures_of_its_result(demo):
+    for outcome in demo.outcomes:
+        result = outcome.result
+        folder = seed_folder(demo.folder, result.contender, result.seed) / "checkpoint"
+        report = evaluate_checkpoint(
+            folder,
+            corpus="pydocs",
+            device="cpu",
+            sequence_length=32,
+            samples=16,
+            cache_lengths=[32, 128],
+        )
+        assert report.architecture == result.architecture
+        assert report.parameters == result.parameters_total
+        assert report.cache == result.cache
+        model, tokenizer = load_checkpoint(folder, "cpu")
+        assert model.config.use_cache is True
+        assert tokenizer.decode(tokenizer("naïve 🐍")["input_ids"]) == "naïve 🐍"
+
+
+def test_results_hold_no_times_and_the_environment_names_versions(demo):
+    for outcome in demo.outcomes:
+        place = seed_folder(demo.folder, outcome.result.contender, outcome.result.seed)
+        assert "seconds" not in (place / "result.json").read_text()
+        assert "seconds" not in (place / "history.jsonl").read_text()
+    environment = json.loads((demo.folder / "environment.json").read_text())
+    assert {"contextlm", "python", "packages", "seeds", "cores", "device"} <= set(environment)
+    assert environment["seeds"] == [0, 3]
+
+
+def test_one_recipe_gives_one_result_and_never_overwrites(demo):
+    """A second run of the same recipe gets the next number, and equal figures."""
+    recipe = load_recipe(str(demo.folder / "recipe.yaml"), seeds=[3])
+    again = read_run(run(recipe, demo.folder.parent, device="cpu", progress=SilentProgress()))
+    assert again.folder.name == "demo-002"
+    first = {o.result.contender: o for o in demo.outcomes if o.result.seed == 3}
+    for outcome in again.outcomes:
+        same = first[outcome.result.contender]
+        assert outcome.history == same.history
+        assert outcome.result.model_copy(update={"scale": "smoke"}) == same.result
+        weights = [
+            (seed_folder(r.folder, outcome.result.contender, 3) / "checkpoint/model.safetensors")
+            for r in (demo, again)
+        ]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["corpus=text:nowhere"], "nowhere"),
+        (["corpus=pydoc"], "did you mean 'pydocs'"),
+        (["tokenizer=gpt3"], "gpt3"),
+        (["samples.train=100000000"], "pydocs"),
+        (["contenders.pythia.model.num_attention_heads=5"], "contenders.pythia"),
+        (["contenders.pythia.model.hiden_size=5"], "did you mean 'hidden_size'"),
+        (["contenders.pythia.model.max_position_embeddings=8"], "8 positions"),
+        (["contenders.pythia.phase1={}"], "context block"),
+        (["vocab_size=100"], "vocab_size 100"),
+        (["training.parameter_groups=[{match: nothing}]"], "'nothing' matches no"),
+        (["training.drop_last=true", "training.batch_size=50"], "do not make one batch of 50"),
+    ],
+)
+def test_nothing_is_written_before_all_is_known_to_be_good(tmp_path, overrides, message):
+    recipe = load_recipe("demo", scale="smoke", overrides=overrides)
+    with pytest.raises(InputError) as caught:
+        run(recipe, tmp_path / "runs", device="cpu", progress=SilentProgress())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_recipe_has_its_scales_and_can_be_counted(name):
+    for scale in ("smoke", "small", "full"):
+        recipe = load_recipe(name, scale=scale)
+        counts = count_parameters(recipe)
+        assert [c.name for c in counts] == [c.name for c in recipe.contenders]
+        assert all(c.total >= c.trainable >= c.trainable_phase2 > 0 for c in counts)
+
+
+def test_the_documents_counts_at_full_scale():
+    counts = {c.name: c for c in count_parameters(load_recipe("context-pythia"))}
+    assert counts["pythia-70m"].total == 70_426_624
+    assert counts["context-pythia"].total == 43_570_944
+    assert counts["context-pythia-projected"].total == 70_756_608
+    assert counts["context-pythia-projected"].trainable == 70_559_232
+    assert counts["context-pythia-projected"].trainable_phase2 == 70_559_232
+
+
+def test_the_full_scale_is_the_documents_setting():
+    recipe = load_recipe("context-pythia")
+    training = recipe.training
+    assert (recipe.corpus, recipe.tokenizer, recipe.vocab_size) == ("pile", "pythia", 50304)
+    assert (recipe.sequence_length, recipe.stride, recipe.target_offset) == (128, 129, 1)
+    assert (recipe.samples.train, recipe.samples.validation) == (9000, 1000)
+    assert (training.optimizer, training.learning_rate, training.weight_decay) == (
+        "adamw",
+        1e-4,
+        0.01,
+    )
+    assert (training.batch_size, training.epochs, training.patience) == (32, 10, 1)
+    assert (training.schedule, training.clip, training.precision) == ("constant", None, "float32")
+    phase1 = recipe.contenders[1].phase1
+    assert (phase1.learning_rate, phase1.noise, phase1.max_iterations) == (0.003, 0.05, 100)
+
+
+def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = dry_run(load_recipe("demo", scale="smoke"), device="cpu")
+    assert plan.train_tokens == 48 * 32 + 1
+    pythia = plan.contenders[0]
+    # Two layers and the head; two operations per weight and token, attention scores and values.
+    weights = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64) + 32 * 512
+    attention = 2 * 2 * 32 * 32
+    forward = 2 * (weights + attention)
+    assert pythia.flops == pytest.approx(3 * forward * pythia.tokens_per_epoch * 2, rel=0.02)
+    assert pythia.seconds_estimate > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_of_all_contenders_cover_the_same_text():
+    overrides = ["contenders.context-pythia.target_offset=2"]
+    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
+    one, two = prepared.train[1], prepared.train[2]
+    assert len(one) == len(two) == 48
+    assert (one[7]["input_ids"] == two[7]["input_ids"]).all()
+    assert (one[7]["labels"][1:] == two[7]["labels"][:-1]).all()
+
+
+def test_the_resolved_recipe_can_be_run_again(demo):
+    text = (demo.folder / "recipe.yaml").read_text()
+    assert yaml.safe_load(text)["name"] == "demo"
+    assert load_recipe(str(demo.folder / "recipe.yaml")).contenders[0].name == "pythia"
