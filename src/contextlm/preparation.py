@@ -71,8 +71,9 @@ def prepare(recipe: Recipe) -> Prepared:
         training = recipe.training_of(contender)
         if training.drop_last and len(train[first]) < training.batch_size:
             raise InputError(
-                f"contenders.{contender.name}: {len(train[first])} training windows do not make "
-                f"one batch of {training.batch_size}, and training.drop_last drops the incomplete one"
+                f"contenders.{contender.name}: training.drop_last drops an incomplete batch, and "
+                f"{len(train[first])} training windows do not make one batch of "
+                f"{training.batch_size}"
             )
     facts = CorpusFacts(
         name=corpus.name,
