@@ -123,7 +123,7 @@ def test_one_recipe_gives_one_result_and_never_overwrites(demo):
     for outcome in again.outcomes:
         same = first[outcome.result.contender]
         assert outcome.history == same.history
-        assert outcome.result.model_copy(update={"scale": "smoke"}) == same.result
+        assert outcome.result == same.result
         weights = [
             (seed_folder(r.folder, outcome.result.contender, 3) / "checkpoint/model.safetensors")
             for r in (demo, again)
@@ -218,3 +218,39 @@ def test_the_resolved_recipe_can_be_run_again(demo):
     text = (demo.folder / "recipe.yaml").read_text()
     assert yaml.safe_load(text)["name"] == "demo"
     assert load_recipe(str(demo.folder / "recipe.yaml")).contenders[0].name == "pythia"
+
+
+BASELINES = """
+name: baselines
+question: Do transformers' own models run as contenders?
+corpus: pydocs
+tokenizer: bpe:512
+sequence_length: 32
+documents: {train: 12, validation: 6}
+samples: {train: 16, validation: 8}
+training: {batch_size: 8, epochs: 1}
+evaluation: {cache_lengths: [32, 64, 128], speed_tokens: 32}
+contenders:
+  - name: llama
+    baseline: true
+    model: &llama
+      type: llama
+      hidden_size: 32
+      num_hidden_layers: 1
+      num_attention_heads: 4
+      num_key_value_heads: 4
+      intermediate_size: 64
+  - {name: llama-grouped, model: {<<: *llama, num_key_value_heads: 1}}
+  - {name: gpt2, model: {type: gpt2, n_embd: 32, n_layer: 1, n_head: 4, n_positions: 64}}
+"""
+
+
+def test_transformers_own_models_are_contenders(tmp_path):
+    (tmp_path / "baselines.yaml").write_text(BASELINES, "utf-8")
+    recipe = load_recipe(str(tmp_path / "baselines.yaml"))
+    outcomes = read_run(run(recipe, tmp_path, device="cpu", progress=SilentProgress())).outcomes
+    cache = {o.result.contender: {e.tokens: e.logical for e in o.result.cache} for o in outcomes}
+    full = 2 * 32 * 4  # bytes a token: keys and values of one layer
+    assert cache["llama"] == {tokens: tokens * full for tokens in (32, 64, 128)}
+    assert cache["llama-grouped"] == {tokens: tokens * full // 4 for tokens in (32, 64, 128)}
+    assert cache["gpt2"] == {tokens: tokens * full for tokens in (32, 64)}

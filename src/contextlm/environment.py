@@ -68,11 +68,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    name = (
-        torch.cpu.get_capabilities().get("cpu_name")
-        if hasattr(torch.cpu, "get_capabilities")
-        else ""
-    )
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     return str(name or platform.processor() or platform.machine())
 
 

@@ -151,10 +151,13 @@ def load_recipe(
         InputError: unknown name, scale or key, malformed YAML, or a value that does not fit.
     """
     raw, where = _read(name_or_path)
+    origin = raw.pop("resolved_from", FULL)
     try:
         raw = resolve(raw, where, scale or FULL, overrides)
     except RecursionError:  # YAML aliases can make a value contain itself
         raise InputError(f"{where}: nested too deeply") from None
+    if raw["scale"] == FULL:
+        raw["scale"] = origin
     if seeds is not None:
         raw["seeds"] = seeds
     try:
@@ -165,10 +168,13 @@ def load_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML. Loading it gives the same recipe, its scale now ``full``."""
+    """The resolved recipe as YAML. Loading it gives the same recipe.
+
+    Its values are its top level; ``resolved_from`` keeps the scale's name, so that a report of a
+    second run does not pass a small setting off as the document's.
+    """
     data = recipe.model_dump(mode="json", exclude={"scale"})
-    header = f"# resolved from scale {recipe.scale!r}\n"
-    return header + dump(data)
+    return dump({"resolved_from": recipe.scale, **data})
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
