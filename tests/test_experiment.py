@@ -143,6 +143,8 @@ def test_one_recipe_gives_one_result_and_never_overwrites(demo):
         (["contenders.pythia.model.max_position_embeddings=8"], "8 positions"),
         (["contenders.pythia.phase1={}"], "context block"),
         (["vocab_size=100"], "vocab_size 100"),
+        (["contenders.pythia.model.vocab_size=100"], "vocab_size 100"),
+        (["contenders.context-pythia.model.tie_word_embeddings=true"], "contenders.context-pythia"),
         (["training.parameter_groups=[{match: nothing}]"], "'nothing' matches no"),
         (["training.drop_last=true", "training.batch_size=50"], "do not make one batch of 50"),
     ],

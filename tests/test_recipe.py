@@ -336,6 +336,9 @@ def test_what_is_dumped_is_read_back(value: Any) -> None:
     [
         ("training.accumulation=3", "accumulation (3) must divide batch_size (16)"),
         ("training.schedule=linear", "minimum_ratio is for schedule cosine, not linear"),
+        ("training={accumulation: 2, drop_last: true}", "drop_last with accumulation"),
+        ("training.schedule_unit=epoch", "warmup with schedule_unit epoch"),
+        ("training.optimizer=adam", "weight_decay is for optimizer adamw"),
     ],
 )
 def test_training_values_that_do_not_fit_together(override, message):

@@ -18,16 +18,17 @@ from contextlm.evaluation.quality import (
     bits_per_byte,
     effective_rank,
     evaluate_quality,
+    perplexity,
     sample_rows,
     window_contexts,
 )
 from contextlm.evaluation.result import PhaseOneFacts, Result, Timings
 from contextlm.evaluation.speed import measure_speed
 from contextlm.files import write_json
-from contextlm.live import EpochWatcher, History, IterationWatcher, perplexity
+from contextlm.live import EpochWatcher, History, IterationWatcher
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import create_model
-from contextlm.preparation import Prepared
+from contextlm.preparation import Prepared, windows_per_epoch
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.next_token import NextTokenOutcome, train_next_token
@@ -74,6 +75,8 @@ def run_contender(
     progress.stage(f"{contender.name}, seed {seed}")
     model = create_model(prepared.configs[contender.name], seed).to(device)
     trained = _train(recipe, contender, seed, model, prepared, folder, device, progress)
+    # Before anything is measured: a fault in a measurement must not cost the weights.
+    _save_checkpoint(model, prepared, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
     offset = recipe.target_offset_of(contender)
@@ -82,10 +85,9 @@ def run_contender(
     train = evaluate_quality(model, prepared.train[offset], size, device)
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
-    _save_checkpoint(model, prepared, folder / "checkpoint")
     now = time.perf_counter()
     epoch_seconds = [epoch.seconds for epoch in trained.outcome.epochs]
-    tokens_per_epoch = prepared.facts.train_windows * recipe.sequence_length
+    tokens_per_epoch = windows_per_epoch(recipe, contender, prepared) * recipe.sequence_length
     timings = Timings(
         phase1_seconds=trained.phase1_seconds,
         epoch_seconds=epoch_seconds,
@@ -213,7 +215,6 @@ def _phase_one(
         next(iter(prepared.validation.values())),
         32,
         device,
-        width,
     )
     facts = PhaseOneFacts(
         iterations=len(outcome.iterations),
@@ -229,6 +230,8 @@ def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, folder: Path) -
     """Weights, configuration and tokenizer, in a folder that appears whole."""
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
+    # For padded batches; not in the configuration, where it would freeze an embedding at zero.
+    model.generation_config.pad_token_id = prepared.tokenizer.eos_token_id
     model.save_pretrained(partial)
     prepared.tokenizer.save_pretrained(partial)
     partial.rename(folder)

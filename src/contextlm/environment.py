@@ -68,8 +68,8 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return str(name or platform.processor() or platform.machine())
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(known.get("cpu_name") or platform.processor() or platform.machine())
 
 
 def _memory() -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from contextlm.contender import run_contender
 from contextlm.device import resolve_device
 from contextlm.environment import describe_environment
+from contextlm.errors import InputError
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.files import write_json, write_text
 from contextlm.preparation import prepare
@@ -32,6 +33,12 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
         RunError: a fault while running; what had finished stays.
     """
     where = resolve_device(device)
+    if where.index:
+        # The Trainer takes the first visible device; a model elsewhere would be trained on another.
+        raise InputError(
+            f"--device {device}: choose the accelerator from outside, with "
+            f"CUDA_VISIBLE_DEVICES={where.index} and --device {where.type}"
+        )
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = prepare(recipe)
     folder = _new_folder(out, recipe.name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 
+from contextlm.evaluation.quality import perplexity
 from contextlm.evaluation.result import PhaseOneRow, PhaseTwoRow
 from contextlm.files import write_text
 from contextlm.progress import Bar, Progress
@@ -79,8 +79,3 @@ class IterationWatcher:
             f"iteration {iteration.number:2d}  converged {100 * iteration.converged:.1f} %  "
             f"{loss}  {iteration.seconds:.1f} s"
         )
-
-
-def perplexity(loss: float) -> float:
-    """``exp(loss)``, finite for any finite loss."""
-    return math.exp(min(loss, 700.0))

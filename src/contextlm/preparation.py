@@ -14,9 +14,10 @@ from contextlm.data.token_store import TokenStore, build_token_store, cache_fold
 from contextlm.data.tokenizers import known_vocab_size, load_tokenizer, vocab_entries
 from contextlm.data.windows import Windows
 from contextlm.errors import InputError
+from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.result import CorpusFacts
 from contextlm.models.base import HasContextBlock
-from contextlm.models.build import build_config, meta_model
+from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.optimisation import parameter_groups
 
@@ -56,7 +57,7 @@ def prepare(recipe: Recipe) -> Prepared:
     end = int(tokenizer.eos_token_id)
     configs = {
         contender.name: build_config(
-            contender.model, vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end
+            contender.model, vocab_size, bos_token_id=end, eos_token_id=end
         )
         for contender in recipe.contenders
     }
@@ -96,26 +97,40 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
 
+def windows_per_epoch(recipe: Recipe, contender: Contender, prepared: Prepared) -> int:
+    """Training windows that an epoch really uses: a dropped last batch does not count."""
+    training = recipe.training_of(contender)
+    windows = prepared.facts.train_windows
+    return windows - windows % training.batch_size if training.drop_last else windows
+
+
 def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
     for contender in recipe.contenders:
-        where = f"contenders.{contender.name}"
         try:
-            config = build_config(contender.model, vocab_size)
-            model = meta_model(config)
+            _check_contender(recipe, contender, vocab_size)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and recipe.sequence_length > positions:
-            raise InputError(
-                f"{where}: sequence_length {recipe.sequence_length} is more than the model's "
-                f"{positions} positions"
-            )
-        parameter_groups(model, recipe.training_of(contender))
-        if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
-            raise InputError(
-                f"{where}: phase1 needs a model with a context block, which "
-                f"{contender.model['type']!r} has not"
-            )
+            raise InputError(f"contenders.{contender.name}: {error}") from None
+
+
+def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> None:
+    config = build_config(contender.model, vocab_size)
+    if config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size {config.vocab_size} is less than the recipe's {vocab_size} entries"
+        )
+    model = meta_model(config)
+    positions = position_limit(model)
+    if positions is not None and recipe.sequence_length > positions:
+        raise InputError(
+            f"sequence_length {recipe.sequence_length} is more than the model's "
+            f"{positions} positions"
+        )
+    check_forward(model)
+    parameter_groups(model, recipe.training_of(contender))
+    if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
+        raise InputError(
+            f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"
+        )
 
 
 def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -102,7 +102,7 @@ class Recipe(Settings):
 
     def training_of(self, contender: Contender) -> TrainingSettings:
         """The recipe's training with the contender's own overrides applied."""
-        merged = merge(self.training.model_dump(), contender.training)
+        merged = merge(self.training.model_dump(exclude_unset=True), contender.training)
         try:
             return TrainingSettings.model_validate(merged)
         except ValidationError as error:

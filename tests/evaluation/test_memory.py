@@ -7,7 +7,13 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from contextlm.evaluation.memory import PeakMemory, cache_bytes, measure_cache, position_limit
+from contextlm.evaluation.memory import (
+    PeakMemory,
+    cache_bytes,
+    feed,
+    measure_cache,
+    position_limit,
+)
 from contextlm.evaluation.speed import measure_speed
 from contextlm.models.build import build_config, create_model
 
@@ -65,12 +71,40 @@ def test_training_mode_survives_a_measurement():
     assert model.training
 
 
-def test_speed_fits_into_the_positions():
-    fields = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 48}
+@pytest.mark.parametrize(
+    ("positions", "prompt"), [(2, 1), (3, 2), (16, 8), (32, 16), (48, 24), (200, 168)]
+)
+def test_speed_fits_into_the_positions(positions, prompt):
+    fields = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": positions}
     speed = measure_speed(create_model(build_config(fields, 20), 0), 512, CPU)
-    assert speed.tokens == 16
+    assert speed.tokens == prompt
     assert speed.prefill_tokens_per_second > 0
     assert speed.decode_tokens_per_second > 0
+
+
+MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "gpt_neox", **SMALL},
+        {"type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
+        {"type": "llama", **SMALL, "num_key_value_heads": 1},
+        {"type": "mistral", **SMALL, "num_key_value_heads": 1, "sliding_window": 4},
+        {"type": "mamba", **MAMBA},
+    ],
+    ids=lambda fields: fields["type"],
+)
+def test_every_listed_baseline_really_decodes_with_its_cache(fields):
+    model = create_model(build_config(fields, 20), 0).eval()
+    ids = torch.randint(20, (1, 9), generator=torch.Generator().manual_seed(0))
+    cache = None
+    with torch.no_grad():
+        for t in range(9):
+            logits, cache = feed(model, ids[:, t : t + 1], cache)
+        expected = model(ids, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_peak_memory_sees_an_allocation():

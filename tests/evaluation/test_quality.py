@@ -118,11 +118,11 @@ def test_window_contexts_are_the_exact_recurrence_from_zero():
     torch.manual_seed(0)
     block, table = ContextBlock(4, 3), torch.randn(5, 3)
     windows = Windows(np.arange(41) % 5, 8)
-    contexts = window_contexts(block, lambda ids: table[ids], windows, 2, CPU, 4)
+    contexts = window_contexts(block, lambda ids: table[ids], windows, 2, CPU)
     assert contexts.shape == (40, 4)
     state = torch.zeros(1, 4)
     for t in range(8):
         layer = block.layers[0]
         state = layer.step(state, layer.project(table[t % 5]).unsqueeze(0))
         torch.testing.assert_close(contexts[t], state[0])
-    assert len(window_contexts(block, lambda ids: table[ids], windows, 2, CPU, 4, limit=10)) == 16
+    assert len(window_contexts(block, lambda ids: table[ids], windows, 2, CPU, limit=10)) == 16

@@ -7,7 +7,13 @@ import torch
 
 from contextlm.errors import InputError
 from contextlm.models.base import registry
-from contextlm.models.build import baseline_types, build_config, create_model, meta_model
+from contextlm.models.build import (
+    baseline_types,
+    build_config,
+    check_forward,
+    create_model,
+    meta_model,
+)
 
 SMALL = {
     "hidden_size": 16,
@@ -95,4 +101,42 @@ def test_a_name_can_be_registered_once_only():
 
     entry = registry()["context_pythia"]
     with pytest.raises(ValueError, match="registered already"):
-        register_architecture(entry.config, tiny=())(entry.model)
+        register_architecture(entry.config, decoder=entry.model, tiny=())(entry.model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "gpt_neox", **SMALL, "hidden_act": "gleu"}, "gleu"),
+        ({"type": "context_pythia", "hidden_act": "gleu"}, "gleu"),
+        ({"type": "llama", **SMALL, "num_attention_heads": 4, "num_key_value_heads": 3}, "llama"),
+        ({"type": "bert", **SMALL}, "not causal"),
+        ({"type": "roberta", **SMALL, "pad_token_id": 1}, "not causal"),
+    ],
+)
+def test_what_only_a_forward_pass_shows(fields, message):
+    with pytest.raises(InputError) as caught:
+        check_forward(meta_model(build_config(fields, 50)))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"type": "gpt_neox", **SMALL}, {"type": "opt"}])
+def test_causal_types_pass(fields):
+    small = {"hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 16, "num_hidden_layers": 1}
+    fields = {**fields, **small} if fields["type"] == "opt" else fields
+    check_forward(meta_model(build_config(fields, 50)))
+
+
+@pytest.mark.parametrize("name", baseline_types())
+def test_no_baseline_freezes_an_embedding(name):
+    small = {"gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2}}
+    small["mamba"] = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    fields = {"type": name, **small.get(name, {**SMALL})}
+    if name in ("llama", "mistral"):
+        fields["num_key_value_heads"] = 1
+    model = create_model(build_config(fields, 50, bos_token_id=0, eos_token_id=0), 0)
+    model(torch.tensor([[0, 3, 0]])).logits.sum().backward()
+    embedding = model.get_input_embeddings()
+    assert embedding.weight[0].abs().sum() > 0
+    assert embedding.weight.grad[0].abs().sum() > 0

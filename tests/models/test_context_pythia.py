@@ -183,3 +183,48 @@ def test_autocast_leaves_the_recurrence_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(ids, use_cache=True).past_key_values.layers[-1].state
     torch.testing.assert_close(mixed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tie_word_embeddings": True}, "256 is not 512"),
+        ({"rotary_pct": 2.0}, "rotary_pct"),
+        ({"attention_dropout": 1.5}, "attention_dropout"),
+        ({"hidden_dropout": -0.1}, "hidden_dropout"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": 0}, "vocab_size"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ContextPythiaConfig(**fields)
+
+
+def test_a_tied_head_is_the_embedding():
+    config = ContextPythiaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        context_dim=8,
+        num_attention_heads=2,
+        stream="projected",
+        tie_word_embeddings=True,
+    )
+    model = ContextPythiaForCausalLM(config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_packed_documents_are_refused():
+    model = ContextPythiaForCausalLM(
+        ContextPythiaConfig(vocab_size=31, hidden_size=16, context_dim=8, num_attention_heads=2)
+    )
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="packed documents"):
+        model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    torch.testing.assert_close(
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3]])).logits, model(ids).logits
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from contextlm.evaluation.memory import cache_bytes, measure_cache, position_limit
 from contextlm.models.base import registry
@@ -247,3 +247,85 @@ def test_the_config_says_what_it_is(model):
     assert model.config.use_cache is True
     assert type(model).__doc__
     assert type(model.config).__doc__
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_chunked_prefill_generates_the_same(model, size):
+    ids = make_tokens(model, length=11)
+    chunked = generate(model, ids, max_new_tokens=5, prefill_chunk_size=size)
+    assert torch.equal(chunked, greedy(model, ids, 5))
+
+
+def test_generate_goes_on_from_a_cache_of_ones_own(model):
+    ids = make_tokens(model, length=11)
+    cache = model.new_cache()
+    model(ids[:, :6], past_key_values=cache, use_cache=True)
+    assert torch.equal(
+        generate(model, ids, max_new_tokens=5, past_key_values=cache), greedy(model, ids, 5)
+    )
+
+
+def test_other_kinds_of_cache_are_refused(model):
+    with pytest.raises(ValueError, match="cache of its own kind"):
+        generate(model, make_tokens(model), max_new_tokens=1, cache_implementation="static")
+    cache = model(make_tokens(model), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        model(make_tokens(model, batch=1), past_key_values=cache, use_cache=True)
+
+
+def test_beams_pad_on_the_left(model):
+    ids = make_tokens(model, length=11)
+    rows = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:1, :7]], dim=1)
+    rows = torch.cat([rows, ids[1:]])
+    mask = torch.ones_like(rows)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 5, "num_beams": 3}
+    both = generate(model, rows, attention_mask=mask, **options)
+    assert torch.equal(both[0, 11:], generate(model, ids[:1, :7], **options)[0, 7:])
+    assert torch.equal(both[1], generate(model, ids[1:], **options)[0])
+
+
+def test_a_mask_must_cover_the_past(model):
+    ids = make_tokens(model)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="5 past"):
+        model(ids[:, 5:7], attention_mask=torch.ones(2, 2), past_key_values=cache, use_cache=True)
+
+
+def test_bfloat16_weights_decode_as_they_prefill(model):
+    model = model.bfloat16()
+    ids = make_tokens(model)
+    whole = model(ids).logits
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(in_pieces(model, ids, [1]), whole, rtol=0.05, atol=0.05)
+
+
+def test_the_vocabulary_can_grow(model):
+    ids = make_tokens(model)
+    before = model(ids).logits
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 7)
+    after = model(ids).logits
+    assert after.shape[-1] == size + 7
+    assert_close(after[..., :size], before)
+
+
+def test_auto_classes_know_the_decoder(model):
+    decoder = AutoModel.from_config(model.config)
+    assert type(decoder) is type(model.model)
+    assert decoder(make_tokens(model)).last_hidden_state.shape[:2] == make_tokens(model).shape
+
+
+def test_compiles_into_one_graph(model):
+    if not model._can_compile_fullgraph:
+        pytest.skip("the architecture does not claim torch.compile(fullgraph=True)")
+    ids = make_tokens(model, length=5)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    assert_close(
+        compiled(ids, attention_mask=mask, use_cache=False).logits[0, 2:],
+        model(ids, attention_mask=mask).logits[0, 2:],
+    )

@@ -264,14 +264,16 @@ def test_parameter_groups_and_decay():
         decay="matrices",
         parameter_groups=[ParameterGroup(match="2.*", learning_rate=0.7)],
     )
+    optimizer = build_optimizer(model, settings)
+    assert optimizer.param_groups[0]["lr"] == 0.1  # the rate that a history shows
     groups = {
         (g["lr"], g["weight_decay"]): sum(p.numel() for p in g["params"])
-        for g in build_optimizer(model, settings).param_groups
+        for g in optimizer.param_groups
     }
-    assert groups == {(0.1, 0.5): 12, (0.1, 0.0): 4 + 8, (0.7, 0.5): 10}
+    assert groups == {(0.1, 0.5): 12, (0.1, 0.0): 4 + 8, (0.7, 0.5): 8, (0.7, 0.0): 2}
     everything = build_optimizer(model, TrainingSettings(weight_decay=0.5)).param_groups
     assert [g["weight_decay"] for g in everything] == [0.5]
-    plain = build_optimizer(model, TrainingSettings(optimizer="adam", weight_decay=0.5))
+    plain = build_optimizer(model, TrainingSettings(optimizer="adam"))
     assert [g["weight_decay"] for g in plain.param_groups] == [0.0]
 
 

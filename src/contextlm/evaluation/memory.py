@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from contextlm.errors import RunError
 from contextlm.evaluation.result import CacheBytes
 
 CHUNK = 1024
@@ -93,8 +95,7 @@ def measure_cache(
             # The last token of each length goes in alone: that is a decoding step.
             size = min(CHUNK, length - 1 - seen) or 1
             ids_1T = torch.ones(1, size, dtype=torch.long, device=device)
-            outputs = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = cache_of(outputs)
+            cache = feed(model, ids_1T, cache)[1]
             seen += size
         assert cache is not None
         measured.append(CacheBytes(tokens=length, **cache_bytes(cache)._asdict()))
@@ -102,10 +103,33 @@ def measure_cache(
     return measured
 
 
-def cache_of(outputs: Any) -> Cache:
-    """The cache in a model's outputs; state-space models call it `cache_params`."""
-    cache = getattr(outputs, "past_key_values", None)
-    return cache if cache is not None else outputs.cache_params
+def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+    """Feed tokens to a model that decodes.
+
+    State-space models of transformers take their cache as `cache_params`, all others as
+    `past_key_values`.
+
+    Args:
+        model: a causal language model.
+        ids_BT: the new tokens.
+        cache: what the previous call returned, or None at the start.
+
+    Returns:
+        The last token's logits, ``[B, V]``, and the cache.
+
+    Raises:
+        RunError: the model keeps no cache.
+    """
+    name = (
+        "cache_params"
+        if "cache_params" in inspect.signature(model.forward).parameters
+        else "past_key_values"
+    )
+    outputs = model(ids_BT, use_cache=True, logits_to_keep=1, **{name: cache})
+    cache = getattr(outputs, name, None)
+    if cache is None:
+        raise RunError(f"model type {model.config.model_type!r} returns no cache to decode with")
+    return outputs.logits[:, -1], cache
 
 
 class PeakMemory:

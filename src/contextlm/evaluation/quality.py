@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from contextlm.models.layers import ContextBlock
+
 IGNORED = -100
 RANK_SAMPLE = 10_000
 
@@ -25,8 +27,13 @@ class Quality:
 
     @property
     def ppl(self) -> float:
-        """Perplexity, ``exp(loss)``."""
-        return math.exp(min(self.loss, 700.0))
+        """Perplexity."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, finite for any finite loss."""
+    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()
@@ -54,7 +61,7 @@ def evaluate_quality(
             logits_NV = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
             logits_NV = logits_NV.flatten(0, 1).float()
             losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="none")
-            loss += losses_N.double().sum().cpu()
+            loss += losses_N.cpu().double().sum()  # not every accelerator has float64
             real_N = labels_N != IGNORED
             correct += int(((logits_NV.argmax(-1) == labels_N) & real_N).sum())
             tokens += int(real_N.sum())
@@ -79,7 +86,7 @@ def effective_rank(contexts_NC: Tensor) -> float:
     Args:
         contexts_NC: contexts of N positions; all-zero ones have rank 0.
     """
-    values = torch.linalg.svdvals(contexts_NC.double().cpu())
+    values = torch.linalg.svdvals(contexts_NC.cpu().double())
     if values.sum() == 0:
         return 0.0
     shares = values / values.sum()
@@ -98,12 +105,11 @@ def sample_rows(contexts_PC: Tensor, seed: int, limit: int = RANK_SAMPLE) -> Ten
 
 @torch.no_grad()
 def window_contexts(
-    block: nn.Module,
+    block: ContextBlock,
     embed: Callable[[Tensor], Tensor],
     windows: Dataset[dict[str, Tensor]],
     batch_size: int,
     device: torch.device,
-    context_dim: int,
     limit: int = RANK_SAMPLE,
 ) -> Tensor:
     """Contexts of the first windows by the exact recurrence, each window from zero.
@@ -114,7 +120,6 @@ def window_contexts(
         windows: items with ``"input_ids"``.
         batch_size: windows per pass.
         device: where the block is.
-        context_dim: C.
         limit: stop after at least so many positions.
 
     Returns:
@@ -123,7 +128,7 @@ def window_contexts(
     collected: list[Tensor] = []
     for batch in DataLoader(windows, batch_size=batch_size):
         ids_BT = batch["input_ids"].to(device)
-        initial_BC = torch.zeros(ids_BT.shape[0], context_dim, device=device)
+        initial_BC = torch.zeros(ids_BT.shape[0], block.context_dim, device=device)
         collected.append(block(embed(ids_BT), initial_BC)[-1].flatten(0, 1))
         if sum(len(contexts) for contexts in collected) >= limit:
             break

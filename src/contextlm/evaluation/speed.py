@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from contextlm.evaluation.memory import cache_of, position_limit
+from contextlm.evaluation.memory import feed, position_limit
 
 REPETITIONS = 3
 DECODED = 32
@@ -37,39 +37,45 @@ def measure_speed(model: PreTrainedModel, tokens: int, device: torch.device) -> 
         device: where the model is.
     """
     limit = position_limit(model)
+    decoded = DECODED
     if limit is not None:
-        tokens = max(1, min(tokens, limit - DECODED))
+        decoded = max(1, min(DECODED, limit // 2))
+        tokens = max(1, min(tokens, limit - decoded))
     was_training = model.training
     model.eval()
     prompt_1T = torch.ones(1, tokens, dtype=torch.long, device=device)
     prefill: list[float] = []
     decode: list[float] = []
     for repetition in range(REPETITIONS + 1):
-        seconds, cache = _timed(partial(_feed, model, prompt_1T, None), device)
-        per_token, _ = _timed(partial(_decode, model, cache, device), device)
+        seconds, cache = _timed(partial(_prefill, model, prompt_1T), device)
+        decoding, _ = _timed(partial(_decode, model, cache, decoded, device), device)
         if repetition > 0:  # the first one warms up
             prefill.append(seconds)
-            decode.append(per_token / DECODED)
+            decode.append(decoding / decoded)
     model.train(was_training)
     return Speed(tokens, tokens / statistics.median(prefill), 1 / statistics.median(decode))
 
 
-def _feed(model: PreTrainedModel, ids_1T: torch.Tensor, cache: Cache | None) -> Cache:
-    return cache_of(model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1))
+def _prefill(model: PreTrainedModel, prompt_1T: torch.Tensor) -> Cache:
+    return feed(model, prompt_1T, None)[1]
 
 
-def _decode(model: PreTrainedModel, cache: Cache, device: torch.device) -> Cache:
+def _decode(model: PreTrainedModel, cache: Cache, tokens: int, device: torch.device) -> Cache:
     token_11 = torch.ones(1, 1, dtype=torch.long, device=device)
-    for _ in range(DECODED):
-        cache = _feed(model, token_11, cache)
+    for _ in range(tokens):
+        cache = feed(model, token_11, cache)[1]
     return cache
 
 
+def _synchronize(device: torch.device) -> None:
+    """Wait for an accelerator, which otherwise only queues its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def _timed(work: Callable[[], Cache], device: torch.device) -> tuple[float, Cache]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _synchronize(device)
     started = time.perf_counter()
     result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _synchronize(device)
     return time.perf_counter() - started, result

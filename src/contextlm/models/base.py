@@ -8,7 +8,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,12 +39,16 @@ M = TypeVar("M", bound=type[PreTrainedModel])
 
 
 def register_architecture(
-    config: type[PreTrainedConfig], *, tiny: tuple[dict[str, Any], ...]
+    config: type[PreTrainedConfig],
+    *,
+    decoder: type[PreTrainedModel],
+    tiny: tuple[dict[str, Any], ...],
 ) -> Callable[[M], M]:
     """Class decorator: makes a causal language model known to recipes, tests and Auto classes.
 
     Args:
         config: its configuration class; `model_type` is the name used in recipes.
+        decoder: the model without its head, for `AutoModel`.
         tiny: one or more sets of config fields, each a variant that the contract tests try.
 
     Raises:
@@ -49,6 +60,7 @@ def register_architecture(
         if name in _REGISTRY:
             raise ValueError(f"an architecture named {name!r} is registered already")
         AutoConfig.register(name, config)
+        AutoModel.register(config, decoder)
         AutoModelForCausalLM.register(config, model)
         description = (model.__doc__ or "").strip().partition("\n")[0]
         _REGISTRY[name] = Architecture(config, model, description, tiny)
@@ -67,12 +79,13 @@ def architectures() -> dict[str, str]:
     return {name: entry.description for name, entry in registry().items()}
 
 
-def token_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+def token_mask(attention_mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
     """Which of the newest tokens are real.
 
     Args:
         attention_mask: ``[B, past + T]``, 0 at padding, or None.
         tokens: T.
+        seen: past, the tokens that the cache has seen.
 
     Returns:
         ``[B, T]`` bool, or None when every token is real.
@@ -82,11 +95,12 @@ def token_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < seen + tokens:
         raise ValueError(
-            f"attention_mask must be [batch, past + {tokens}], got {list(attention_mask.shape)}"
+            f"attention_mask must be [batch, {seen} past + {tokens} new tokens], "
+            f"got {list(attention_mask.shape)}"
         )
-    mask_BT = attention_mask[:, -tokens:].bool()
+    mask_BT = attention_mask[:, seen : seen + tokens].bool()
     if not torch.compiler.is_compiling() and bool(mask_BT.all()):
         return None
     return mask_BT
@@ -112,6 +126,21 @@ def real_positions(
     else:
         positions_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
     return positions_BT if seen_B is None else positions_BT + seen_B.unsqueeze(1)
+
+
+def refuse_packed(position_ids: Tensor) -> None:
+    """Documents packed into one row, with positions that start anew, are not for recurrences.
+
+    Raises:
+        ValueError: the positions of a row do not increase.
+    """
+    if torch.compiler.is_compiling() or position_ids.device.type == "meta":
+        return  # values cannot be looked at here
+    if bool((position_ids.diff(dim=-1) <= 0).any()):
+        raise ValueError(
+            "position_ids must increase: packed documents are not supported, because the context "
+            "would run on from one to the next; put each document into a row of its own"
+        )
 
 
 @runtime_checkable
@@ -140,6 +169,14 @@ class ContextPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def new_cache(self) -> Cache:
+        """An empty cache of this decoder's own kind; every decoder has one.
+
+        Raises:
+            AttributeError: this decoder does not define it.
+        """
+        raise AttributeError(f"{type(self).__name__} does not define new_cache")
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts that the configuration freezes come back frozen."""
@@ -165,6 +202,27 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
 
     model: ContextPreTrainedModel
     lm_head: nn.Module
+
+    def new_cache(self) -> Cache:
+        """An empty cache of this model's own kind."""
+        return self.model.new_cache()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give `generate` our cache from the start; chunked prefill asks for one beforehand."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation {generation_config.cache_implementation!r}: "
+                f"{type(self).__name__} has a cache of its own kind only"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -26,6 +26,18 @@ _BASELINES = {
     "mamba": "Mamba: selective state space, no attention",
 }
 
+# What constructors and forward passes raise when a configuration's values do not fit together.
+_MISFITS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    ZeroDivisionError,
+    AssertionError,
+)
+
 # Spellings that configurations accept beside their fields and turn into `rope_parameters`.
 _ROTARY_KEYS = ("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base")
 
@@ -83,8 +95,45 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+    except _MISFITS as error:
         raise InputError(f"model type {config.model_type!r}: {_reason(error)}") from None
+
+
+def check_forward(model: PreTrainedModel) -> None:
+    """Run a meta model once, and check that a type that nobody vouches for is causal.
+
+    Some values fit together only until tensors meet: a tied head of another width, key heads that
+    do not divide the query heads. And some of transformers' types count as causal language models
+    although they attend to the future unless told otherwise (BERT and its kin).
+
+    Args:
+        model: as `meta_model` gives it.
+
+    Raises:
+        InputError: the forward pass fails, or a later token changes an earlier logit.
+    """
+    config = model.config
+    try:
+        # With a cache: without one transformers reads the values of positions, and meta has none.
+        with torch.no_grad():
+            model(torch.zeros(2, 3, dtype=torch.long, device="meta"), use_cache=True)
+    except _MISFITS as error:
+        raise InputError(f"model type {config.model_type!r}: {_reason(error)}") from None
+    if config.model_type not in registry() and config.model_type not in _BASELINES:
+        _check_causal(AutoModelForCausalLM.from_config(config).eval())
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    tokens = torch.arange(8).unsqueeze(0) % model.config.vocab_size
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % model.config.vocab_size
+    before, after = (model(ids, use_cache=False).logits[:, :-1] for ids in (tokens, changed))
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5):
+        raise InputError(
+            f"model type {model.config.model_type!r}: not causal as configured: a later token "
+            "changes an earlier prediction"
+        )
 
 
 def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -60,6 +60,20 @@ class ContextStateLayer(CacheLayerMixin):
         self._seen += tokens
         self.is_initialized = True
 
+    def continue_from(self, start_BC: Tensor) -> Tensor:
+        """The state to go on from: the cached one, or `start_BC` before the first token.
+
+        Raises:
+            ValueError: the cache holds another number of rows than the new tokens have.
+        """
+        if self.state is None:
+            return start_BC
+        if self.state.shape[0] != start_BC.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.state.shape[0]} rows, the new tokens {start_BC.shape[0]}"
+            )
+        return self.state
+
     def get_seq_length(self) -> int:
         """Tokens seen, padding included; `generate` slices its input with this."""
         return self._seen

@@ -31,6 +31,7 @@ from contextlm.models.base import (
     ContextForCausalLM,
     ContextPreTrainedModel,
     real_positions,
+    refuse_packed,
     register_architecture,
     token_mask,
 )
@@ -120,8 +121,24 @@ class ContextPythiaConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "context_dim", "context_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_hidden_layers < 1 or self.num_attention_heads < 1:
-            raise ValueError("num_hidden_layers and num_attention_heads must be at least 1")
+        for name in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size must be at least 1, got {self.intermediate_size}")
+        for name in ("rope_theta", "initializer_range", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.rotary_pct <= 1:
+            raise ValueError(f"rotary_pct must lie in [0, 1], got {self.rotary_pct}")
+        if self.tie_word_embeddings and self.stream_size != self.hidden_size:
+            raise ValueError(
+                f"tie_word_embeddings needs a stream as wide as the embedding: "
+                f"{self.stream_size} is not {self.hidden_size}"
+            )
         if self.stream_size % self.num_attention_heads:
             width = "context_dim" if self.stream == "compressed" else "hidden_size"
             raise ValueError(
@@ -134,7 +151,8 @@ class ContextPythiaModel(ContextPreTrainedModel):
     """Embedding, context block and GPT-NeoX layers, without the head."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - transformers' own spelling
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]  # noqa: RUF012 - transformers' spelling
+    _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012 - transformers' own spelling
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,
@@ -211,8 +229,11 @@ class ContextPythiaModel(ContextPreTrainedModel):
             past_key_values = self.new_cache()
         embedded_BTD = self.embed_norm(inputs_embeds)
         batch, tokens = embedded_BTD.shape[:2]
-        mask_BT = token_mask(attention_mask, tokens)
         state = state_layer(past_key_values, len(self.layers) + 1, self.config.model_type)
+        seen = 0 if state is None else state.get_seq_length()
+        mask_BT = token_mask(attention_mask, tokens, seen)
+        if position_ids is not None and attention_mask is None:
+            refuse_packed(position_ids)
         if position_ids is None:
             seen_B = None if state is None else state.counts
             position_ids = real_positions(mask_BT, seen_B, batch, tokens, embedded_BTD.device)
@@ -245,14 +266,12 @@ class ContextPythiaModel(ContextPreTrainedModel):
         self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
     ) -> Tensor:
         """The contexts of the new tokens, ``[B, T, C]``; moves the cached state on."""
-        batch, tokens = embedded_BTD.shape[:2]
-        if state is not None and state.state is not None:
-            initial_BC = state.state
-        else:
-            initial_BC = embedded_BTD.new_zeros(batch, self.config.context_dim)
+        initial_BC = embedded_BTD.new_zeros(embedded_BTD.shape[0], self.config.context_dim)
+        if state is not None:
+            initial_BC = state.continue_from(initial_BC)
         contexts_BTC = self.context_block(embedded_BTD, initial_BC, mask_BT)[-1]
         if state is not None:
-            state.update_state(contexts_BTC[:, -1], mask_BT, tokens)
+            state.update_state(contexts_BTC[:, -1], mask_BT, embedded_BTD.shape[1])
         return contexts_BTC
 
 
@@ -267,6 +286,7 @@ _TINY = {
 
 @register_architecture(
     ContextPythiaConfig,
+    decoder=ContextPythiaModel,
     tiny=(
         {**_TINY, "stream": "compressed"},
         {**_TINY, "stream": "projected"},
@@ -277,7 +297,8 @@ class ContextPythiaForCausalLM(ContextForCausalLM):
     """Context-Pythia: GPT-NeoX layers over recurrent contexts, full width or compressed."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - transformers' own spelling
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]  # noqa: RUF012 - transformers' spelling
+    _can_compile_fullgraph = True
     _tied_weights_keys = {  # noqa: RUF012 - transformers' own spelling
         "lm_head.weight": "model.embed_tokens.weight"
     }

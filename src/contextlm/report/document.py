@@ -88,7 +88,7 @@ def _converged(row: SummaryRow) -> Stat | None:
     return row.phase1.converged if row.phase1 else None
 
 
-_TRAIN_RANK = _Kind("effective rank, train", _rank(False), numbers.percent, share=True)
+_TRAIN_RANK = _Kind("effective rank, training stream", _rank(False), numbers.percent, share=True)
 _KINDS = {
     "val_ppl": _Kind("validation PPL", lambda r: r.ppl, numbers.perplexity, relative=True),
     "val_loss": _Kind("validation loss", lambda r: r.loss, loss, relative=True),
@@ -116,7 +116,7 @@ _KINDS = {
     "phase1_seconds": _Kind("phase-1 seconds", lambda r: r.phase1_seconds, numbers.seconds, " s"),
     "effective_rank_train": _TRAIN_RANK,
     "effective_rank_val": _Kind(
-        "effective rank, validation", _rank(True), numbers.percent, share=True
+        "effective rank, validation windows", _rank(True), numbers.percent, share=True
     ),
 }
 _ALIASES = {

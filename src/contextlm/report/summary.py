@@ -182,6 +182,8 @@ def _comparison(row: SummaryRow, rows: Sequence[SummaryRow]) -> Comparison:
     for mine in row.cache:
         theirs = other.cache_at(mine.tokens)
         cache[mine.tokens] = percent_change(mine.logical, theirs.logical) if theirs else None
+    # A model with few positions is timed on a shorter prompt, which is another question.
+    same_prompt = row.speed_tokens == other.speed_tokens
     return Comparison(
         reference=other.contender,
         ppl=percent_change(row.ppl.mean, other.ppl.mean),
@@ -189,8 +191,8 @@ def _comparison(row: SummaryRow, rows: Sequence[SummaryRow]) -> Comparison:
         parameters=percent_change(row.parameters_total, other.parameters_total),
         seconds_per_epoch=_stat_change(row.seconds_per_epoch, other.seconds_per_epoch),
         training_rate=_stat_change(row.training_rate, other.training_rate),
-        prefill_rate=_stat_change(row.prefill_rate, other.prefill_rate),
-        decode_rate=_stat_change(row.decode_rate, other.decode_rate),
+        prefill_rate=_stat_change(row.prefill_rate, other.prefill_rate) if same_prompt else None,
+        decode_rate=_stat_change(row.decode_rate, other.decode_rate) if same_prompt else None,
         cache=cache,
         certainty=certainty(row.ppl, other.ppl),
     )

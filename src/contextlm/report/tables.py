@@ -162,7 +162,12 @@ def training_table(rows: Sequence[SummaryRow]) -> Table:
 
 def phase1_table(rows: Sequence[SummaryRow]) -> Table | None:
     """How context training ended; None if no contender has a phase 1."""
-    columns = "iterations", "converged", "effective rank, train", "effective rank, validation"
+    columns = (
+        "iterations",
+        "converged",
+        "effective rank, training stream",
+        "effective rank, validation windows",
+    )
     lines = []
     for row in rows:
         facts = row.phase1

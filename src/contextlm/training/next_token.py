@@ -142,7 +142,6 @@ def _arguments(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",

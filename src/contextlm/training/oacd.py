@@ -103,10 +103,8 @@ class _VocabularyProjection:
         for layer, gradient_UC in zip(self.block.stack(), self.gradients_UC, strict=True):
             assert layer.weight.grad is not None
             layer.weight.grad[:, layer.context_dim :].addmm_(gradient_UC.t(), self.embedded_UD)
-            bias_gradient_C = gradient_UC.sum(0)
-            layer.bias.grad = (
-                bias_gradient_C if layer.bias.grad is None else layer.bias.grad + bias_gradient_C
-            )
+            # The biases enter through the projection alone, so this is all of their gradient.
+            layer.bias.grad = gradient_UC.sum(0)
 
 
 def train_context_block(

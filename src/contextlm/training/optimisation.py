@@ -41,12 +41,12 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
             continue
         rate, decay = settings.learning_rate, settings.weight_decay
         group = next((g for g in settings.parameter_groups if fnmatchcase(name, g.match)), None)
+        if settings.decay == "matrices" and parameter.dim() < 2:
+            decay = 0.0
         if group is not None:
             unused.discard(group.match)
             rate = rate if group.learning_rate is None else group.learning_rate
             decay = decay if group.weight_decay is None else group.weight_decay
-        elif settings.decay == "matrices" and parameter.dim() < 2:
-            decay = 0.0
         buckets.setdefault((rate, decay), []).append(parameter)
     if unused:
         raise InputError(
@@ -58,7 +58,10 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
             "lr": rate,
             "weight_decay": decay if settings.optimizer == "adamw" else 0.0,
         }
-        for (rate, decay), parameters in buckets.items()
+        # The recipe's own rate first: it is the one that a history shows.
+        for (rate, decay), parameters in sorted(
+            buckets.items(), key=lambda item: item[0][0] != settings.learning_rate
+        )
     ]
 
 

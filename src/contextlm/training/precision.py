@@ -30,6 +30,7 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+        # Older torch cannot tell.
+        has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
     return "float32"

@@ -74,7 +74,7 @@ class TrainingSettings(Settings):
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     schedule_unit: Literal["step", "epoch"] = "step"
-    warmup: NonNegativeInt = Field(0, description="in units of the schedule")
+    warmup: NonNegativeInt = Field(0, description="in steps")
     minimum_ratio: float = Field(
         0.0, ge=0, le=1, description="the cosine schedule ends at this share of the learning rate"
     )
@@ -92,6 +92,14 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"accumulation ({self.accumulation}) must divide batch_size ({self.batch_size})"
             )
+        if self.drop_last and self.accumulation > 1:
+            raise ValueError("drop_last with accumulation would drop micro-batches: set only one")
+        if self.warmup and self.schedule_unit == "epoch":
+            raise ValueError("warmup with schedule_unit epoch would train epochs at rate 0")
+        decays = [self.weight_decay if "weight_decay" in self.model_fields_set else None]
+        decays += [group.weight_decay for group in self.parameter_groups]
+        if self.optimizer == "adam" and any(decays):
+            raise ValueError("weight_decay is for optimizer adamw; adam has none")
         if self.minimum_ratio and self.schedule != "cosine":
             raise ValueError(f"minimum_ratio is for schedule cosine, not {self.schedule}")
         return self
