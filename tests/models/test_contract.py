@@ -190,7 +190,7 @@ def test_the_loss_falls_on_one_batch(model):
     ids = make_tokens(model, batch=4)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(80):
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
