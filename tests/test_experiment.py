@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from contextlm.errors import InputError
+from contextlm.errors import InputError, RunError
 from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.experiment import run
@@ -256,3 +256,12 @@ def test_transformers_own_models_are_contenders(tmp_path):
     assert cache["llama"] == {tokens: tokens * full for tokens in (32, 64, 128)}
     assert cache["llama-grouped"] == {tokens: tokens * full // 4 for tokens in (32, 64, 128)}
     assert cache["gpt2"] == {tokens: tokens * full for tokens in (32, 64)}
+
+
+def test_a_run_that_breaks_down_leaves_no_working_checkpoints(tmp_path):
+    overrides = ["training.learning_rate=1e30", "training.precision=float32"]
+    recipe = load_recipe("demo", scale="smoke", overrides=overrides)
+    with pytest.raises(RunError, match="training loss is"):
+        run(recipe, tmp_path, device="cpu", progress=SilentProgress())
+    assert list(tmp_path.rglob("checkpoint-*")) == []
+    assert not list(tmp_path.rglob("result.json"))

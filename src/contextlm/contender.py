@@ -167,18 +167,20 @@ def _train(
         )
         return {"loss": quality.loss, "accuracy": quality.accuracy}
 
-    outcome = train_next_token(
-        model,
-        prepared.train[offset],
-        training,
-        evaluate,
-        seed=seed,
-        device=device,
-        precision=precision,
-        folder=work,
-        watcher=EpochWatcher(progress, history),
-    )
-    shutil.rmtree(work)
+    try:
+        outcome = train_next_token(
+            model,
+            prepared.train[offset],
+            training,
+            evaluate,
+            seed=seed,
+            device=device,
+            precision=precision,
+            folder=work,
+            watcher=EpochWatcher(progress, history),
+        )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # working checkpoints, nothing else reads them
     return _Trained(outcome, precision, phase1, phase1_seconds)
 
 

@@ -96,8 +96,6 @@ def test_html_is_made_for_phones_and_readers(paths):
         assert len(image["alt"]) > 40
         assert base64.b64decode(image["src"].partition(",")[2]).startswith(b"\x89PNG")
     assert len(page.attributes("table")) == len(page.attributes("caption"))
-    text = read(paths, "report.html")
-    assert text.count("<table>") == text.count('<div class="scroll"'), "tables scroll on their own"
 
 
 def test_the_answer_comes_first(paths):
@@ -202,12 +200,47 @@ def test_one_seed_one_contender_no_phase_one(made, run_of, tmp_path):
 def test_several_runs_in_one_report(run, made, run_of, tmp_path):
     other = run_of([made(baseline=True), made("newer", ppl=80)], tmp_path / "run-2", name="second")
     text = read(write_report([run, other], tmp_path / "joined"), "report.html")
-    assert "made-up · second" in text
+    assert "<h1>run-1 · run-2</h1>" in text
     assert "run-1/mha (baseline)" in text
     assert "run-2/mha (baseline)" in text
     assert "newer has the lowest validation perplexity, 80.0 (1 seed)." in text
     assert "2 of these differences exceed two standard deviations, 1 rests on too few seeds" in text
     assert not (tmp_path / "run-2").exists(), "only the given folder is written to"
+
+
+def test_runs_with_the_same_figures_are_told_apart(made, run_of, tmp_path):
+    outcomes = [made(baseline=True), made("ctx", ppl=110)]
+    runs = [run_of(outcomes, tmp_path / name, name="demo") for name in ("demo-001", "demo-002")]
+    paths = write_report(runs, tmp_path / "joined")
+    lines = read(paths, "report.md").splitlines()
+    assert lines[0] == "# Report: demo-001 · demo-002"
+    verdicts = [line for line in lines if " than the baseline " in line and line[0] == "-"]
+    assert [line.split()[1] for line in verdicts] == ["demo-001/ctx", "demo-002/ctx"]
+    assert "<h1>demo-001 · demo-002</h1>" in read(paths, "report.html")
+
+
+def test_terms_are_explained(paths):
+    markdown = read(paths, "report.md").partition("## Terms")[2].partition("\n## ")[0]
+    html = read(paths, "report.html").partition("<dl>")[2].partition("</dl>")[0]
+    known = ["bits per byte", "running", "train/validation PPL", "tokens ahead"]
+    for term in (*known, "logical / resident", "converged", "effective rank"):
+        assert f"- **{term}**: " in markdown
+        assert f"<dt>{term}</dt><dd>" in html
+
+
+def test_every_table_scrolls_in_its_own_container(paths):
+    text = read(paths, "report.html")
+    containers = re.findall(r'<div class="scroll"[^>]*>\s*<table>.*?</table>\s*</div>', text, re.S)
+    assert len(containers) == text.count("<table>")
+    assert all(container.count("<table>") == 1 for container in containers)
+    assert ".scroll { overflow-x: auto; max-width: 100%;" in text
+
+
+def test_an_environment_that_is_no_mapping_is_an_input_error(run, on_disk):
+    on_disk(run)
+    (run.folder / "environment.json").write_text("[]")
+    with pytest.raises(InputError, match=r"environment\.json: not a mapping"):
+        read_run(run.folder)
 
 
 def test_a_report_is_replaced(run, paths):

@@ -100,6 +100,18 @@ def test_an_infinite_perplexity_is_left_out(made):
     assert not any(text.startswith("broken\n") for text in texts)
 
 
+@pytest.mark.parametrize("ppl", [9.5, 100.0, 1225.5])
+def test_the_frontier_names_the_windows_of_its_perplexity(made, ppl):
+    figure = plots.frontier_figure(summarise([made(ppl=ppl), made("b", ppl=1.01 * ppl)]))
+    plots.png(figure)
+    label = figure.axes[0].yaxis.label
+    assert label.get_text() == "validation perplexity\non windows of 128 tokens"
+    box = label.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert figure.bbox.y0 <= box.y0
+    assert box.y1 <= figure.bbox.y1
+
+
 def test_other_targets_get_a_panel_of_their_own(made):
     rows = summarise([made(baseline=True), made("far", ppl=1200, target_offset=2)])
     figure = plots.frontier_figure(rows)

@@ -181,6 +181,8 @@ def read_run(folder: Path) -> Run:
         environment = json.loads(_read_text(folder / "environment.json"))
     except ValueError:
         raise InputError(f"{folder / 'environment.json'}: not valid JSON") from None
+    if not isinstance(environment, dict):
+        raise InputError(f"{folder / 'environment.json'}: not a mapping")
     outcomes = []
     for contender in recipe["contenders"]:
         for seed in recipe.get("seeds", [0]):

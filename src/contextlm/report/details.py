@@ -37,20 +37,28 @@ def data_table(rows: Sequence[SummaryRow]) -> Table:
 
 
 def settings_table(run: Run) -> Table:
-    """The resolved recipe without its contenders, one dotted key a line."""
-    skipped = "name", "question", "document", "contenders"
+    """The scale and the resolved recipe without its contenders, one dotted key a line.
+
+    Keys without a value are left out.
+    """
+    skipped = "name", "question", "document", "contenders", "resolved_from", "scale"
     settings = {key: value for key, value in run.recipe.items() if key not in skipped}
-    return make_table("Settings", _SETTINGS, _flatten(settings))
+    # The recipe's own word for it, `resolved_from`, is there for loading it again.
+    scale = run.outcomes[0].result.scale if run.outcomes else run.recipe.get("resolved_from")
+    return make_table("Settings", _SETTINGS, _flatten(_given({"scale": scale, **settings})))
 
 
 def contenders_table(run: Run) -> Table:
-    """The contenders' own settings; the document's figures for them stand elsewhere."""
+    """The contenders' own settings, as far as they have a value.
+
+    The document's figures for them stand elsewhere.
+    """
     skipped = "name", "reported"
     contenders = {
         str(contender.get("name")): {k: v for k, v in contender.items() if k not in skipped}
         for contender in run.recipe.get("contenders", [])
     }
-    return make_table("Contenders", _SETTINGS, _flatten(contenders))
+    return make_table("Contenders", _SETTINGS, _flatten(_given(contenders)))
 
 
 def environment_table(run: Run) -> Table:
@@ -95,6 +103,12 @@ def _epoch_cells(line: PhaseTwoRow, best: int) -> list[str]:
 def _iteration_cells(line: PhaseOneRow) -> list[str]:
     shown = ABSENT if line.loss is None else loss(line.loss)
     return [str(line.iteration), numbers.percent(line.converged), shown]
+
+
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that have a value: no null, no empty list, no mapping of such."""
+    kept = {key: _given(item) if isinstance(item, dict) else item for key, item in value.items()}
+    return {key: item for key, item in kept.items() if item not in (None, [], {})}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from contextlm.evaluation.result import Run
+from contextlm.evaluation.result import PhaseOneFacts, Run
 from contextlm.report import numbers
 from contextlm.report.frontier import comparable_groups
 from contextlm.report.numbers import amount
-from contextlm.report.summary import SummaryRow
+from contextlm.report.summary import SummaryRow, run_labels
 
 FULL = "full"
+SMOKE = "smoke"
+STOP_AT = 0.9  # a recipe's phase 1 stops at this converged share unless it says otherwise
 MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched
 
 
 def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
-    """The notes of a report; empty if there is nothing to beware of."""
+    """The notes of a report; empty if there is nothing to beware of.
+
+    Args:
+        runs: what is reported.
+        rows: `summarise_runs(runs)`.
+    """
     return [
         *_scale_notes(rows),
+        *_phase1_notes(runs, rows),
         *_missing_notes(runs),
         *_comparison_notes(rows),
         *_size_notes(rows),
@@ -28,7 +37,14 @@ def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
 def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
     found = []
     for scale in dict.fromkeys(row.scale for row in rows if row.scale != FULL):
-        if any(row.reported for row in rows if row.scale == scale):
+        if scale == SMOKE:
+            sizes = {row.corpus.validation_tokens for row in rows if row.scale == scale}
+            found.append(
+                f"Scale {scale} only tests that everything runs "
+                f"({' or '.join(map(numbers.count, sorted(sizes)))} validation tokens): "
+                "draw no conclusions from these figures."
+            )
+        elif any(row.reported for row in rows if row.scale == scale):
             found.append(
                 f"Measured at scale {scale}; the document's figures are for its own setting, "
                 "so compare the differences from the baseline rather than the figures themselves."
@@ -38,16 +54,46 @@ def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
     return found
 
 
+def _phase1_notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
+    recipes = {label: run.recipe for run, label in zip(runs, run_labels(runs), strict=True)}
+    found = []
+    for row in rows:
+        facts = [o.result.phase1 for o in row.outcomes if o.result.phase1 is not None]
+        if facts:
+            contenders = recipes[row.run].get("contenders", [])
+            settings = next(
+                (c.get("phase1") for c in contenders if c.get("name") == row.contender), None
+            )
+            found += _unconverged(row.name, min(facts, key=lambda f: f.converged), settings or {})
+    return found
+
+
+def _unconverged(name: str, worst: PhaseOneFacts, settings: Mapping[str, Any]) -> list[str]:
+    """The note on the seed that converged least, if that was not enough."""
+    wanted = float(settings.get("stop_at", STOP_AT))
+    if worst.converged >= wanted:
+        return []
+    limit = settings.get("max_iterations", worst.iterations)
+    # More decimals where one would round the share up to what was asked for.
+    places = 1 if round(100 * worst.converged, 1) < 100 * wanted else 3
+    return [
+        f"Phase 1 of {name} stopped at its limit of {numbers.count(limit)} iterations with "
+        f"{numbers.decimal(100 * worst.converged, places)} % converged "
+        f"(the recipe asks for {numbers.plain(100 * wanted)} %)."
+    ]
+
+
 def _missing_notes(runs: Sequence[Run]) -> list[str]:
     missing = []
-    for run in runs:
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        above = f"{label}/" if len(runs) > 1 else ""
         done = {(o.result.contender, o.result.seed) for o in run.outcomes}
         for contender in run.recipe.get("contenders", []):
             name = str(contender.get("name"))
             seeds = [s for s in run.recipe.get("seeds", [0]) if (name, s) not in done]
             if seeds:
                 plural = "seed" if len(seeds) == 1 else "seeds"
-                missing.append(f"{name} ({plural} {', '.join(map(str, seeds))})")
+                missing.append(f"{above}{name} ({plural} {', '.join(map(str, seeds))})")
     return [f"Not finished, and so not shown: {'; '.join(missing)}."] if missing else []
 
 

@@ -22,6 +22,7 @@ from contextlm.report import details, plots, tables, words
 from contextlm.report.notes import notes
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
+from contextlm.report.terms import terms
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
         for run, label in zip(runs, run_labels(runs), strict=True)
     ]
     return {
-        "title": " · ".join(dict.fromkeys(_said(run, "name") or run.folder.name for run in runs)),
+        "title": _title(runs),
         "questions": _distinct(runs, "question"),
         "documents": _distinct(runs, "document"),
         "answer": words.answer(rows),
@@ -148,6 +149,7 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
         "main": tables.main_table(rows),
         "document_table": tables.document_table(rows),
         "measured": [table for table in measured if table is not None],
+        "terms": terms(rows),
         "data": details.data_table(rows),
         "runs": parts,
         "histories": [(row.name, details.history_tables(row)) for row in rows],
@@ -160,6 +162,13 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
 def _kinds(table: Table, row: tuple[str, ...]) -> list[tuple[Column, str]]:
     """The cells of a row after the first, each with its column."""
     return list(zip(table.columns[1:], row[1:], strict=True))
+
+
+def _title(runs: Sequence[Run]) -> str:
+    """The recipe's name of one run; several are told apart by their folders."""
+    if len(runs) == 1:
+        return _said(runs[0], "name") or runs[0].folder.name
+    return " · ".join(run_labels(runs))
 
 
 def _said(run: Run, key: str) -> str:

@@ -84,9 +84,10 @@ def frontier_figure(rows: Sequence[SummaryRow]) -> Figure:
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     total = sum(heights) + 0.5
     # The labels start at 1.075 axes widths and end just inside the figure.
-    right = min(0.15 + (0.835 - _label_width(figure, groups)) / 1.075, 0.72)
+    left = 0.18
+    right = min(left + (0.985 - left - _label_width(figure, groups)) / 1.075, 0.72)
     figure.subplots_adjust(
-        left=0.15, right=right, top=1 - 0.55 / total, bottom=0.6 / total, hspace=0.36
+        left=left, right=right, top=1 - 0.55 / total, bottom=0.6 / total, hspace=0.36
     )
     looks = dict(zip((row.name for row in rows), styles(len(rows)), strict=True))
     for axes, group in zip(panels, groups, strict=True):
@@ -160,7 +161,9 @@ def _shorten(name: str, width: int = 40) -> str:
 
 
 def _draw_frontier(axes: Axes, group: Sequence[SummaryRow], looks: dict[str, Style]) -> None:
-    axes.set_ylabel("validation perplexity")
+    windows = {row.corpus.sequence_length for row in group}
+    on = "".join(f"\non windows of {numbers.count(length)} tokens" for length in windows)
+    axes.set_ylabel(f"validation perplexity{on}")
     axes.grid(color="#dddddd", linewidth=0.6)
     length = headline_length(group)
     sizes = [max(cache.logical, 1) for row in group for cache in row.cache]

@@ -12,6 +12,7 @@ from contextlm.report.numbers import Stat, percent_change
 
 Certainty = Literal["beyond", "within", "one seed", "two seeds"]
 SEEDS_TO_TELL = 3
+TOO_FEW_SEEDS: tuple[Certainty, ...] = ("one seed", "two seeds")
 
 
 @dataclass(frozen=True)

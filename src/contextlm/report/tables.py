@@ -41,7 +41,8 @@ __all__ = [
 def main_table(rows: Sequence[SummaryRow]) -> Table:
     """The comparison at a glance: perplexity, cache, speed, each against the baseline.
 
-    The document's perplexity stands beside the measured one if any contender has one.
+    The document's perplexity stands beside the measured one if any contender has one, and the
+    number of seeds at the end if it is not the same for all.
     """
     length = headline_length(rows)
     documented = any(reported_value(row, "val_ppl") is not None for row in rows)
@@ -60,8 +61,10 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
         Column("parameters"),
         Column("decode tokens/s"),
         Column("decode vs baseline"),
-        Column("seeds", "text"),
     ]
+    uneven = len({len(row.seeds) for row in rows}) > 1
+    if uneven:
+        columns.append(Column("seeds", "text"))
     lines = []
     for row in rows:
         against = row.comparison
@@ -82,8 +85,9 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
             numbers.count(row.parameters_total),
             with_deviation(row.decode_rate, numbers.rate),
             signed_percent(against.decode_rate),
-            numbers.seeds_text(len(row.seeds)),
         ]
+        if uneven:
+            line.append(numbers.seeds_text(len(row.seeds)))
         lines.append(line)
     return make_table("Measured comparison", columns, lines)
 

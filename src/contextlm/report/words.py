@@ -10,7 +10,8 @@ from contextlm.report import numbers
 from contextlm.report.document import reported_change, reported_value
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.numbers import amount, signed_percent, with_deviation
-from contextlm.report.summary import SummaryRow
+from contextlm.report.summary import TOO_FEW_SEEDS, SummaryRow
+from contextlm.report.tradeoff import tradeoffs
 
 _TELLING = {
     "beyond": "The difference exceeds two standard deviations.",
@@ -21,27 +22,42 @@ _TELLING = {
 }
 
 
+Outcome = Literal["wins", "loses", "lower", "higher", "ties", "unclear"]
+_VERBS: dict[Outcome, str] = {
+    "wins": "wins against",
+    "loses": "loses to",
+    "lower": "is lower in perplexity than",
+    "higher": "is higher in perplexity than",
+    "ties": "ties with",
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One contender against its baseline, in words; `reported` is the document's own difference.
 
+    With too few seeds to tell, `outcome` is ``lower`` or ``higher`` in perplexity, no win or loss.
     `settled` says that the difference exceeds two standard deviations, with seeds enough to tell.
     """
 
     name: str
-    outcome: Literal["wins", "loses", "ties", "unclear"]
+    outcome: Outcome
     settled: bool
     measured: str
     reported: str | None
 
 
 def answer(rows: Sequence[SummaryRow]) -> list[str]:
-    """The headline: the lowest perplexity and how many contenders win, one or two sentences each.
+    """The headline: the lowest perplexity, how many contenders win, and what cache each saves.
 
     Rows that cannot be compared with each other (other data, other target) are answered apart.
     """
-    groups = comparable_groups(rows)
-    return [_answer(group, _setting(group) if len(groups) > 1 else "") for group in groups]
+    groups, length = comparable_groups(rows), headline_length(rows)
+    answers = []
+    for group in groups:
+        head = _answer(group, _setting(group) if len(groups) > 1 else "")
+        answers.append(" ".join([head, *tradeoffs(group, length)]))
+    return answers
 
 
 def verdicts(rows: Sequence[SummaryRow]) -> list[Verdict]:
@@ -66,7 +82,8 @@ def curves_alt(rows: Sequence[SummaryRow]) -> str:
 
 def frontier_alt(rows: Sequence[SummaryRow]) -> str:
     """What the frontier plot shows, for those who cannot see it."""
-    sentences = ["Validation perplexity against cache."]
+    windows = " or ".join(dict.fromkeys(numbers.count(row.corpus.sequence_length) for row in rows))
+    sentences = [f"Validation perplexity on windows of {windows} tokens against cache."]
     for group in comparable_groups(rows):
         length = headline_length(group)
         if length is None:
@@ -100,39 +117,51 @@ def _answer(group: Sequence[SummaryRow], setting: str) -> str:
 
 
 def _one_compared(row: SummaryRow) -> str:
-    change = row.comparison.ppl or 0.0
+    outcome, change = _outcome(row), row.comparison.ppl
+    text = f"{row.name} {_VERBS[outcome]} the baseline {row.comparison.reference}"
+    return f"{text} by {amount(change)}" if change else text
+
+
+def _outcome(row: SummaryRow) -> Outcome:
+    change = row.comparison.ppl
+    if change is None:
+        return "unclear"
     if change == 0:
-        return f"{row.name} ties with the baseline {row.comparison.reference}"
-    verb = "wins against" if change < 0 else "loses to"
-    return f"{row.name} {verb} the baseline {row.comparison.reference} by {amount(change)}"
+        return "ties"
+    if row.comparison.certainty in TOO_FEW_SEEDS:
+        return "lower" if change < 0 else "higher"
+    return "wins" if change < 0 else "loses"
 
 
 def _counted(compared: Sequence[SummaryRow]) -> str:
-    changes = [row.comparison.ppl or 0.0 for row in compared]
-    wins, losses = sum(c < 0 for c in changes), sum(c > 0 for c in changes)
-    ties = len(changes) - wins - losses
-    parts = [f"{wins} {_verb(wins, 'win')}", f"{losses} {_verb(losses, 'lose')}"]
+    outcomes = [_outcome(row) for row in compared]
+    wins, losses, ties = (outcomes.count(name) for name in ("wins", "loses", "ties"))
+    lower, higher = outcomes.count("lower"), outcomes.count("higher")
+    parts = []
+    if wins or losses:
+        parts += [f"{wins} {_verb(wins, 'win')}", f"{losses} {_verb(losses, 'lose')}"]
+    if lower or higher:
+        parts += [f"{lower} {_are(lower)} lower", f"{higher} {_are(higher)} higher in perplexity"]
     if ties:
         parts.append(f"{ties} {_verb(ties, 'tie')}")
-    return f"Of {len(changes)} contenders compared with a baseline, {_listed(parts)}"
+    return f"Of {len(compared)} contenders compared with a baseline, {_listed(parts)}"
 
 
 def _verdict(
     row: SummaryRow, other: SummaryRow, rows: Sequence[SummaryRow], length: int | None
 ) -> Verdict:
     change, both = row.comparison.ppl, f"{_ppl(row)} against {_ppl(other)}, {_seeds(row, other)}"
-    outcome: Literal["wins", "loses", "ties", "unclear"]
+    outcome = _outcome(row)
     if change is None:
-        outcome, text = "unclear", f"{row.name} cannot be compared with {other.name} ({both})."
-    elif change == 0:
-        outcome, text = "ties", f"{row.name} ties with the baseline {other.name} ({both})."
+        text = f"{row.name} cannot be compared with {other.name} ({both})."
     else:
-        outcome = "wins" if change < 0 else "loses"
-        verb = "wins against" if change < 0 else "loses to"
-        text = (
-            f"{row.name} {verb} the baseline {other.name}: its perplexity is "
-            f"{amount(change)} {'lower' if change < 0 else 'higher'} ({both})."
-        )
+        text = f"{row.name} {_VERBS[outcome]} the baseline {other.name}"
+        if outcome in ("wins", "loses"):
+            side = "lower" if change < 0 else "higher"
+            text += f": its perplexity is {amount(change)} {side}"
+        elif change:
+            text += f" by {amount(change)}"
+        text += f" ({both})."
     if change is not None and row.comparison.certainty is not None:
         text += f" {_TELLING[row.comparison.certainty]}"
     cache = row.cache_at(length) if length is not None else None
@@ -158,7 +187,7 @@ def _reported(row: SummaryRow, other: SummaryRow, rows: Sequence[SummaryRow]) ->
 def _told(compared: Sequence[SummaryRow]) -> str:
     """Whether the seeds tell: how many differences exceed two standard deviations."""
     told = [row.comparison.certainty for row in compared]
-    beyond, few = told.count("beyond"), [sure for sure in told if sure in ("one seed", "two seeds")]
+    beyond, few = told.count("beyond"), [sure for sure in told if sure in TOO_FEW_SEEDS]
     if len(few) == len(told) and len(set(few)) == 1:
         return f"; {few[0]} cannot tell whether this is more than chance"
     if len(told) == 1:
@@ -168,7 +197,7 @@ def _told(compared: Sequence[SummaryRow]) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]])
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
 def _setting(group: Sequence[SummaryRow]) -> str:
@@ -196,6 +225,10 @@ def _seeds(row: SummaryRow, other: SummaryRow) -> str:
 
 def _verb(number: int, verb: str) -> str:
     return f"{verb}s" if number == 1 else verb
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _capital(text: str) -> str:

@@ -9,12 +9,12 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
+# Far beyond any use, and small enough for the libraries that count with machine integers.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -38,8 +38,8 @@ class PhaseOneSettings(Settings):
     stop_at: float = Field(
         0.90, gt=0, le=1, description="stop at this share of converged positions"
     )
-    max_iterations: PositiveInt = Field(60, description="the random start counts as the first")
-    batch_size: PositiveInt = Field(5000, description="positions per batch")
+    max_iterations: Count = Field(60, description="the random start counts as the first")
+    batch_size: Count = Field(5000, description="positions per batch")
     threshold: PositiveFloat = Field(
         0.03, description="a position has converged when its mean squared change is below this"
     )
@@ -66,15 +66,15 @@ class TrainingSettings(Settings):
     )
     # Not strict, so that a recipe's list becomes a tuple.
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), strict=False)
-    batch_size: PositiveInt = Field(32, description="windows per optimiser step")
-    accumulation: PositiveInt = Field(1, description="micro-batches that make up one batch")
-    epochs: PositiveInt = Field(10, description="at most this many")
-    patience: PositiveInt | None = Field(
+    batch_size: Count = Field(32, description="windows per optimiser step")
+    accumulation: Count = Field(1, description="micro-batches that make up one batch")
+    epochs: Count = Field(10, description="at most this many")
+    patience: Count | None = Field(
         1, description="stop after this many epochs without a better validation loss; null: never"
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     schedule_unit: Literal["step", "epoch"] = "step"
-    warmup: NonNegativeInt = Field(0, description="in steps")
+    warmup: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(0, description="in steps")
     minimum_ratio: float = Field(
         0.0, ge=0, le=1, description="the cosine schedule ends at this share of the learning rate"
     )
