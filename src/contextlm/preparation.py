@@ -49,11 +49,14 @@ def prepare(recipe: Recipe) -> Prepared:
         InputError: the recipe, its corpus or a contender is not usable; nothing was written.
         RunError: a hub is needed and cannot be reached.
     """
-    _check_contenders(recipe, recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1)
+    expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
+    _check_contenders(recipe, expected_size)
     limits = recipe.documents
     corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
+    if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
+        _check_contenders(recipe, vocab_size)
     end = int(tokenizer.eos_token_id)
     configs = {
         contender.name: build_config(
