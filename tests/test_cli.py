@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,8 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
         ["-h"],
         ["--version"],
         *([name, "--help"] for name in ("run", "params", "report", "eval", "generate", "list")),
+        ["list", "recipes"],
+        ["list", "corpora"],
     ],
 )
 def test_help_and_version_load_nothing_heavy(arguments: Sequence[str]) -> None:
@@ -154,6 +157,24 @@ def test_every_command_explains_itself_with_an_example(command: Command) -> None
         assert shown.code == 0
         assert f"contextlm {name}" in shown.out.partition("Examples:")[2]
         assert "```" not in shown.out
+        assert not re.search(r"<(bool|list|float|str|path)", shown.out)
+
+
+def test_the_main_help_names_the_variables_of_the_environment(command: Command) -> None:
+    (line,) = [line for line in command("--help").out.splitlines() if "CONTEXTLM_DATA" in line]
+    assert "CONTEXTLM_CACHE" in line
+
+
+def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> None:
+    from contextlm.recipe import builtin_recipes, load_recipe
+
+    known = set(builtin_recipes())
+    names = {c.name for name in known for c in load_recipe(name).contenders}
+    for name in ("run", "params", "report", "eval", "generate"):
+        shown = command(name, "-h").out
+        assert set(re.findall(r"contextlm (?:run|params) ([a-z-]+)(?![\w.-])", shown)) <= known
+        assert set(re.findall(r"runs/([a-z-]+)-\d+", shown)) <= known
+        assert set(re.findall(r"runs/demo-001/([a-z-]+)/", shown)) <= names
 
 
 # --- usage errors ------------------------------------------------------------------------------
@@ -171,6 +192,11 @@ def test_every_command_explains_itself_with_an_example(command: Command) -> None
         (["run", "no-such"], ["unknown recipe 'no-such'"]),
         (["generate", "x", "--max-new-tokens", "many"], ["--max-new-tokens"]),
         (["generate", "x", "--top-p", "2"], ["--top-p"]),
+        (["generate", "x", "y", "--top-p", "nan"], ["--top-p"]),
+        (["generate", "x", "y", "--temperature", "nan"], ["--temperature"]),
+        (["generate", "x", "y", "--temperature", "inf"], ["--temperature"]),
+        (["generate", "x", "y", "--temperature", "1e-300"], ["--temperature"]),
+        (["generate", "x", "y", "--seed", "9" * 30], ["--seed"]),
         (["generate"], ["CHECKPOINT"]),
         (["eval", "no-such-folder"], ["no-such-folder"]),
         (["eval", "x", "--cache-lengths", "1,b"], ["--cache-lengths '1,b'"]),
@@ -374,10 +400,61 @@ def test_run_passes_everything_on_and_prints_one_json_object(
     assert (seen["out"], seen["device"]) == (folder, "cpu")
 
 
-def test_run_refuses_an_out_that_is_a_file(command: Command, recipe_file: Path) -> None:
-    done = command("run", recipe_file, "--out", recipe_file)
+def test_an_out_that_cannot_be_written_is_refused(
+    command: Command, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE, "utf-8")
+    bad = [recipe_file, recipe_file / "x", tmp_path / ("n" * 300), ""]
+    if Path("/proc/self").exists():
+        bad.append(Path("/proc/x"))
+    for out in bad:
+        for arguments in (["run", recipe_file], ["report", tmp_path]):
+            done = command(*arguments, "--out", out)
+            assert done.code == 2
+            assert done.error.startswith("--out ")
+            assert str(out) in done.error or "not a folder" in done.error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_cache_that_cannot_be_used_is_told_before_the_corpus_is_read(
+    command: Command, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(recipe_file))
+    done = command("run", recipe_file, "--out", tmp_path, "--set", "corpus=text:missing")
     assert done.code == 2
-    assert str(recipe_file) in done.error
+    assert done.error == f"CONTEXTLM_CACHE: {recipe_file}: not a folder"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("the loss is not finite")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_ends_early_says_where_its_folder_is(
+    capsys: pytest.CaptureFixture[str],
+    stand_in: Any,
+    recipe_file: Path,
+    tmp_path: Path,
+    error: BaseException,
+    finished: bool,
+) -> None:
+    def run_contender(recipe: Recipe, contender: Any, seed: int, prepared: Any, place: Path, *rest):
+        if finished:
+            place.mkdir(parents=True)
+            (place / "result.json").write_text("{}")
+        raise type(error)(*error.args)
+
+    stand_in(
+        "contextlm.experiment",
+        prepare=lambda recipe: None,
+        describe_environment=lambda device, seeds: {},
+        run_contender=run_contender,
+    )
+    out = tmp_path / "runs"
+    code = execute(app, ["run", str(recipe_file), "--out", str(out), "--device", "cpu"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    said = "what finished is in" if finished else "nothing had finished in"
+    assert last.endswith(f"; {said} {out / 'toy-001'}")
+    what = {130: "contextlm: interrupted;", 1: "contextlm: error: the loss is not finite;"}
+    assert last.startswith(what[code])
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
@@ -411,6 +488,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert shown.code == 0
     for figure in ("base", "1,000,000", "800,000", "12,345", "1.2e15", "2.0 h", "3.0 MB"):
         assert figure in shown.out
+    assert "training time, roughly" in shown.out
+    assert "weights, optimiser, logits" in shown.out
+    assert "at most" not in shown.out
+    assert shown.out.endswith("phase 1, data preparation and measuring come on top\n")
     shown = command("run", recipe_file, "--dry-run", "--json", "--out", out)
     assert Plan.model_validate_json(shown.out) == plan
     assert not out.exists()
@@ -462,6 +543,9 @@ def test_report_of_several_runs_goes_beside_them(
     opened: list[str] = []
     stand_in("webbrowser", open=lambda url: bool(opened.append(url)) or True)
     runs = [tmp_path / "runs" / "a-001", tmp_path / "runs" / "b-001"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(RECIPE, "utf-8")
     done = command("report", *runs, "--json")
     assert json.loads(done.out)["runs"] == [str(run) for run in runs]
     command("report", runs[0], "--json", "--open")
@@ -480,6 +564,14 @@ def test_report_without_results_says_so(command: Command, tmp_path: Path) -> Non
     done = command("report", tmp_path)
     assert done.code == 2
     assert str(tmp_path) in done.error
+
+
+def test_report_wants_run_folders_each_once(command: Command, tmp_path: Path) -> None:
+    assert command("report", "nope").error == "nope: not a run folder"
+    (tmp_path / "recipe.yaml").write_text(RECIPE, "utf-8")
+    done = command("report", tmp_path, tmp_path / "." / "")
+    assert done.code == 2
+    assert "named twice" in done.error
 
 
 def test_list(command: Command) -> None:
@@ -603,6 +695,60 @@ def test_more_tokens_than_positions_is_bad_input(command: Command, checkpoint: P
     assert "32" in done.error
 
 
+def test_rotary_models_do_not_run_past_their_positions_either(
+    command: Command, checkpoint: Path
+) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        eos_token_id=256,
+        bos_token_id=256,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(checkpoint)
+    done = command("generate", checkpoint, "abc", "--max-new-tokens", "30")
+    assert done.code == 2
+    assert "33 tokens, more than the model's 32 positions" in done.error
+    assert command("generate", checkpoint, "abc", "--max-new-tokens", "29").code == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["👨‍👩‍👧 naïve 😀", "没有空格的文本" * 20, "x" * 50, "a\n\nb  c \n", "<end>", ""]
+)
+def test_text_is_streamed_by_characters(checkpoint: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    from contextlm.cli.streaming import TextStream
+
+    class Pieces(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces: list[str] = []
+
+        def write(self, piece: str) -> int:
+            self.pieces.append(piece)
+            return super().write(piece)
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # At the end and before it: bytes that are no character.
+    for ids in ([*tokenizer(text)["input_ids"], 200], [201, *tokenizer(text)["input_ids"], 256]):
+        out = Pieces()
+        stream = TextStream(tokenizer, out)
+        stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+        for token in ids:
+            stream.put(torch.tensor([token]))
+        before = len(out.pieces)
+        stream.end()
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        assert "".join(out.pieces) == whole + "\n"
+        assert before >= len(text.replace("<end>", "")) - 1
+
+
 def test_a_folder_that_is_no_checkpoint(command: Command, tmp_path: Path) -> None:
     for name in ("eval", "generate"):
         done = command(name, tmp_path, *(["x"] if name == "generate" else []))
@@ -618,34 +764,65 @@ def test_eval_shows_what_was_measured(command: Command, stand_in: Any, checkpoin
 
     def evaluate_checkpoint(folder: Path, **options: Any) -> CheckpointReport:
         seen.update(options)
-        return CheckpointReport.model_construct(
+        return CheckpointReport(
             checkpoint=str(folder),
             architecture="gpt2",
+            parameters=12345,
+            corpus="made up",
+            sequence_length=64,
+            windows=8,
+            windows_available=577,
+            tokens=512,
+            loss=4.81589,
             ppl=123.456,
+            bits_per_byte=2.34567,
+            accuracy=0.0176,
             cache=[CacheBytes(tokens=128, logical=2048, resident=4096)],
+            cache_dtype="float32",
+            speed_tokens=512,
+            prefill_tokens_per_second=1234.5,
+            decode_tokens_per_second=67.89,
         )
 
     stand_in("contextlm.evaluation.checkpoint", evaluate_checkpoint=evaluate_checkpoint)
-    options = ("--corpus", "text:x", "--samples", "3", "--cache-lengths", "128", "--device", "cpu")
-    done = command("eval", checkpoint, *options)
+    options = ("--corpus", "text:x", "--samples", "3", "--cache-lengths", "128,4096,9999")
+    done = command("eval", checkpoint, *options, "--device", "cpu")
     assert seen == {
         "corpus": "text:x",
         "device": "cpu",
         "sequence_length": None,
         "samples": 3,
-        "cache_lengths": [128],
+        "cache_lengths": [128, 4096, 9999],
     }
-    for shown in ("gpt2", "123.5", "cache at 128 tokens", "2.0 KB (4.0 KB resident)"):
-        assert shown in done.out
-    printed = json.loads(command("eval", checkpoint, "--json").out)
+    lines = {
+        "architecture": "gpt2",
+        "parameters": "12,345",
+        "windows": "8 of 577, 64 tokens each",
+        "validation PPL": "123.5",
+        "validation loss": "4.8159",
+        "bits per byte": "2.346",
+        "accuracy": "1.8 %",
+        "cache at 128 tokens": "2.0 KB (4.0 KB resident)",
+        "decode tokens/s, 512 tokens": "67.9",
+    }
+    for name, value in lines.items():
+        assert re.search(rf"^ *{re.escape(name)} +{re.escape(value)} *$", done.out, re.MULTILINE)
+    said = "--cache-lengths: left out, beyond the model's positions: 4,096, 9,999\n"
+    assert done.err == said
+    done = command("eval", checkpoint, "--json")
+    assert done.err == ""
+    printed = json.loads(done.out)
     assert printed["cache"] == [{"tokens": 128, "logical": 2048, "resident": 4096}]
+    assert printed["accuracy"] == 0.0176
 
 
 # --- devices, output -----------------------------------------------------------------------------
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == resolve_device("cpu:0") == torch.device("cpu")
+    with pytest.raises(InputError, match="cpu:3"):
+        resolve_device("cpu:3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
@@ -689,5 +866,22 @@ def test_a_wide_table_is_turned_on_a_narrow_terminal(
     assert max(map(len, turned.splitlines())) <= 60
 
 
+def test_in_a_narrow_table_names_break_at_hyphens_and_figures_never(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # else headings are set bold
+    columns = ["contender", *(f"weights, optimiser, logits {n}" for n in range(5))]
+    names = [f"context-{kind}-projected" for kind in ("pythia", "hybrid", "wider", "b", "c", "d")]
+    rows = [[name, *(f"1,234,567,{m}{n}9" for n in range(5))] for m, name in enumerate(names)]
+    print_comparison(columns, rows)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(figure in shown for row in rows for figure in row[1:])
+    words = set(shown.replace("─", " ").split())
+    assert {"context-", "pythia-", "hybrid-", "projected", "contender"} <= words
+
+
 def test_durations_read_well() -> None:
-    assert [duration(s) for s in (0.4, 89, 600, 7200)] == ["0 s", "89 s", "10 min", "2.0 h"]
+    assert [duration(s) for s in (0.4, 89, 600, 7200)] == ["< 1 s", "89 s", "10 min", "2.0 h"]

@@ -164,6 +164,17 @@ def test_scales_are_listed(recipe_file: Path) -> None:
         ("a..b=3", ["'a..b=3'", "key=value"]),
         ("corpus=[", ["--set 'corpus=['", "YAML"]),
         ("seeds=!!int ''", ["--set", "YAML"]),
+        ("learning_rate=1", ["'learning_rate'", "did you mean 'training.learning_rate'?"]),
+        ("cache_lengths=[1]", ["did you mean 'evaluation.cache_lengths'?"]),
+        ("max_iterations=3", ["did you mean 'contenders.NAME.phase1.max_iterations'?"]),
+        ("contenders.ours.epochs=3", ["did you mean 'contenders.ours.training.epochs'?"]),
+        ("contenders.ours.noise=3", ["did you mean 'contenders.ours.phase1.noise'?"]),
+        ("corpus=text:", ["corpus: expected text:PATH, PATH is missing"]),
+        ("corpus=jsonl: x", ["corpus: expected jsonl:PATH, no space may follow the colon"]),
+        ("training=3", ["training: expected a mapping, got 3"]),
+        ("contenders.ours.phase1=x", ["contenders.ours.phase1: expected a mapping, got 'x'"]),
+        ("contenders.a b={model: {type: gpt2}}", ["only letters, digits, '-' and '_' are allowed"]),
+        ("name=a b", ["only letters, digits, '.', '-' and '_' are allowed", "got 'a b'"]),
         ("contenders.ours.model.x=!!binary aGk=", ["contenders.ours.model.x", "JSON"]),
     ],
 )
@@ -171,6 +182,20 @@ def test_a_wrong_value_is_named(recipe_file: Path, override: str, culprits: list
     message = problem(recipe_file, override)
     for culprit in culprits:
         assert culprit in message
+
+
+@pytest.mark.parametrize("text", ["corpus=[", "x={a: b: c}", "x=\x00", "x='a", "x=*b", "x=%"])
+def test_yaml_errors_are_in_our_words(recipe_file: Path, text: str) -> None:
+    message = problem(recipe_file, text)
+    assert "not valid YAML" in message
+    assert "unicode string" not in message
+    assert "^" not in message
+
+
+def test_a_missing_file_or_a_folder_is_said_to_be_one(tmp_path: Path, recipe_file: Path) -> None:
+    assert f"did you mean {str(recipe_file)!r}?" in problem(tmp_path / "toy.yml")
+    assert problem(tmp_path / "else.yaml") == f"{tmp_path / 'else.yaml'}: no such file"
+    assert problem(tmp_path) == f"{tmp_path}: is a folder, not a recipe"
 
 
 def test_an_unknown_scale_is_named_with_the_nearest(recipe_file: Path) -> None:

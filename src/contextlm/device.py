@@ -34,6 +34,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         raise unknown_name("device", name, ["auto", "cpu", "cuda", "mps"]) from None
     if device.type == "cpu":
+        if device.index:
+            raise InputError(f"device {name!r}: all cores are one device: cpu")
         return torch.device("cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != device.type:

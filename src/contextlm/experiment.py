@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from contextlm.contender import run_contender
@@ -42,14 +44,28 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = prepare(recipe)
     folder = _new_folder(out, recipe.name)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
-    for contender in recipe.contenders:
-        for seed in recipe.seeds:
-            place = seed_folder(folder, contender.name, seed)
-            run_contender(recipe, contender, seed, prepared, place, where, progress)
-    write_report([read_run(folder)], folder)
+    with _noting(folder):
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
+        for contender in recipe.contenders:
+            for seed in recipe.seeds:
+                place = seed_folder(folder, contender.name, seed)
+                run_contender(recipe, contender, seed, prepared, place, where, progress)
+        write_report([read_run(folder)], folder)
     return folder
+
+
+@contextmanager
+def _noting(folder: Path) -> Iterator[None]:
+    """Note on whatever ends the run, an interrupt too, where that which had finished is."""
+    try:
+        yield
+    except BaseException as error:  # passed on as it is, with the note
+        finished = any(folder.glob("*/*/result.json"))
+        error.add_note(
+            f"what finished is in {folder}" if finished else f"nothing had finished in {folder}"
+        )
+        raise
 
 
 def _new_folder(out: Path, name: str) -> Path:

@@ -8,17 +8,22 @@ torch.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from contextlm.errors import InputError, unknown_name
 from contextlm.merging import FULL, mapping, merge, resolve, scales_of
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import PhaseOneSettings, Settings, TrainingSettings
+
+_SUFFIXES = {".yaml", ".yml"}
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
 
@@ -183,20 +188,35 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
         text = file.read_text("utf-8")
         where = f"recipe {name_or_path!r}"
-    elif path.suffix in {".yaml", ".yml"} or path.is_file():
+    elif path.suffix in _SUFFIXES or path.is_file():
         where = str(path)
         try:
             text = path.read_text("utf-8-sig")
+        except FileNotFoundError:
+            raise InputError(f"{where}: no such file{_nearest_file(path)}") from None
+        except IsADirectoryError:
+            raise InputError(f"{where}: is a folder, not a recipe") from None
         except OSError as error:
             raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
         except ValueError:  # also a name that no file can have
             raise InputError(f"{where}: the recipe is not UTF-8 text") from None
+    elif path.is_dir():
+        raise InputError(f"{name_or_path}: is a folder, not a recipe")
     else:
         raise unknown_name("recipe", name_or_path, builtin_recipes())
     raw = dict(mapping(parse(text, where), where))
     if "scale" in raw:
         raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
     return raw, where
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint at the recipe file beside `path` whose name is nearest, or nothing."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [file.name for file in path.parent.iterdir() if file.suffix in _SUFFIXES]
+    near = difflib.get_close_matches(path.name, sorted(names), n=1)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 
 
 def _first_problem(
@@ -220,13 +240,47 @@ def _first_problem(
         location[1] = names[int(location[1])]
     key = ".".join([*above, *location])
     if problem["type"] == "extra_forbidden":
-        return str(unknown_name("key", key, [".".join([*above, *location[:-1], k]) for k in known]))
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] != "value_error":
-        message = message[:1].lower() + message[1:]
+        siblings = [".".join([*above, *location[:-1], k]) for k in known]
+        return _unknown_key(key, siblings)
     value = problem.get("input")
+    if key == "corpus" and isinstance(value, dict) and list(value) in (["text"], ["jsonl"]):
+        # What YAML makes of `text:` and of `text: PATH`.
+        kind, path = next(iter(value.items()))
+        slip = "PATH is missing" if path is None else "no space may follow the colon"
+        return f"corpus: expected {kind}:PATH, {slip}"
+    message = _message(problem)
     shown = f", got {value!r}" if isinstance(value, (str, int, float, bool)) else ""
     return f"{key}: {message}{shown}" if key else message
+
+
+def _message(problem: ErrorDetails) -> str:
+    """What is wrong, without Python's words for it."""
+    if problem["type"] in {"model_type", "dict_type"}:
+        return "expected a mapping"
+    if problem["type"] == "string_pattern_mismatch":
+        dot = ", '.'" if "." in problem["ctx"]["pattern"] else ""
+        return f"only letters, digits{dot}, '-' and '_' are allowed, a letter or digit first"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    return problem["msg"][:1].lower() + problem["msg"][1:]
+
+
+def _unknown_key(key: str, siblings: list[str]) -> str:
+    """Names the nearest key: of its own place, or one of that very name in another place."""
+    last = key.rpartition(".")[2]
+    top, _, rest = key.partition(".")
+    name = rest.partition(".")[0] if top == "contenders" else "NAME"
+    places: dict[str, type[Settings]] = {
+        "training": TrainingSettings,
+        "evaluation": EvaluationSettings,
+        f"contenders.{name}.phase1": PhaseOneSettings,
+    }
+    if top == "contenders":
+        places = {f"contenders.{name}.training": TrainingSettings, **places}
+    found = [f"{place}.{last}" for place, kind in places.items() if last in kind.model_fields]
+    if found:
+        return f"unknown key {key!r} (did you mean {found[0]!r}?)"
+    return str(unknown_name("key", key, siblings))
 
 
 def _fields_at(root: type[Settings], location: list[str]) -> list[str]:

@@ -92,5 +92,15 @@ def parse(text: str, where: str) -> Any:
         # _Loader derives from the safe loader: it builds plain values only, whatever the tags say.
         return yaml.load(text, Loader=_Loader)
     except _FAULTS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: not valid YAML: {reason}") from None
+        raise InputError(f"{where}: not valid YAML: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and where, on one line, without PyYAML's name of the source and its caret."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        return " ".join(error.problem.split()) + place
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character #x{error.character:04x} is not allowed"
+    return " ".join(str(error).split()) or type(error).__name__

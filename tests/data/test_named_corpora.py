@@ -170,7 +170,7 @@ def test_without_a_network_one_line_says_what_to_do(
     message = str(caught.value)
     assert message.startswith(f"corpus {name!r}: the hub (")
     assert "could not be reached" in message
-    for way_out in ("text:PATH", "jsonl:PATH", "CONTEXTLM_DATA"):
+    for way_out in ("text:PATH", "jsonl:PATH"):
         assert way_out in message
     assert "\n" not in message
     assert offline == [True], "one try, in which the libraries may not wait for the network"
@@ -204,3 +204,13 @@ def test_titles_stand_alone() -> None:
         "text\n = Not alone = \nx\n"
     ]
     assert named.articles([]) == []
+
+
+@pytest.mark.parametrize("name", ["pile", "ultrachat", "wikitext-2"])
+def test_without_a_hub_only_what_works_is_offered(name: str) -> None:
+    with pytest.raises(RunError) as caught:
+        load_corpus(name)
+    message = str(caught.value)
+    assert "text:PATH or jsonl:PATH" in message
+    assert ("CONTEXTLM_DATA=FOLDER" in message) == (name == "wikitext-2")
+    assert ("FOLDER/wikitext-2/wiki.valid.tokens" in message) == (name == "wikitext-2")

@@ -235,3 +235,23 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert not cache_folder().exists()
     monkeypatch.setenv("CONTEXTLM_CACHE", "")
     assert cache_folder() == Path.home() / ".cache" / "contextlm"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*file: not a folder"):
+        cache_folder()
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*file: not a folder"):
+        cache_folder()
+
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "new"))
+    with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*new: cannot .* Permission denied"):
+        cache_folder()

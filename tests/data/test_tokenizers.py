@@ -174,6 +174,8 @@ def test_without_a_network_one_line_says_what_to_do(
     ("spec", "reason"),
     [
         ("bpe:256", "at least 257"),
+        ("bpe:999999999", "at most 1,000,000"),
+        ("bep:512", "did you mean 'bpe:512'"),
         ("bpe:", "whole number"),
         ("bpe", "whole number"),
         ("bpe:-5", "whole number"),

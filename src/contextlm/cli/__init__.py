@@ -13,10 +13,12 @@ import typer
 
 from contextlm import __version__
 from contextlm.cli import checkpoints, comparisons, listing, reports
+from contextlm.cli.help import PlainCommand, PlainGroup
 from contextlm.cli.shell import execute
 
 app = typer.Typer(
     name="contextlm",
+    cls=PlainGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -30,7 +32,10 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="`contextlm COMMAND --help` explains a command and gives examples.")
+@app.callback(
+    epilog="`contextlm COMMAND --help` explains a command and gives examples.\n\n"
+    "CONTEXTLM_DATA names a folder of corpora, CONTEXTLM_CACHE one for tokens."
+)
 def contextlm(
     version: Annotated[
         bool,
@@ -54,12 +59,12 @@ def contextlm(
     """
 
 
-app.command("run")(comparisons.run)
-app.command("params")(comparisons.params)
-app.command("report")(reports.report)
-app.command("eval")(checkpoints.evaluate)
-app.command("generate")(checkpoints.generate)
-app.command("list")(listing.list_known)
+app.command("run", cls=PlainCommand)(comparisons.run)
+app.command("params", cls=PlainCommand)(comparisons.params)
+app.command("report", cls=PlainCommand)(reports.report)
+app.command("eval", cls=PlainCommand)(checkpoints.evaluate)
+app.command("generate", cls=PlainCommand)(checkpoints.generate)
+app.command("list", cls=PlainCommand)(listing.list_known)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from contextlm.cli.comparisons import AsJson, Device
 from contextlm.cli.output import print_facts, print_json
 from contextlm.errors import InputError
+
+if TYPE_CHECKING:
+    from contextlm.evaluation.checkpoint import CheckpointReport
+
+COLDEST_TO_HOTTEST = (0.001, 1000.0)  # temperatures; logits divided by less overflow
 
 Checkpoint = Annotated[
     Path,
@@ -43,9 +48,13 @@ def evaluate(
         ),
     ] = None,
     cache_lengths: Annotated[
-        str,
-        typer.Option(metavar="LIST", help="Tokens after which the cache is measured."),
-    ] = "128,512,2048,8192",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            show_default="128,512,2048,8192, or the model's positions",
+            help="Tokens after which the cache is measured.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -54,11 +63,11 @@ def evaluate(
     Examples:
 
     ```
-    contextlm eval runs/demo-001/context-hybrid/seed-0/checkpoint
+    contextlm eval runs/demo-001/context-pythia/seed-0/checkpoint
     contextlm eval CHECKPOINT --corpus text:my-notes/ --cache-lengths 128,4096 --json
     ```
     """
-    lengths = read_lengths(cache_lengths)
+    lengths = None if cache_lengths is None else read_lengths(cache_lengths)
     folder = _existing(checkpoint)
 
     from contextlm.evaluation.checkpoint import evaluate_checkpoint
@@ -71,16 +80,14 @@ def evaluate(
         samples=samples,
         cache_lengths=lengths,
     )
+    left_out = sorted(set(lengths or []) - {held.tokens for held in report.cache})
+    if left_out:
+        shown = ", ".join(f"{length:,}" for length in left_out)
+        print(f"--cache-lengths: left out, beyond the model's positions: {shown}", file=sys.stderr)
     if as_json:
         print_json(report)
     else:
-        from contextlm.report.numbers import human_bytes
-
-        facts = report.model_dump(exclude={"checkpoint", "cache"})
-        for held in report.cache:
-            size = f"{human_bytes(held.logical)} ({human_bytes(held.resident)} resident)"
-            facts[f"cache at {held.tokens:,} tokens"] = size
-        print_facts(facts, caption=report.checkpoint)
+        print_facts(_in_words(report), caption=report.checkpoint)
 
 
 def generate(
@@ -103,7 +110,9 @@ def generate(
     temperature: Annotated[
         float | None,
         typer.Option(
+            metavar="T",
             min=0,
+            max=COLDEST_TO_HOTTEST[1],
             show_default=False,
             help="Sample, the wilder the higher; 0 always takes the likeliest token, which is "
             "also what happens without any of the sampling options.",
@@ -127,7 +136,9 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, show_default=False, help="Makes sampling repeatable."),
+        typer.Option(
+            metavar="N", min=0, max=2**32 - 1, show_default=False, help="Makes sampling repeatable."
+        ),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -145,6 +156,7 @@ def generate(
     echo "Return the" | contextlm generate CHECKPOINT --json
     ```
     """
+    check_sampling(temperature, top_p)
     text = read_prompt(prompt, prompt_file)
     folder = _existing(checkpoint)
 
@@ -158,6 +170,35 @@ def generate(
         print(made.summary(), file=sys.stderr)
 
 
+def _in_words(report: CheckpointReport) -> dict[str, Any]:
+    """The figures with the words and the decimals of a run's report."""
+    from contextlm.report import numbers
+
+    windows = f"{report.windows:,} of {report.windows_available:,}"
+    facts = {
+        "architecture": report.architecture,
+        "parameters": numbers.count(report.parameters),
+        "corpus": report.corpus,
+        "windows": f"{windows}, {report.sequence_length:,} tokens each",
+        "tokens predicted": numbers.count(report.tokens),
+        "validation PPL": numbers.perplexity(report.ppl),
+        "validation loss": numbers.decimal(report.loss, 4),
+        "bits per byte": numbers.decimal(report.bits_per_byte, 3),
+        "accuracy": numbers.percent(report.accuracy),
+    }
+    for held in report.cache:
+        size = numbers.human_bytes(held.logical)
+        resident = numbers.human_bytes(held.resident)
+        facts[f"cache at {held.tokens:,} tokens"] = f"{size} ({resident} resident)"
+    timed = f"tokens/s, {report.speed_tokens:,} tokens"
+    return {
+        **facts,
+        "cache type": report.cache_dtype,
+        f"prefill {timed}": numbers.rate(report.prefill_tokens_per_second),
+        f"decode {timed}": numbers.rate(report.decode_tokens_per_second),
+    }
+
+
 def read_lengths(text: str) -> list[int]:
     """Comma-separated token counts, ascending and each once.
 
@@ -168,6 +209,19 @@ def read_lengths(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
         raise InputError(f"--cache-lengths {text!r}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
+
+
+def check_sampling(temperature: float | None, top_p: float | None) -> None:
+    """Refuse what the options' own bounds let through: NaN, and what logits overflow with.
+
+    Raises:
+        InputError: it names the option.
+    """
+    low, high = COLDEST_TO_HOTTEST
+    if temperature and not low <= temperature <= high:
+        raise InputError(f"--temperature {temperature}: expected 0, or {low} to {high}")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise InputError(f"--top-p {top_p}: expected 0 to 1")
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:

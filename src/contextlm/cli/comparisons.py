@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +9,13 @@ import typer
 from contextlm.cli.output import (
     REPORT_FILES,
     duration,
+    print_comparison,
     print_json,
     print_runs,
     print_table,
     runs_json,
     scientific,
+    writable_folder,
 )
 from contextlm.errors import InputError
 
@@ -63,9 +64,9 @@ def run(
     scale: Scale = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path,
+        str,
         typer.Option(metavar="FOLDER", help="Where the new, numbered run folder goes."),
-    ] = Path("runs"),
+    ] = "runs",
     seeds: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +80,7 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print contenders, parameters, tokens, FLOPs, estimated time and memory.",
+            help="Only print contenders, parameters, tokens, FLOPs, rough time and memory.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -96,7 +97,7 @@ def run(
     contextlm run demo
     contextlm run context-pythia --scale small --set training.learning_rate=3e-4
     contextlm run my-comparison.yaml --set corpus=text:my-notes/ --seeds 3
-    contextlm run context-kv --scale small --dry-run
+    contextlm run context-pythia --scale small --dry-run
     ```
     """
     from contextlm.recipe import load_recipe
@@ -107,9 +108,10 @@ def run(
         overrides=overrides or [],
         seeds=None if seeds is None else read_seeds(seeds),
     )
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
+    place = writable_folder(out, "--out")
+    from contextlm.data.token_store import cache_folder
 
+    cache_folder()  # so that one that cannot be used is told before the corpus is prepared
     if dry_run:
         _show_plan(resolved, device, as_json)
         return
@@ -119,7 +121,7 @@ def run(
     from contextlm.progress import RichProgress
 
     with RichProgress() as progress:
-        folder = experiment.run(resolved, out, device=device, progress=progress)
+        folder = experiment.run(resolved, place, device=device, progress=progress)
     runs = [read_run(folder)]
     paths = {name: folder / name for name in REPORT_FILES}
     if as_json:
@@ -142,7 +144,7 @@ def params(
 
     ```
     contextlm params context-pythia
-    contextlm params context-kv --set contenders.context-kv.model.context_dim=512 --json
+    contextlm params context-pythia --set contenders.context-pythia.model.context_dim=256 --json
     ```
     """
     from contextlm.plan import count_parameters
@@ -204,6 +206,8 @@ def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
         for c in plan.contenders
     ]
     headings = ["contender", "parameters", "trainable", "in phase 2", "tokens an epoch", "epochs"]
-    print_table([*headings, "seeds", "FLOPs", "time, at most", "memory"], rows)
+    headings += ["seeds", "FLOPs", "training time, roughly", "weights, optimiser, logits"]
+    print_comparison(headings, rows)
     total = sum(c.seconds_estimate for c in plan.contenders)
-    print(f"estimated time in all, at most: {duration(total)}")
+    print(f"training time in all, roughly: {duration(total)}")
+    print("phase 1, data preparation and measuring come on top")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
 
+from contextlm.cli.streaming import TextStream
 from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import load_checkpoint
-from contextlm.evaluation.memory import cache_bytes
+from contextlm.evaluation.memory import cache_bytes, position_limit
 from contextlm.report.numbers import human_bytes
 
 
@@ -79,34 +80,28 @@ def continue_text(
     tokenizer: Any
     model, tokenizer = load_checkpoint(folder, device)
     input_ids_1T = _encode(prompt, tokenizer, folder).to(model.device)
+    _check_positions(model, input_ids_1T.shape[1] + sampling.max_new_tokens, folder)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     start = time.perf_counter()
-    try:
-        output = model.generate(
-            input_ids_1T,
-            attention_mask=torch.ones_like(input_ids_1T),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            streamer=_streamer(tokenizer) if stream else None,
-            return_dict_in_generate=True,
-            use_cache=True,
-            **sampling.arguments(),
-        )
-    except IndexError:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        wanted = input_ids_1T.shape[1] + sampling.max_new_tokens
-        if limit is None or wanted <= limit:
-            raise
-        raise InputError(
-            f"{folder}: prompt and --max-new-tokens make {wanted} tokens, "
-            f"more than the model's {limit} positions"
-        ) from None
+    output = model.generate(
+        input_ids_1T,
+        attention_mask=torch.ones_like(input_ids_1T),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        streamer=TextStream(tokenizer, sys.stdout) if stream else None,
+        return_dict_in_generate=True,
+        use_cache=True,
+        **sampling.arguments(),
+    )
     seconds = time.perf_counter() - start
     new_ids = output.sequences[0, input_ids_1T.shape[1] :]
     held = cache_bytes(output.past_key_values)
     return Continuation(
         prompt=prompt,
-        text=tokenizer.decode(new_ids, skip_special_tokens=True),
+        # Without cleaning up: else the text would not be the one that was streamed.
+        text=tokenizer.decode(
+            new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
         prompt_tokens=input_ids_1T.shape[1],
         tokens=len(new_ids),
         seconds=seconds,
@@ -114,6 +109,16 @@ def continue_text(
         cache_logical=held.logical,
         cache_resident=held.resident,
     )
+
+
+def _check_positions(model: Any, wanted: int, folder: Path) -> None:
+    # Asked beforehand: rotary models run past their positions without an error.
+    limit = position_limit(model)
+    if limit is not None and wanted > limit:
+        raise InputError(
+            f"{folder}: prompt and --max-new-tokens make {wanted} tokens, "
+            f"more than the model's {limit} positions"
+        )
 
 
 def _encode(prompt: str, tokenizer: Any, folder: Path) -> torch.Tensor:
@@ -127,7 +132,3 @@ def _encode(prompt: str, tokenizer: Any, folder: Path) -> torch.Tensor:
             raise InputError(f"{folder}: the prompt is empty, and the tokenizer has no start token")
         ids = [first]
     return torch.tensor([ids])
-
-
-def _streamer(tokenizer: Any) -> TextStreamer:
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -6,12 +6,15 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+
+from contextlm.errors import InputError
 
 if TYPE_CHECKING:
     from contextlm.evaluation.result import Run
@@ -53,6 +56,8 @@ def print_table(
 ) -> None:
     """Print a table to stdout.
 
+    Where it is too wide, headings and text are broken at spaces and hyphens, figures never.
+
     Args:
         columns: the headings.
         rows: one text for each column.
@@ -64,7 +69,8 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    columns, *rows = _fitted([columns, *rows], text, _room())
+    console = Console(width=_room())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     if caption:
         table.title = Text(caption, style="bold")
@@ -79,18 +85,26 @@ def print_table(
 
 
 def print_comparison(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of contenders, turned on its side where the terminal is too narrow for it."""
+    """Print a table of contenders, turned on its side where the terminal is too narrow for it.
+
+    If even that is too wide, the contenders are shown a few at a time.
+    """
     lines: list[Sequence[str]] = [columns, *rows]
-    turned: list[Sequence[str]] = [list(column) for column in zip(*lines, strict=True)]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
-    if _width(turned) < _width(lines) > room:
-        lines = turned
-    print_table(lines[0], lines[1:])
+    if not _width(_turned(lines)) < _width(lines) > _room():
+        print_table(columns, rows)
+        return
+    group: list[Sequence[str]] = []
+    for row in rows:
+        if group and _table_width(_least_widths(_turned([columns, *group, row]), 1)) > _room():
+            _print_turned(columns, group)
+            group = []
+        group.append(row)
+    _print_turned(columns, group)
 
 
 def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:
     """Print names and values, one pair a line."""
-    rows = [(name.replace("_", " "), _shown(value)) for name, value in facts.items()]
+    rows = [(name, _shown(value)) for name, value in facts.items()]
     print_table(["", "value"], rows, caption=caption, text=2)
 
 
@@ -118,9 +132,27 @@ def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 1:
+        return "< 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def writable_folder(text: str, option: str) -> Path:
+    """The folder that an option names, which need not exist yet.
+
+    Raises:
+        InputError: it has no name, or nothing could be written there.
+    """
+    if not text.strip():
+        raise InputError(f"{option} {text!r}: expected the name of a folder")
+    from contextlm.data.folders import why_not_writable
+
+    problem = why_not_writable(Path(text))
+    if problem is not None:
+        raise InputError(f"{option} {problem}")
+    return Path(text)
 
 
 def scientific(value: float) -> str:
@@ -128,9 +160,59 @@ def scientific(value: float) -> str:
     return f"{value:.1e}".replace("e+", "e")
 
 
+def _room() -> int:
+    """Columns of the terminal, or of a table that goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
+
+
+def _turned(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    return [list(column) for column in zip(*lines, strict=True)]
+
+
+def _print_turned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    headings, *lines = _turned([columns, *rows])
+    print_table(headings, lines)
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(width + 3 for width in widths)
+
+
 def _width(lines: Sequence[Sequence[str]]) -> int:
-    """Columns of a terminal that a table takes when no cell is folded."""
-    return sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True))
+    """Columns of a terminal that a table takes when no cell is broken."""
+    return _table_width([max(map(len, column)) for column in _turned(lines)])
+
+
+def _broken(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False) or [""]
+
+
+def _least_widths(lines: Sequence[Sequence[str]], text: int) -> list[int]:
+    """The narrowest that each column can be with headings and `text` columns broken."""
+    least = []
+    for number, (heading, *cells) in enumerate(_turned(lines)):
+        pieces = _broken(heading, 1)
+        pieces += [p for c in cells for p in (_broken(c, 1) if number < text else [c])]
+        least.append(max(map(len, pieces)))
+    return least
+
+
+def _fitted(lines: Sequence[Sequence[str]], text: int, room: int) -> Sequence[Sequence[str]]:
+    """`lines` with cells broken so that the table fits `room`; as they are if it cannot."""
+    widths = [max(map(len, column)) for column in _turned(lines)]
+    least = _least_widths(lines, text)
+    if _table_width(widths) <= room or _table_width(least) > room:
+        return lines
+    while _table_width(widths) > room:
+        loose = [number for number, width in enumerate(widths) if width > least[number]]
+        widths[max(loose, key=lambda number: widths[number])] -= 1
+    return [
+        [
+            "\n".join(_broken(cell, widths[number])) if row == 0 or number < text else cell
+            for number, cell in enumerate(line)
+        ]
+        for row, line in enumerate(lines)
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from contextlm.cli.comparisons import AsJson
-from contextlm.cli.output import print_json, print_runs, runs_json
+from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
 from contextlm.errors import InputError, RunError
 
 
@@ -19,7 +19,7 @@ def report(
         typer.Argument(metavar="RUN...", show_default=False, help="One or several run folders."),
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FOLDER",
             show_default=False,
@@ -50,7 +50,7 @@ def report(
 
     ```
     contextlm report runs/demo-001 --open
-    contextlm report runs/context-pythia-001 runs/context-kv-001 --out comparison
+    contextlm report runs/context-pythia-001 runs/context-pythia-002 --out comparison
     contextlm report runs/demo-001 --into README.md
     ```
     """
@@ -58,19 +58,29 @@ def report(
     from contextlm.report.embed import embed
     from contextlm.report.page import render_summary, write_report
 
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
+    place = _default_folder(runs) if out is None else writable_folder(out, "--out")
+    _check_runs(runs)
     loaded = [read_run(folder) for folder in runs]
     if into is not None:
         document, _, block = into.partition("#")
         embed(Path(document), block or None, render_summary(loaded))
-    paths = write_report(loaded, out or _default_folder(runs))
+    paths = write_report(loaded, place)
     if as_json:
         print_json(runs_json(loaded, paths))
     else:
         print_runs(loaded, paths)
     if open_page:
         _show(paths)
+
+
+def _check_runs(runs: list[Path]) -> None:
+    seen = set()
+    for run in runs:
+        if not (run / "recipe.yaml").is_file():
+            raise InputError(f"{run}: not a run folder")
+        if run.resolve() in seen:
+            raise InputError(f"{run}: the same run is named twice")
+        seen.add(run.resolve())
 
 
 def _default_folder(runs: list[Path]) -> Path:

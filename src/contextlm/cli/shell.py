@@ -49,9 +49,9 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _settle_stdout()
-        _say("contextlm: interrupted")
+        _say(one_line(_with_notes("contextlm: interrupted", error)))
         return INTERRUPTED
     except Exception as error:  # the command's outermost frame: no traceback may escape it
         _settle_stdout()
@@ -60,7 +60,7 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
             return FAULT
         code, message = explain(error)
-        _say(f"contextlm: error: {one_line(message)}")
+        _say(f"contextlm: error: {one_line(_with_notes(message, error))}")
         return code
 
 
@@ -88,6 +88,11 @@ def one_line(message: str) -> str:
     """`message` on one line, and without characters that could steer a terminal."""
     folded = " ".join(message.split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in folded)
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """`message` and what was noted on the error, such as where finished work is."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _invoke(app: typer.Typer, arguments: list[str]) -> int:

@@ -75,7 +75,13 @@ def from_hub(what: str, instead: str, load: Callable[[bool], T]) -> T:
 
 
 def load_split(
-    corpus: str, path: str, split: str, read: Callable[[Any], list[str]], **options: Any
+    corpus: str,
+    path: str,
+    split: str,
+    read: Callable[[Any], list[str]],
+    *,
+    local: str | None = None,
+    **options: Any,
 ) -> list[str]:
     """Texts read from one split of a hub dataset.
 
@@ -85,6 +91,7 @@ def load_split(
         split: the dataset's own name of the split.
         read: takes the loaded dataset, gives the texts; its faults count as the hub's when it
             streams.
+        local: how a copy lies in the folder that ``CONTEXTLM_DATA`` names; None: it cannot.
         options: passed on to `datasets.load_dataset`.
 
     Raises:
@@ -96,7 +103,9 @@ def load_split(
         with _offline(not online):
             return read(datasets.load_dataset(path, split=split, **options))
 
-    instead = "use text:PATH or jsonl:PATH, or CONTEXTLM_DATA=FOLDER with a local copy, instead"
+    instead = "use text:PATH or jsonl:PATH instead"
+    if local is not None:
+        instead = f"use text:PATH or jsonl:PATH, or CONTEXTLM_DATA=FOLDER with {local}, instead"
     return from_hub(f"corpus {corpus!r}", instead, load)
 
 

@@ -53,8 +53,11 @@ def wikitext(name: str) -> Corpus:
         label = f"{name} ({edition} edition, from CONTEXTLM_DATA)"
     else:
         config = f"{name}-raw-v1"
+        local = f"FOLDER/{name}/wiki.train.tokens and FOLDER/{name}/wiki.valid.tokens"
         train, validation = (
-            load_split(name, "Salesforce/wikitext", split, _articles_of_rows, name=config)
+            load_split(
+                name, "Salesforce/wikitext", split, _articles_of_rows, local=local, name=config
+            )
             for split in ("train", "validation")
         )
         label = f"{name} (raw edition, Salesforce/wikitext)"

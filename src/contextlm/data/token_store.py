@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contextlm.data.corpus import Corpus
+from contextlm.data.folders import why_not_writable
 from contextlm.data.tokenizers import encode, tokenizer_hash, vocab_entries
 from contextlm.errors import InputError
 from contextlm.files import atomic_open, write_json
@@ -111,8 +112,21 @@ class TokenStore:
 
 
 def cache_folder() -> Path:
-    """``CONTEXTLM_CACHE``, or ``~/.cache/contextlm``; it need not exist yet."""
-    return Path(os.environ.get("CONTEXTLM_CACHE") or "~/.cache/contextlm").expanduser()
+    """``CONTEXTLM_CACHE``, or ``~/.cache/contextlm``; it need not exist yet.
+
+    Raises:
+        InputError: nothing could be written there.
+    """
+    named = os.environ.get("CONTEXTLM_CACHE")
+    try:
+        folder = Path(named or "~/.cache/contextlm").expanduser()
+    except RuntimeError:  # no home
+        raise InputError("CONTEXTLM_CACHE: must name a folder here: there is no home") from None
+    problem = why_not_writable(folder)
+    if problem is not None:
+        hint = "" if named else " (it can name another folder for the cache)"
+        raise InputError(f"CONTEXTLM_CACHE: {problem}{hint}")
+    return folder
 
 
 def build_token_store(

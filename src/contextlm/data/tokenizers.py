@@ -5,6 +5,7 @@ Each comes as a transformers `PreTrainedTokenizerFast` with an end-of-text token
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from contextlm.files import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_LARGEST_BPE = 2**31
+_LARGEST_BPE = 1_000_000  # the trainer reserves memory for all at once, and aborts
 _ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|im_end|>")
 _NAMED = {
     "gpt2": ("openai-community/gpt2", 50257),
@@ -115,7 +116,7 @@ def _bpe_size(spec: str) -> int | None:
     if not SMALLEST_BPE <= size <= _LARGEST_BPE:
         raise InputError(
             f"tokenizer {spec!r}: the size must be at least {SMALLEST_BPE} "
-            f"(256 bytes and the end-of-text token) and at most {_LARGEST_BPE}"
+            f"(256 bytes and the end-of-text token) and at most {_LARGEST_BPE:,}"
         )
     return size
 
@@ -126,7 +127,9 @@ def _folder(spec: str) -> Path:
         return path
     if spec and (os.sep in spec or path.exists()):
         raise InputError(f"tokenizer {spec!r}: no such folder")
-    raise unknown_name("tokenizer", spec, _KNOWN)
+    kind, colon, size = spec.partition(":")
+    slip = colon and size.isdigit() and difflib.get_close_matches(kind, ["bpe"], cutoff=0.5)
+    raise unknown_name("tokenizer", spec, [f"bpe:{size}"] if slip else _KNOWN)
 
 
 def _local_copy(name: str) -> Path | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.data.corpora import load_corpus
@@ -22,6 +28,11 @@ from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
+from contextlm.models.build import config_class, meta_model
+
+CACHE_LENGTHS = (128, 512, 2048, 8192)
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 class CheckpointReport(BaseModel):
@@ -32,6 +43,8 @@ class CheckpointReport(BaseModel):
     parameters: int
     corpus: str
     sequence_length: int
+    windows: int
+    windows_available: int
     tokens: int
     loss: float
     ppl: float
@@ -50,24 +63,83 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
     Only a local folder is read; no network is touched and no code from the folder runs.
 
     Raises:
-        InputError: it is not a checkpoint folder, or a part is missing or damaged.
+        InputError: it is not a checkpoint folder, or a part is missing or damaged or does not fit
+            the others; the message names the file.
     """
     where = resolve_device(device)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if name == "model.safetensors" and (folder / f"{name}.index.json").is_file():
+    for name in ("config.json", _WEIGHTS, "tokenizer.json"):
+        if name == _WEIGHTS and (folder / _INDEX).is_file():
             continue
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a checkpoint folder: {name} is missing")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
-        )
-    except Exception as error:
-        # The loaders raise many kinds for a damaged file (JSON, safetensors, shapes, versions).
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder}: the checkpoint cannot be loaded: {reason}") from error
+    config = _read_config(folder)
+    tokenizer = _read_tokenizer(folder)
+    _check_weights(folder)
+    model, notes = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that the misfits are told here, by name
+        output_loading_info=True,
+    )
+    if notes["mismatched_keys"] or notes["missing_keys"]:
+        weights = _WEIGHTS if (folder / _WEIGHTS).is_file() else _INDEX
+        raise InputError(f"{folder}: {weights} does not fit config.json")
     return model.to(where).eval(), tokenizer
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: not a JSON object")
+    return value
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    file = folder / "config.json"
+    model_type = _read_object(file).get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{file}: it names no model_type")
+    try:
+        config_class(model_type)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        meta_model(config)
+    except (InputError, StrictDataclassError, ValueError, TypeError, LookupError) as error:
+        raise InputError(f"{file}: {' '.join(str(error).split())}") from None
+    return config
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    file = folder / "tokenizer.json"
+    _read_object(file)
+    if (folder / "tokenizer_config.json").is_file():
+        _read_object(folder / "tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for what is damaged
+        raise InputError(f"{file}: not a tokenizer: {' '.join(str(error).split())}") from None
+
+
+def _check_weights(folder: Path) -> None:
+    """An `InputError` that names the file, unless every file of weights is there and whole."""
+    names: Any = {_WEIGHTS}
+    if not (folder / _WEIGHTS).is_file():
+        shards = _read_object(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise InputError(f"{folder / _INDEX}: it has no weight_map")
+        names = set(shards.values())
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder / name}: damaged or missing: {error}") from None
 
 
 def evaluate_checkpoint(
@@ -77,7 +149,7 @@ def evaluate_checkpoint(
     device: str,
     sequence_length: int | None,
     samples: int | None,
-    cache_lengths: list[int],
+    cache_lengths: list[int] | None,
 ) -> CheckpointReport:
     """Measure a checkpoint on the validation split of `corpus`, in windows with state reset.
 
@@ -87,19 +159,22 @@ def evaluate_checkpoint(
         device: ``auto``, ``cpu``, ``cuda`` ...
         sequence_length: of the windows; None: 128, or the model's positions if fewer.
         samples: use only the first windows; None: all.
-        cache_lengths: tokens at which to count the cache.
+        cache_lengths: tokens at which to count the cache; those beyond the model's positions are
+            left out. None: `CACHE_LENGTHS`, or the model's positions where it has fewer.
 
     Raises:
-        InputError: the checkpoint or the corpus is not usable.
+        InputError: the checkpoint or the corpus is not usable, or no cache length fits.
     """
+    cache = cache_folder()  # one that cannot be used is told before the work
     model, tokenizer = load_checkpoint(folder, device)
     where = next(model.parameters()).device
     limit = position_limit(model)
     length = sequence_length or min(128, limit or 128)
     if limit is not None and length > limit:
         raise InputError(f"--sequence-length {length} is more than the model's {limit} positions")
+    lengths = _lengths_within(limit, cache_lengths)
     text = load_corpus(corpus)
-    store = build_token_store(text, "validation", tokenizer, cache_folder())
+    store = build_token_store(text, "validation", tokenizer, cache)
     windows = Windows(store.tokens, length, samples=samples)
     quality = evaluate_quality(model, windows, 32, where)
     covered = windows.tokens_covered
@@ -110,14 +185,26 @@ def evaluate_checkpoint(
         parameters=sum(p.numel() for p in model.parameters()),
         corpus=text.name,
         sequence_length=length,
+        windows=len(windows),
+        windows_available=len(Windows(store.tokens, length)),
         tokens=quality.tokens,
         loss=quality.loss,
         ppl=quality.ppl,
         bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered)),
         accuracy=quality.accuracy,
-        cache=measure_cache(model, cache_lengths, where),
+        cache=measure_cache(model, lengths, where),
         cache_dtype=str(model.dtype).removeprefix("torch."),
         speed_tokens=speed.tokens,
         prefill_tokens_per_second=speed.prefill_tokens_per_second,
         decode_tokens_per_second=speed.decode_tokens_per_second,
     )
+
+
+def _lengths_within(limit: int | None, wanted: list[int] | None) -> list[int]:
+    """The cache lengths that a model with `limit` positions can reach."""
+    fitting = [n for n in wanted or CACHE_LENGTHS if limit is None or n <= limit]
+    if fitting:
+        return fitting
+    if wanted is None and limit is not None:
+        return [limit]
+    raise InputError(f"--cache-lengths: none is within the model's {limit} positions")

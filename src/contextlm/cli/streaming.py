@@ -1,0 +1,50 @@
+"""Text to the terminal while it is generated, character by character."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+from tokenizers.decoders import DecodeStream
+from transformers.generation.streamers import BaseStreamer
+
+
+class TextStream(BaseStreamer):
+    """Writes each character as soon as its last token is there, in time linear in the text.
+
+    transformers' own streamer waits for a space, and decodes the whole line again at every token.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        stream: where the text goes.
+    """
+
+    def __init__(self, tokenizer: Any, stream: TextIO) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stream = stream
+        self._ids: list[int] = []
+        self._pieces: list[str] = []
+        self._prompt_is_next = True
+
+    def put(self, value: Any) -> None:
+        """Take new ids, a tensor of one sequence; the first call brings the prompt."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        for token in value.flatten().tolist():
+            self._ids.append(token)
+            self._write(self._decoder.step(self._backend, token) or "")
+
+    def end(self) -> None:
+        """Write what is left, such as half a character, and end the line."""
+        whole = self._backend.decode(self._ids, skip_special_tokens=True)
+        written = "".join(self._pieces)
+        if whole.startswith(written):
+            self._write(whole[len(written) :])
+        self._write("\n")
+
+    def _write(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._stream.write(piece)
+            self._stream.flush()
