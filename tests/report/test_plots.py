@@ -148,3 +148,14 @@ def test_spread():
     assert spread([0.0, 1.0], [0.2, 0.2]) == pytest.approx([0.1, 0.9])
     assert spread([0.9, 0.1, 0.9], [0.2, 0.2, 0.2]) == pytest.approx([0.7, 0.1, 0.9])
     assert spread([], []) == []
+
+
+def test_the_frontier_shows_the_spread_over_seeds(three_seeds, made):
+    rows = summarise(three_seeds)
+    axes = plots.frontier_figure(rows).axes[0]
+    assert len(axes.containers) == len(rows) == 3
+    low, high = axes.get_ylim()
+    assert low <= min(row.ppl.mean - row.ppl.sd for row in rows)
+    assert high >= max(row.ppl.mean + row.ppl.sd for row in rows)
+    one_seed = plots.frontier_figure(summarise([made(baseline=True), made("b", ppl=90)]))
+    assert one_seed.axes[0].containers == []

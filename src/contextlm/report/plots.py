@@ -171,8 +171,8 @@ def _draw_frontier(axes: Axes, group: Sequence[SummaryRow], looks: dict[str, Sty
         axes.text(0.5, 0.5, "no cache was measured", transform=axes.transAxes, ha="center")
         return
     byte_axis(axes, sizes)
-    values = [row.ppl.mean for row in group if math.isfinite(row.ppl.mean)]
-    _set_y_range(axes, values)
+    finite = [row.ppl for row in group if math.isfinite(row.ppl.mean)]
+    _set_y_range(axes, [ppl.mean + side * (ppl.sd or 0.0) for ppl in finite for side in (-1, 1)])
     for row in group:
         _draw_contender(axes, row, looks[row.name], length)
     _draw_step(axes, group, length)
@@ -196,9 +196,10 @@ def _draw_contender(axes: Axes, row: SummaryRow, style: Style, length: int) -> N
     axes.plot(sizes, [level] * len(sizes), linewidth=0.9, alpha=0.6, markersize=4, **look)
     main = row.cache_at(length)
     if main is not None:
-        axes.plot(
-            max(main.logical, 1), level, markersize=11, mec="white", mew=1.0, zorder=5, **look
-        )
+        place = max(main.logical, 1)
+        if row.ppl.sd:
+            axes.errorbar(place, level, yerr=row.ppl.sd, color=style.colour, capsize=4, zorder=4)
+        axes.plot(place, level, markersize=11, mec="white", mew=1.0, zorder=5, **look)
 
 
 def _draw_step(axes: Axes, group: Sequence[SummaryRow], length: int) -> None:
@@ -214,7 +215,8 @@ def _draw_step(axes: Axes, group: Sequence[SummaryRow], length: int) -> None:
     x = [best[0][0], *(point[0] for point in best), right]
     y = [top, *(point[1] for point in best), best[-1][1]]
     axes.plot(x, y, drawstyle="steps-post", color="#888888", linewidth=2.2, alpha=0.45, zorder=1)
-    caption = f"large markers: {numbers.count(length)} tokens; step line: frontier"
+    bars = "; bars: ± 1 sd over seeds" if any(row.ppl.sd for row in group) else ""
+    caption = f"large markers: {numbers.count(length)} tokens; step line: frontier{bars}"
     axes.annotate(
         caption,
         (0, 1),
