@@ -27,6 +27,7 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = Path(name)
     encoding = None if "b" in mode else "utf-8"
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as stream:
@@ -35,10 +36,10 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # noqa: PTH101 - mkstemp's name is a plain string
-        os.replace(name, path)  # noqa: PTH105
+        temporary.chmod(0o666 & ~umask)  # mkstemp's file is private to its owner
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -30,7 +30,7 @@ _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, R
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the differences that the module names."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute, never changed here
+    yaml_implicit_resolvers = {
         first: [
             (tag, _NUMBER if tag.endswith(":float") else pattern)
             for tag, pattern in resolvers
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that this module's loader, or any other, would take for a number."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as above
+    yaml_implicit_resolvers = {
         first: resolvers + _Loader.yaml_implicit_resolvers[first]
         for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }

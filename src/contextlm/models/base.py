@@ -160,7 +160,7 @@ class ContextPreTrainedModel(PreTrainedModel):
     config_class: type[PreTrainedConfig]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers' own spelling
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     # A recurrence cannot be rewound, so `generate` must not try (assisted decoding).
     _is_stateful = True

@@ -65,7 +65,7 @@ class ContextPythiaConfig(PreTrainedConfig):
     """
 
     model_type = "context_pythia"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own spelling
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50304
     hidden_size: int = 512
@@ -151,9 +151,9 @@ class ContextPythiaModel(ContextPreTrainedModel):
     """Embedding, context block and GPT-NeoX layers, without the head."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]  # noqa: RUF012 - transformers' spelling
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012 - transformers' own spelling
+    _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,
     }
@@ -297,11 +297,9 @@ class ContextPythiaForCausalLM(ContextForCausalLM):
     """Context-Pythia: GPT-NeoX layers over recurrent contexts, full width or compressed."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]  # noqa: RUF012 - transformers' spelling
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]
     _can_compile_fullgraph = True
-    _tied_weights_keys = {  # noqa: RUF012 - transformers' own spelling
-        "lm_head.weight": "model.embed_tokens.weight"
-    }
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ContextPythiaConfig):
         super().__init__(config)
