@@ -36,6 +36,14 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+def pad_first_row(ids: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """`ids` with the first row cut at its end and padded on its left, and the attention mask."""
+    rows, mask = ids.clone(), torch.ones_like(ids)
+    rows[0] = torch.cat([torch.zeros(pad, dtype=torch.long), ids[0, : ids.shape[1] - pad]])
+    mask[0, :pad] = 0
+    return rows, mask
+
+
 def in_pieces(model: PreTrainedModel, ids: Tensor, sizes: list[int], **kwargs) -> Tensor:
     """Logits of `ids` fed in pieces of the given sizes (the last size repeats)."""
     cache, logits, start = None, [], 0
@@ -71,10 +79,7 @@ def test_pieces_of_any_size_equal_the_whole(model, sizes):
 def test_left_padding_changes_nothing(model):
     ids = make_tokens(model)
     length, pad = ids.shape[1], min(9, ids.shape[1] // 2)
-    rows = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids[:1, : length - pad]], dim=1)
-    rows = torch.cat([rows, ids[1:]])
-    mask = torch.ones_like(rows)
-    mask[0, :pad] = 0
+    rows, mask = pad_first_row(ids, pad)
     alone = [model(ids[:1, : length - pad]).logits[0], model(ids[1:]).logits[0]]
     for logits in (
         model(rows, attention_mask=mask).logits,
@@ -106,10 +111,7 @@ def test_generate_is_greedy_decoding(model):
 
 def test_generate_pads_on_the_left(model):
     ids = make_tokens(model, length=11)
-    rows = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:1, :7]], dim=1)
-    rows = torch.cat([rows, ids[1:]])
-    mask = torch.ones_like(rows)
-    mask[0, :4] = 0
+    rows, mask = pad_first_row(ids, 4)
     out = generate(model, rows, attention_mask=mask, max_new_tokens=8)
     assert torch.equal(out[0, 11:], greedy(model, ids[:1, :7], 8)[0, 7:])
     assert torch.equal(out[1], greedy(model, ids[1:], 8)[0])
@@ -275,10 +277,7 @@ def test_other_kinds_of_cache_are_refused(model):
 
 def test_beams_pad_on_the_left(model):
     ids = make_tokens(model, length=11)
-    rows = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:1, :7]], dim=1)
-    rows = torch.cat([rows, ids[1:]])
-    mask = torch.ones_like(rows)
-    mask[0, :4] = 0
+    rows, mask = pad_first_row(ids, 4)
     options = {"max_new_tokens": 5, "num_beams": 3}
     both = generate(model, rows, attention_mask=mask, **options)
     assert torch.equal(both[0, 11:], generate(model, ids[:1, :7], **options)[0, 7:])

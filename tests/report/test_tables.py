@@ -92,12 +92,12 @@ def test_one_seed_has_no_deviation(made):
         (numbers.signed_percent(-6.7), "-6.7 %"),
         (numbers.signed_percent(-0.01), "0.0 %"),
         (numbers.signed_percent(1234.5), "+1,234.5 %"),
-        (numbers.signed_percent(None), "–"),  # noqa: RUF001
+        (numbers.signed_percent(None), numbers.ABSENT),
         (numbers.percent(0.249), "24.9 %"),
         (numbers.with_deviation(Stat(97.9, 0.44, 3)), "97.9 ± 0.4"),
         (numbers.with_deviation(Stat(97.9, 0.02, 3)), "97.9 ± 0.02"),
         (numbers.with_deviation(Stat(0.249, 0.01, 3), numbers.percent), "24.9 ± 1.0 %"),
-        (numbers.with_deviation(None), "–"),  # noqa: RUF001
+        (numbers.with_deviation(None), numbers.ABSENT),
         (numbers.plain(2403563), "2,403,563"),
     ],
 )
@@ -211,7 +211,7 @@ def test_settings_environment_and_history(run):
     assert len(epochs.rows) == 3 * 4
     assert epochs.rows[2][:2] == ("0", "3 (best)")
     _, iterations = details.history_tables(rows[1])
-    assert iterations.rows[0] == ("0", "1", "0.0 %", "–")  # noqa: RUF001
+    assert iterations.rows[0] == ("0", "1", "0.0 %", numbers.ABSENT)
 
 
 def test_markdown_table(three_seeds):

@@ -187,14 +187,6 @@ class ContextPythiaModel(ContextPreTrainedModel):
         self.freeze_parts()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
-
     def embed_normalised(self, input_ids: Tensor) -> Tensor:
         """Token embeddings as the context block reads them, ``[..., D]``."""
         return self.embed_norm(self.embed_tokens(input_ids))
