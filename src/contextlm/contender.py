@@ -9,8 +9,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
+from contextlm.data.windows import Windows
 from contextlm.errors import RunError
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
@@ -82,7 +84,8 @@ def run_contender(
     offset = recipe.target_offset_of(contender)
     size = recipe.evaluation.batch_size
     validation = evaluate_quality(model, prepared.validation[offset], size, device)
-    train = evaluate_quality(model, prepared.train[offset], size, device)
+    again = _first(prepared.train[offset], recipe.evaluation.train_samples)
+    train = evaluate_quality(model, again, size, device)
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -112,6 +115,7 @@ def run_contender(
         corpus=prepared.facts,
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        train_ppl_windows=len(again),
         **_quality_fields(validation, train, trained.outcome, prepared),
         phase1=trained.phase1,
         cache=cache,
@@ -120,6 +124,11 @@ def run_contender(
     )
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
+
+
+def _first(windows: Windows, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+    """The first `count` windows, or all."""
+    return Subset(windows, range(min(count or len(windows), len(windows))))
 
 
 def _quality_fields(

@@ -41,6 +41,9 @@ class EvaluationSettings(Settings):
     batch_size: PositiveInt = Field(32, description="windows per batch")
     cache_lengths: list[PositiveInt] = Field([128, 512, 2048, 8192], min_length=1)
     speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
+    train_samples: PositiveInt | None = Field(
+        None, description="training windows on which the best weights are scored again; null: all"
+    )
 
 
 class Contender(Settings):

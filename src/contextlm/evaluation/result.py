@@ -77,6 +77,7 @@ class Result(_Record):
     accuracy: float
     train_ppl_running: float
     train_ppl: float
+    train_ppl_windows: int | None = None
     best_epoch: int
     epochs: int
     phase1: PhaseOneFacts | None
