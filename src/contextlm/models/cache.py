@@ -2,37 +2,41 @@
 
 Each is an ordinary member of a transformers `Cache`, so that `generate` can reorder it for beams,
 repeat it for several returned sequences and ask how many tokens it has seen.
+
+Shape suffixes: B batch, T new tokens, C context width, K entries kept, E width of an entry.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
+
+from contextlm.models.alignment import append_recent
 
 
-class ContextStateLayer(CacheLayerMixin):
-    """Keeps one context vector per sequence: constant memory, whatever the length.
+class RowStateLayer(CacheLayerMixin):
+    """Counts the tokens of each row, and chooses and repeats rows of all that a subclass keeps.
 
     Attributes:
-        state: the context after the last token, ``[B, C]``, or None before the first one.
-        counts: real (not padding) tokens seen by each row, ``[B]`` int64.
+        kept: names of the attributes that hold one entry per row, along dimension 0.
+        counts: real (not padding) tokens seen by each row, ``[B]`` int64, or None at the beginning.
     """
 
+    kept: ClassVar[tuple[str, ...]] = ("counts",)
     is_sliding = False
     is_croppable = False
     supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: Tensor | None = None
         self.counts: Tensor | None = None
         self._seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the first `update_state` brings the tensors."""
+        """Nothing to prepare: the first tokens bring the tensors."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Not for this layer: it keeps no keys and values.
@@ -40,39 +44,32 @@ class ContextStateLayer(CacheLayerMixin):
         Raises:
             TypeError: always.
         """
-        raise TypeError("ContextStateLayer keeps a context, not keys and values: use update_state")
+        raise TypeError(f"{type(self).__name__} keeps no keys and values to update")
 
-    def update_state(self, state_BC: Tensor, mask_BT: Tensor | None, tokens: int) -> None:
-        """Replace the state.
+    def advance(
+        self, mask_BT: Tensor | None, batch: int, tokens: int, device: torch.device
+    ) -> None:
+        """Count T new tokens.
 
         Args:
-            state_BC: the context after the newest token; copied, because it may be a slice that
-                would keep a whole chunk of contexts in memory.
-            mask_BT: False where a token of this chunk is padding, or None.
-            tokens: T, the length of this chunk, padding included.
+            mask_BT: False where one of them is padding, or None.
+            batch: B.
+            tokens: T, padding included.
+            device: where the counts are made.
         """
-        if mask_BT is None:
-            new_B = torch.full((state_BC.shape[0],), tokens, device=state_BC.device)
-        else:
-            new_B = mask_BT.sum(1)
-        self.state = state_BC.clone()
+        new_B = torch.full((batch,), tokens, device=device) if mask_BT is None else mask_BT.sum(1)
         self.counts = new_B if self.counts is None else self.counts + new_B
         self._seen += tokens
         self.is_initialized = True
 
-    def continue_from(self, start_BC: Tensor) -> Tensor:
-        """The state to go on from: the cached one, or `start_BC` before the first token.
+    def check_rows(self, batch: int) -> None:
+        """Refuse new tokens for another number of rows than the cache holds.
 
         Raises:
-            ValueError: the cache holds another number of rows than the new tokens have.
+            ValueError: they differ.
         """
-        if self.state is None:
-            return start_BC
-        if self.state.shape[0] != start_BC.shape[0]:
-            raise ValueError(
-                f"the cache holds {self.state.shape[0]} rows, the new tokens {start_BC.shape[0]}"
-            )
-        return self.state
+        if self.counts is not None and self.counts.shape[0] != batch:
+            raise ValueError(f"the cache holds {self.counts.shape[0]} rows, the new tokens {batch}")
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included; `generate` slices its input with this."""
@@ -88,20 +85,22 @@ class ContextStateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state = self.counts = None
+        for name in self.kept:
+            setattr(self, name, None)
         self._seen = 0
         self.is_initialized = False
 
     def offload(self) -> None:
-        """Stay on the device: the state is one vector per row."""
+        """Stay on the device: the state is small."""
 
     def prefetch(self) -> None:
-        """Stay on the device: the state is one vector per row."""
+        """Stay on the device: the state is small."""
 
     def _select(self, index_B: Tensor) -> None:
-        if self.state is not None and self.counts is not None:
-            self.state = self.state.index_select(0, index_B.to(self.state.device))
-            self.counts = self.counts.index_select(0, index_B.to(self.counts.device))
+        for name in self.kept:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, index_B.to(value.device)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows named by `beam_idx`, ``[B]``, for beam search."""
@@ -113,43 +112,86 @@ class ContextStateLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        if self.state is not None:
-            rows = torch.arange(self.state.shape[0], device=self.state.device)
+        if self.counts is not None:
+            rows = torch.arange(self.counts.shape[0], device=self.counts.device)
             self._select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """A recurrence cannot be rewound.
+        """A recurrence or a bounded window cannot be rewound.
 
         Raises:
             ValueError: when any token is to be removed.
         """
         if tokens_to_remove != 0:
             raise ValueError(
-                "a context state cannot be cropped: the recurrence does not run backwards; "
+                f"{type(self).__name__} cannot be cropped: what it kept of earlier tokens is gone; "
                 "start again from an empty cache"
             )
 
 
-def state_layer(cache: Cache | None, layers: int, owner: str) -> ContextStateLayer | None:
-    """The context state of a model's cache, which is its last layer.
+class ContextStateLayer(RowStateLayer):
+    """Keeps one context vector per sequence: constant memory, whatever the length.
 
-    Args:
-        cache: what the caller of the model passed, or None.
-        layers: how many layers the model's own caches have.
-        owner: the model's type, for the message.
-
-    Returns:
-        The layer, or None without a cache.
-
-    Raises:
-        ValueError: the cache is not of the model's making.
+    Attributes:
+        state: the context after the last token, ``[B, C]``, or None before the first one.
     """
-    if cache is None:
-        return None
-    last = cache.layers[-1] if len(cache.layers) == layers else None
-    if not isinstance(last, ContextStateLayer):
-        raise ValueError(
-            f"{owner} needs its own cache: leave past_key_values out, pass what an earlier call "
-            "returned, or make one with new_cache()"
-        )
-    return last
+
+    kept: ClassVar[tuple[str, ...]] = ("counts", "state")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+
+    def update_state(self, state_BC: Tensor, mask_BT: Tensor | None, tokens: int) -> None:
+        """Replace the state and count the tokens.
+
+        Args:
+            state_BC: the context after the newest token; copied, because it may be a slice that
+                would keep a whole chunk of contexts in memory.
+            mask_BT: False where a token of this chunk is padding, or None.
+            tokens: T, the length of this chunk, padding included.
+        """
+        self.state = state_BC.clone()
+        self.advance(mask_BT, state_BC.shape[0], tokens, state_BC.device)
+
+    def continue_from(self, start_BC: Tensor) -> Tensor:
+        """The state to go on from: the cached one, or `start_BC` before the first token."""
+        return start_BC if self.state is None else self.state
+
+
+class RecentLayer(RowStateLayer):
+    """Keeps the newest K entries of each row, whatever they are: bounded memory.
+
+    Entries end at the right: the last column is each row's newest, so that an entry's position
+    follows from the row's count. Columns before a row's first token hold nothing of use.
+
+    Attributes:
+        limit: K, the most entries kept.
+        entries: ``[B, <=K, E]``, or None before the first token.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("counts", "entries")
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.entries: Tensor | None = None
+
+    def append(self, new_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Take in the entries of T new tokens.
+
+        Args:
+            new_BTE: of the new tokens, each row's real ones first (`alignment.RealFirst`).
+            mask_BT: False where a token is padding, in the order of the input, or None.
+
+        Returns:
+            Old and new entries, ``[B, K' + T, E]``: a row's entry of position p is in column
+            ``K' + p - counts`` with the counts from before this call.
+        """
+        batch, tokens = new_BTE.shape[:2]
+        new_B = None if mask_BT is None else mask_BT.sum(1)
+        old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
+        both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
+        self.entries = append_recent(old_BKE, new_BTE, new_B, self.limit)
+        self.advance(mask_BT, batch, tokens, new_BTE.device)
+        return both_BSE

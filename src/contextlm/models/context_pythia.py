@@ -30,12 +30,10 @@ from transformers.utils.output_capturing import capture_outputs
 from contextlm.models.base import (
     ContextForCausalLM,
     ContextPreTrainedModel,
-    real_positions,
-    refuse_packed,
     register_architecture,
-    token_mask,
 )
-from contextlm.models.cache import ContextStateLayer, state_layer
+from contextlm.models.cache import ContextStateLayer
+from contextlm.models.inputs import DecoderInputs, read_inputs
 from contextlm.models.layers import ContextBlock
 
 
@@ -213,30 +211,24 @@ class ContextPythiaModel(ContextPreTrainedModel):
         Raises:
             ValueError: neither or both of tokens and embeddings are given, or the cache is foreign.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        embedded_BTD = self.embed_norm(inputs_embeds)
-        batch, tokens = embedded_BTD.shape[:2]
-        state = state_layer(past_key_values, len(self.layers) + 1, self.config.model_type)
-        seen = 0 if state is None else state.get_seq_length()
-        mask_BT = token_mask(attention_mask, tokens, seen)
-        if position_ids is not None and attention_mask is None:
-            refuse_packed(position_ids)
+        inputs = read_inputs(
+            self,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+        )
         if position_ids is None:
-            seen_B = None if state is None else state.counts
-            position_ids = real_positions(mask_BT, seen_B, batch, tokens, embedded_BTD.device)
-        contexts_BTC = self._contexts(embedded_BTD, mask_BT, state)
-        stream_BTS = self.dropout(self.projection(contexts_BTC))
+            position_ids = inputs.positions()
+        stream_BTS = self.dropout(self.projection(self._contexts(inputs)))
         self.layer_config._attn_implementation = self.config._attn_implementation
         causal_mask = create_causal_mask(
             config=self.layer_config,
             inputs_embeds=stream_BTS,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=inputs.cache,
             position_ids=position_ids,
         )
         rotary = self.rotary_emb(stream_BTS, position_ids=position_ids)
@@ -245,26 +237,20 @@ class ContextPythiaModel(ContextPreTrainedModel):
                 stream_BTS,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                layer_past=past_key_values,
+                layer_past=inputs.cache,
                 use_cache=use_cache,
                 position_embeddings=rotary,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(stream_BTS), past_key_values=past_key_values
+            last_hidden_state=self.final_layer_norm(stream_BTS), past_key_values=inputs.cache
         )
 
-    def _contexts(
-        self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
-    ) -> Tensor:
+    def _contexts(self, inputs: DecoderInputs) -> Tensor:
         """The contexts of the new tokens, ``[B, T, C]``; moves the cached state on."""
-        initial_BC = embedded_BTD.new_zeros(embedded_BTD.shape[0], self.config.context_dim)
-        if state is not None:
-            initial_BC = state.continue_from(initial_BC)
-        contexts_BTC = self.context_block(embedded_BTD, initial_BC, mask_BT)[-1]
-        if state is not None:
-            state.update_state(contexts_BTC[:, -1], mask_BT, embedded_BTD.shape[1])
-        return contexts_BTC
+        state = None if inputs.cache is None else inputs.cache.layers[-1]
+        embedded_BTD = self.embed_norm(inputs.embeds_BTD)
+        return self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
 
 
 _TINY = {

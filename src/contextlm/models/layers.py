@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from contextlm.models.cache import ContextStateLayer
 from contextlm.ops.context_scan import context_scan, context_step
 
 
@@ -124,6 +125,28 @@ class ContextBlock(nn.Module):
                 mask_BT=mask_BT,
                 eps=layers[0].norm.eps,
             )
+
+    def run(
+        self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
+    ) -> Tensor:
+        """The recurrence from where the cache left it; moves the cached state on.
+
+        Args:
+            embedded_BTD: normalised token embeddings.
+            mask_BT: False where a token is padding, or None.
+            state: the cache's layer, or None to start from zero and keep nothing.
+
+        Returns:
+            Every layer's output at every token, ``[L, B, T, C]``.
+        """
+        batch, tokens = embedded_BTD.shape[:2]
+        initial_BC = embedded_BTD.new_zeros(batch, self.context_dim)
+        if state is not None:
+            initial_BC = state.continue_from(initial_BC)
+        contexts_LBTC = self(embedded_BTD, initial_BC, mask_BT)
+        if state is not None:
+            state.update_state(contexts_LBTC[-1, :, -1], mask_BT, tokens)
+        return contexts_LBTC
 
     def step(self, context_NC: Tensor, projected_NC: list[Tensor]) -> Tensor:
         """Apply the whole block once to N independent contexts.
