@@ -1,0 +1,327 @@
+"""Context-KV against an independent form written from DESIGN 1.2 and 1.3, in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from contextlm.evaluation.memory import measure_cache
+from contextlm.models.base import HasContextBlock
+from contextlm.models.context_kv import ContextKVConfig, ContextKVForCausalLM
+from contextlm.models.context_kv_cache import GridLayer, read_positions
+from contextlm.ops.dilated_attention import dilated_attention
+
+RULES = [
+    {"anchor": anchor, "padding": padding}
+    for anchor in ("position", "grid")
+    for padding in ("zeros", "mask")
+]
+TOKENS = [{"memory": "tokens", "padding": padding} for padding in ("zeros", "mask")]
+
+
+def make(**fields) -> ContextKVForCausalLM:
+    """A small model in float64 whose biases and norms matter."""
+    torch.manual_seed(3)
+    small = {"vocab_size": 31, "hidden_size": 12, "context_dim": 10, "num_attention_heads": 3}
+    config = ContextKVConfig(**{**small, "interval": 3, "max_contexts": 4, **fields})
+    model = ContextKVForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def linear(module, x: Tensor) -> Tensor:
+    return module.weight @ x + module.bias
+
+
+def norm(x: Tensor, module) -> Tensor:
+    centred = x - x.mean()
+    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def memory_of(i: int, config) -> list[int]:
+    """The positions that position i reads; negative ones are missing."""
+    if config.memory == "tokens":
+        return [i - j for j in range(config.interval * config.max_contexts)]
+    if config.anchor == "position":
+        return [i - config.interval * j for j in range(config.max_contexts)]
+    first = math.ceil(i / config.interval) - 1  # the largest multiple strictly below i
+    return [i] + [config.interval * (first - j) for j in range(config.max_contexts - 1)]
+
+
+def attend(attention, query: Tensor, memory: list[Tensor]) -> Tensor:
+    size = len(query) // attention.heads
+    keys = [linear(attention.key, entry) for entry in memory]
+    values = [linear(attention.value, entry) for entry in memory]
+    mixed = []
+    for head in range(attention.heads):
+        part = slice(head * size, (head + 1) * size)
+        weights = [torch.exp(query[part] @ key[part] / math.sqrt(size)) for key in keys]
+        total = sum(weights)
+        mixed.append(sum(w / total * value[part] for w, value in zip(weights, values, strict=True)))
+    return linear(attention.output, torch.cat(mixed))
+
+
+def naive_logits(model: ContextKVForCausalLM, ids: list[int]) -> Tensor:
+    config, decoder, layer = model.config, model.model, model.model.layer
+    table = decoder.embed_tokens.weight
+    embedded = [norm(table[token], decoder.embed_norm) for token in ids]
+    entries = embedded
+    if config.memory == "contexts":
+        entries, context = [], torch.zeros(config.context_dim, dtype=torch.float64)
+        for e in embedded:
+            for block in decoder.context_block.layers:
+                update = gelu(block.weight @ torch.cat([context, e]) + block.bias)
+                context = norm(context + update, block.norm)
+            entries.append(context)
+    logits = []
+    for i, e in enumerate(embedded):
+        memory = []
+        for position in memory_of(i, config):
+            if position >= 0:
+                memory.append(entries[position])
+            elif config.padding == "zeros":
+                memory.append(torch.zeros_like(entries[0]))
+        read = attend(layer.attention, linear(layer.attention.query, e), memory)
+        h = norm(e + read, layer.attention_norm)
+        inner = linear(layer.down, gelu(linear(layer.up, h)))
+        logits.append(table @ (h + norm(inner, layer.feed_forward_norm)))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("fields", [*RULES, *TOKENS], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"interval": 1}, {"max_contexts": 1}], ids=str)
+def test_logits_equal_the_naive_form(fields, shape):
+    model = make(**fields, **shape)
+    ids = torch.randint(31, (1, 29))  # beyond the reach of 12
+    expected = naive_logits(model, ids[0].tolist())
+    torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_deeper_context_block_gives_its_last_layers_output():
+    model = make(context_layers=2, intermediate_size=7)
+    ids = torch.randint(31, (1, 17))
+    expected = naive_logits(model, ids[0].tolist())
+    torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_parameter_counts_of_the_document():
+    with torch.device("meta"):
+        model = ContextKVForCausalLM(ContextKVConfig())
+    assert sum(p.numel() for p in model.parameters()) == 45_163_264
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_301_440
+    frozen = {n.split(".")[1] for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"embed_tokens", "embed_norm", "context_block"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.history == 20 * 31
+
+
+def counts(anchor: str, tokens: int, oldest: int) -> list[int]:
+    """How many of the entries 0..oldest each position reads, at the document's s and M.
+
+    Equal keys give every entry the weight 1/32; values are 1 up to `oldest`, and 0 at pads.
+    """
+    key = torch.zeros(1, 1, tokens, 1, dtype=torch.float64)
+    value = (torch.arange(tokens) <= oldest).double().view(1, 1, -1, 1)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    rule = {"interval": 20, "size": 32, "anchor": anchor}
+    read = dilated_attention(key, key, value, pad_key_HE=zero, pad_value_HE=zero, **rule)
+    return (32 * read).round().long().flatten().tolist()
+
+
+def test_the_documents_examples_of_the_rule():
+    real = counts("position", 3501, oldest=3500)
+    assert [real[i] for i in (0, 19, 20, 50, 350, 3500)] == [1, 1, 2, 3, 18, 32]
+    assert counts("position", 3501, oldest=2880)[3500] == 1
+    assert counts("position", 3501, oldest=2879)[3500] == 0
+    for i in (0, 50, 350, 3500):  # what decoding reads
+        reading = read_positions(torch.tensor([i]), 620, 1, 20, 32)
+        assert int(reading.real.sum()) == real[i]
+        assert reading.columns[0, 0, 0] == 620
+
+
+def test_the_grids_counts():
+    real = counts("grid", 801, oldest=800)
+    assert real == [min(32, 1 + math.ceil(i / 20)) for i in range(801)]
+    assert counts("grid", 801, oldest=180)[800] == 1  # 800 itself and 780 back to 180
+    assert counts("grid", 801, oldest=179)[800] == 0
+    for i in (0, 1, 20, 21, 50, 800):  # what decoding reads
+        assert int(GridLayer(20, 31).read(torch.tensor([i]), 31, 1).real.sum()) == real[i]
+
+
+def store(model: ContextKVForCausalLM, ids: Tensor) -> Tensor:
+    """Contexts of a whole stream, with zeros before its start, ``[B, history + T, C]``."""
+    decoder = model.model
+    contexts = decoder.context_block.run(decoder.embed_normalised(ids), None, None)[-1]
+    return torch.nn.functional.pad(contexts, (0, 0, decoder.history, 0))
+
+
+@pytest.mark.parametrize("fields", RULES, ids=str)
+@pytest.mark.parametrize("length", [1, 7, 11, 25])
+def test_stored_contexts_give_the_logits_of_the_recurrence(fields, length):
+    model = make(**fields)
+    history = model.model.history
+    ids = torch.randint(31, (1, 61))
+    contexts, whole = store(model, ids), model(ids).logits
+    starts = list(range(0, 61 - length + 1, length))
+    # All windows as the rows of one batch, in another order than in the stream.
+    starts = starts[::2] + starts[1::2]
+    at = torch.tensor(starts).unsqueeze(1) + torch.arange(length)
+    windows = torch.stack([contexts[0, p : p + history + length] for p in starts])
+    logits = model(ids[0, at], contexts=windows, position_ids=at).logits
+    torch.testing.assert_close(logits, whole[0, at], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fields", RULES, ids=str)
+def test_stored_contexts_give_the_gradients_of_the_recurrence(fields):
+    model = make(**fields, freeze_embedding=False)
+    ids = torch.randint(31, (2, 20))
+    trained = list(model.model.layer.parameters())
+    contexts = store(model, ids).detach()
+    positions = torch.arange(20).expand(2, -1)
+    cotangent = torch.randn(2, 20, 31, dtype=torch.float64)
+    from_store = model(ids, contexts=contexts, position_ids=positions).logits
+    actual = torch.autograd.grad((from_store * cotangent).sum(), trained)
+    expected = torch.autograd.grad((model(ids).logits * cotangent).sum(), trained)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fields", TOKENS, ids=str)
+def test_windows_of_tokens_need_the_tokens_in_front(fields):
+    model = make(**fields)
+    history, length = model.model.history_tokens, 7
+    assert history == 11
+    assert model.model.history == 0
+    ids = torch.randint(1, 31, (1, 61))
+    whole = model(ids).logits
+    padded = torch.nn.functional.pad(ids, (history, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (history, 0))
+    starts = [0, 5, 11, 30, 54]
+    rows = torch.cat([padded[:, p : p + history + length] for p in starts])
+    masks = torch.cat([mask[:, p : p + history + length] for p in starts])
+    logits = model(rows, attention_mask=masks, logits_to_keep=length).logits
+    at = torch.tensor(starts).unsqueeze(1) + torch.arange(length)
+    torch.testing.assert_close(logits, whole[0, at], rtol=1e-9, atol=1e-9)
+
+
+def test_only_context_memory_has_a_context_block():
+    assert isinstance(make().model, HasContextBlock)
+    assert not isinstance(make(memory="tokens").model, HasContextBlock)
+    assert not hasattr(make(memory="tokens").model, "context_block")
+
+
+@pytest.mark.parametrize(
+    ("fields", "entries"),
+    [
+        ({"anchor": "position"}, {1: 1, 20: 20, 620: 620, 621: 620, 1500: 620}),
+        ({"anchor": "grid"}, {1: 1, 20: 1, 21: 2, 600: 30, 621: 31, 1500: 31}),
+    ],
+)
+def test_cache_bytes_at_the_documents_sizes(fields, entries):
+    model = ContextKVForCausalLM(ContextKVConfig(vocab_size=64, **fields))
+    state = 256 * 4 + 2 * 8  # the context after the last token, and two counts of tokens
+    for entry in measure_cache(model, entries, torch.device("cpu")):
+        assert entry.logical == entry.resident == entries[entry.tokens] * 256 * 4 + state
+
+
+def test_cache_bytes_of_token_memory():
+    model = ContextKVForCausalLM(ContextKVConfig(vocab_size=64, memory="tokens"))
+    short, long = measure_cache(model, [128, 1500], torch.device("cpu"))
+    assert short.logical == short.resident == 128 * 768 * 4 + 8
+    assert long.logical == long.resident == 639 * 768 * 4 + 8
+
+
+@pytest.mark.parametrize("fields", [*RULES, *TOKENS], ids=str)
+def test_long_decoding_with_padding_equals_the_whole(fields):
+    """Far beyond the memory's reach, in pieces, with padding in front and in the middle."""
+    model = make(**fields)
+    ids = torch.randint(1, 31, (3, 64))
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    mask[1, 20:27] = 0
+    mask[2, :1] = 0
+    cache, pieces, start = None, [], 0
+    for size in (5, 16, 1, 1, 19, 2, 1, 13, 1, 1, 1, 3):
+        piece = slice(start, start + size)
+        out = model(
+            ids[:, piece],
+            attention_mask=mask[:, : start + size],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, start = out.past_key_values, start + size
+        pieces.append(out.logits)
+    logits = torch.cat(pieces, dim=1)
+    for row in range(3):
+        real = mask[row].bool()
+        alone = model(ids[row : row + 1, real]).logits[0]
+        torch.testing.assert_close(logits[row, real], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_hidden_dropout_acts_in_training_only():
+    model = make(hidden_dropout=0.5, attention_dropout=0.0)
+    ids = torch.randint(31, (1, 9))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("fields", RULES, ids=str)
+def test_autocast_trains_and_stays_close(fields):
+    model = make(**fields).float()
+    ids = torch.randint(31, (2, 21))
+    plain = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(ids, labels=ids)
+    torch.testing.assert_close(outputs.logits.float(), plain, rtol=0.1, atol=0.3)
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"interval": 0}, "interval must be at least 1, got 0"),
+        ({"max_contexts": 0}, "max_contexts"),
+        ({"context_layers": 0}, "context_layers"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"initializer_range": 0.0}, "initializer_range"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+        ({"hidden_dropout": -0.1}, "hidden_dropout"),
+        ({"num_attention_heads": 7}, r"num_attention_heads \(7\) must divide hidden_size \(768\)"),
+        ({"padding": "ones"}, "padding"),
+        ({"anchor": "token"}, "anchor"),
+        ({"memory": "none"}, "memory"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ContextKVConfig(**fields)
+
+
+def test_stored_contexts_that_do_not_fit_are_refused():
+    model = make()
+    ids = torch.randint(31, (1, 5))
+    good = {"contexts": store(model, ids), "position_ids": torch.arange(5).unsqueeze(0)}
+    assert model(ids, **good).past_key_values is None
+    for message, changed in (
+        ("neither a cache nor padding", {"past_key_values": model.new_cache()}),
+        ("neither a cache nor padding", {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}),
+        ("need position_ids", {"position_ids": None}),
+        ("14 in all, got 13", {"contexts": good["contexts"][:, 1:]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **{**good, **changed})
+    with pytest.raises(ValueError, match="memory 'tokens' reads no contexts"):
+        make(memory="tokens")(ids, **good)
