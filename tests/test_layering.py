@@ -22,7 +22,16 @@ MOST_LINES = 330
 LEAVES = {"errors", "files", "progress", "device", "strict_yaml", "merging"}
 RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
-EXPERIMENT = {"experiment", "plan", "preparation", "contender", "live", "environment"}
+EXPERIMENT = {
+    "experiment",
+    "plan",
+    "preparation",
+    "embeddings",
+    "contexts",
+    "contender",
+    "live",
+    "environment",
+}
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly
 # below the package; "room.module" allows one module of a room.

@@ -12,31 +12,19 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from contextlm.data.windows import Windows
-from contextlm.errors import RunError
+from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.evaluation.memory import PeakMemory, measure_cache
-from contextlm.evaluation.quality import (
-    Quality,
-    bits_per_byte,
-    effective_rank,
-    evaluate_quality,
-    perplexity,
-    sample_rows,
-    window_contexts,
-)
-from contextlm.evaluation.result import PhaseOneFacts, Result, Timings
+from contextlm.evaluation.quality import Quality, bits_per_byte, evaluate_quality, perplexity
+from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings
 from contextlm.evaluation.speed import measure_speed
 from contextlm.files import write_json
-from contextlm.live import EpochWatcher, History, IterationWatcher
-from contextlm.models.base import HasContextBlock
+from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.preparation import Prepared, windows_per_epoch
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.next_token import NextTokenOutcome, train_next_token
-from contextlm.training.oacd import train_context_block
 from contextlm.training.precision import resolve_precision
-from contextlm.training.settings import PhaseOneSettings
 
 
 @dataclass(frozen=True)
@@ -45,8 +33,7 @@ class _Trained:
 
     outcome: NextTokenOutcome
     precision: str
-    phase1: PhaseOneFacts | None
-    phase1_seconds: float | None
+    contexts: Contexts
 
 
 def run_contender(
@@ -75,24 +62,28 @@ def run_contender(
     started = time.perf_counter()
     peak = PeakMemory(device)
     progress.stage(f"{contender.name}, seed {seed}")
-    model = create_model(prepared.configs[contender.name], seed).to(device)
-    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress)
+    stages = [stage_memory("data loaded", device)]
+    model = _model(contender, seed, prepared, device)
+    stages.append(stage_memory("model initialised", device))
+    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress, stages)
     # Before anything is measured: a fault in a measurement must not cost the weights.
     _save_checkpoint(model, prepared, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
-    offset = recipe.target_offset_of(contender)
     size = recipe.evaluation.batch_size
-    validation = evaluate_quality(model, prepared.validation[offset], size, device)
-    again = _first(prepared.train[offset], recipe.evaluation.train_samples)
+    validation = evaluate_quality(model, trained.contexts.validation, size, device)
+    again = _first(trained.contexts.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
+    offset = recipe.target_offset_of(contender)
     epoch_seconds = [epoch.seconds for epoch in trained.outcome.epochs]
     tokens_per_epoch = windows_per_epoch(recipe, contender, prepared) * recipe.sequence_length
     timings = Timings(
-        phase1_seconds=trained.phase1_seconds,
+        phase1_seconds=trained.contexts.phase1_seconds,
+        store_seconds=trained.contexts.store_seconds,
+        stages=stages,
         epoch_seconds=epoch_seconds,
         evaluation_seconds=now - measured,
         total_seconds=now - started,
@@ -116,8 +107,10 @@ def run_contender(
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_ppl_windows=len(again),
-        **_quality_fields(validation, train, trained.outcome, prepared),
-        phase1=trained.phase1,
+        **_quality_fields(validation, train, trained.outcome, prepared, offset),
+        phase1=trained.contexts.phase1,
+        embedding=_embedding_facts(model, prepared),
+        store=trained.contexts.store,
         cache=cache,
         cache_dtype=str(model.dtype).removeprefix("torch."),
         reported=contender.reported,
@@ -126,21 +119,46 @@ def run_contender(
     write_json(folder / "result.json", result.model_dump())
 
 
-def _first(windows: Windows, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+def _model(
+    contender: Contender, seed: int, prepared: Prepared, device: torch.device
+) -> PreTrainedModel:
+    """The contender's model with the recipe's embeddings."""
+    model = create_model(prepared.configs[contender.name], seed)
+    if prepared.embedding is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(prepared.embedding.weight_VD)
+    return model.to(device)
+
+
+def _embedding_facts(model: PreTrainedModel, prepared: Prepared) -> EmbeddingFacts:
+    frozen = not model.get_input_embeddings().weight.requires_grad
+    known = EmbeddingFacts(source="random")
+    if prepared.embedding is not None:
+        known = prepared.embedding.facts
+    return known.model_copy(update={"frozen": frozen})
+
+
+def _first(windows: Text, count: int | None) -> Subset[dict[str, torch.Tensor]]:
     """The first `count` windows, or all."""
     return Subset(windows, range(min(count or len(windows), len(windows))))
 
 
 def _quality_fields(
-    validation: Quality, train: Quality, outcome: NextTokenOutcome, prepared: Prepared
-) -> dict[str, float | int]:
+    validation: Quality,
+    train: Quality,
+    outcome: NextTokenOutcome,
+    prepared: Prepared,
+    target_offset: int,
+) -> dict[str, float | int | None]:
     best = outcome.epochs[outcome.best_epoch - 1]
     return {
         "validation_loss": validation.loss,
         "validation_ppl": validation.ppl,
         "bits_per_byte": bits_per_byte(
             validation.loss, prepared.facts.validation_tokens, prepared.validation_bytes
-        ),
+        )
+        if target_offset == 1
+        else None,
         "accuracy": validation.accuracy,
         "train_ppl_running": perplexity(best.train_loss),
         "train_ppl": train.ppl,
@@ -158,28 +176,27 @@ def _train(
     folder: Path,
     device: torch.device,
     progress: Progress,
+    stages: list[StageMemory],
 ) -> _Trained:
     history = History(folder / "history.jsonl")
     training = recipe.training_of(contender)
     precision = resolve_precision(training.precision, device)
-    offset = recipe.target_offset_of(contender)
-    phase1, phase1_seconds = None, None
-    if contender.phase1 is not None:
-        phase1, phase1_seconds = _phase_one(
-            contender.phase1, seed, model, prepared, device, history, progress
-        )
+    # Beside the contenders' folders, so that contenders with the same block share a store.
+    stores = folder.parents[1] / STORES
+    contexts = make_contexts(
+        recipe, contender, seed, model, prepared, stores, device, history, progress, stages
+    )
     work = folder / "phase2"
 
     def evaluate(module: torch.nn.Module) -> dict[str, float]:
-        quality = evaluate_quality(
-            module, prepared.validation[offset], recipe.evaluation.batch_size, device
-        )
+        size = recipe.evaluation.batch_size
+        quality = evaluate_quality(module, contexts.validation, size, device)
         return {"loss": quality.loss, "accuracy": quality.accuracy}
 
     try:
         outcome = train_next_token(
             model,
-            prepared.train[offset],
+            contexts.train,
             training,
             evaluate,
             seed=seed,
@@ -190,51 +207,8 @@ def _train(
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)  # working checkpoints, nothing else reads them
-    return _Trained(outcome, precision, phase1, phase1_seconds)
-
-
-def _phase_one(
-    settings: PhaseOneSettings,
-    seed: int,
-    model: PreTrainedModel,
-    prepared: Prepared,
-    device: torch.device,
-    history: History,
-    progress: Progress,
-) -> tuple[PhaseOneFacts, float]:
-    decoder = model.base_model
-    assert isinstance(decoder, HasContextBlock)  # `prepare` has checked it
-
-    started = time.perf_counter()
-    try:
-        outcome = train_context_block(
-            decoder.context_block,
-            decoder.embed_normalised,
-            prepared.stream,
-            settings,
-            seed=seed,
-            device=device,
-            on_iteration=IterationWatcher(progress, history),
-        )
-    except FloatingPointError as error:
-        raise RunError(str(error)) from None
-    seconds = time.perf_counter() - started
-    width = decoder.context_block.context_dim
-    validation_NC = window_contexts(
-        decoder.context_block,
-        decoder.embed_normalised,
-        next(iter(prepared.validation.values())),
-        32,
-        device,
-    )
-    facts = PhaseOneFacts(
-        iterations=len(outcome.iterations),
-        converged=outcome.converged,
-        context_dim=width,
-        effective_rank_train=effective_rank(sample_rows(outcome.contexts_PC, seed)),
-        effective_rank_validation=effective_rank(sample_rows(validation_NC, seed)),
-    )
-    return facts, seconds
+    stages.append(stage_memory("trained", device))
+    return _Trained(outcome, precision, contexts)
 
 
 def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from contextlm.contender import run_contender
+from contextlm.contexts import STORES
 from contextlm.device import resolve_device
+from contextlm.embeddings import LearningText, learn_embedding
 from contextlm.environment import describe_environment
 from contextlm.errors import InputError
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.files import write_json, write_text
-from contextlm.preparation import prepare
+from contextlm.preparation import Prepared, embedding_shape, prepare
 from contextlm.progress import Progress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.page import write_report
@@ -47,12 +53,33 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     with _noting(folder):
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
+        prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
         for contender in recipe.contenders:
             for seed in recipe.seeds:
                 place = seed_folder(folder, contender.name, seed)
                 run_contender(recipe, contender, seed, prepared, place, where, progress)
+        if recipe.context_store is None or not recipe.context_store.keep:
+            shutil.rmtree(folder / STORES, ignore_errors=True)
         write_report([read_run(folder)], folder)
     return folder
+
+
+def with_learned_embedding(
+    recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device, progress: Progress
+) -> Prepared:
+    """`prepared`, with embeddings learned from the recipe's text if it asks for that.
+
+    One table serves all contenders and seeds, as a pretrained one would; the first seed makes it.
+    """
+    if recipe.embedding.source != "learned":
+        return prepared
+    vocab_size, width = embedding_shape(prepared.configs)
+    tokens = prepared.stream if recipe.embedding.tokens is None else prepared.corpus_tokens
+    text = LearningText(tokens, prepared.validation_stream, vocab_size, width)
+    learned = learn_embedding(
+        recipe.embedding, text, recipe.seeds[0], device, folder / "embedding", progress
+    )
+    return replace(prepared, embedding=learned)
 
 
 @contextmanager

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.data.tokenizers import known_vocab_size, load_tokenizer, vocab_entries
 from contextlm.data.windows import Windows
+from contextlm.embeddings import Embedding, load_pretrained
 from contextlm.errors import InputError
 from contextlm.evaluation.memory import position_limit
+from contextlm.evaluation.quality import unigram_perplexity
 from contextlm.evaluation.result import CorpusFacts
-from contextlm.models.base import HasContextBlock
+from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.optimisation import parameter_groups
@@ -26,18 +28,22 @@ from contextlm.training.optimisation import parameter_groups
 class Prepared:
     """A recipe's data and configurations, ready to train on.
 
-    `train` and `validation` map a target offset to windows over the same text; `stream` is the text
-    that the training windows cover; `validation_bytes` counts the UTF-8 bytes behind the validation
-    windows' `facts.validation_tokens`.
+    `train` and `validation` map a contender's name to its windows, all over the same text;
+    `stream` and `validation_stream` are the texts that they cover; `corpus_tokens` are all of the
+    training split. `validation_bytes` counts the UTF-8 bytes behind the validation windows'
+    `facts.validation_tokens`. `embedding` replaces the models' own, where there is one.
     """
 
     tokenizer: PreTrainedTokenizerFast
     configs: Mapping[str, PreTrainedConfig]
-    train: Mapping[int, Windows]
-    validation: Mapping[int, Windows]
+    train: Mapping[str, Windows]
+    validation: Mapping[str, Windows]
     stream: np.ndarray
+    validation_stream: np.ndarray
+    corpus_tokens: np.ndarray
     validation_bytes: int
     facts: CorpusFacts
+    embedding: Embedding | None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -68,17 +74,10 @@ def prepare(recipe: Recipe) -> Prepared:
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
-    train = _windows(recipe, stores[0], "train")
-    validation = _windows(recipe, stores[1], "validation")
-    first = recipe.target_offset_of(recipe.contenders[0])
-    for contender in recipe.contenders:
-        training = recipe.training_of(contender)
-        if training.drop_last and len(train[first]) < training.batch_size:
-            raise InputError(
-                f"contenders.{contender.name}: training.drop_last drops an incomplete batch, and "
-                f"{len(train[first])} training windows do not make one batch of "
-                f"{training.batch_size}"
-            )
+    train = _windows(recipe, stores[0], "train", configs)
+    validation = _windows(recipe, stores[1], "validation", configs)
+    first = recipe.contenders[0].name
+    _check_batches(recipe, len(train[first]))
     facts = CorpusFacts(
         name=corpus.name,
         tokenizer=recipe.tokenizer,
@@ -88,6 +87,9 @@ def prepare(recipe: Recipe) -> Prepared:
         train_windows=len(train[first]),
         validation_windows=len(validation[first]),
         sequence_length=recipe.sequence_length,
+        unigram_ppl=unigram_perplexity(
+            train[first].stream(), validation[first].stream(), vocab_size
+        ),
     )
     return Prepared(
         tokenizer=tokenizer,
@@ -95,9 +97,57 @@ def prepare(recipe: Recipe) -> Prepared:
         train=train,
         validation=validation,
         stream=train[first].stream(),
+        validation_stream=validation[first].stream(),
+        corpus_tokens=stores[0].tokens,
         validation_bytes=stores[1].byte_count(facts.validation_tokens),
         facts=facts,
+        embedding=_embedding(recipe, configs),
     )
+
+
+def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) -> bool:
+    """Whether phase 2 gives this contender the contexts of a store."""
+    wanted = recipe.context_store is not None and contender.use_store
+    return wanted and isinstance(model.base_model, ReadsStoredContexts)
+
+
+def embedding_shape(configs: Mapping[str, PreTrainedConfig]) -> tuple[int, int]:
+    """Entries and width of the embeddings, which must be the same for all contenders.
+
+    Raises:
+        InputError: they differ.
+    """
+    shapes = {
+        name: tuple(meta_model(config).get_input_embeddings().weight.shape)
+        for name, config in configs.items()
+    }
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise InputError(
+                f"embedding: one table serves all contenders, but {first} needs "
+                f"{shapes[first][0]} x {shapes[first][1]} and {name} {shape[0]} x {shape[1]}"
+            )
+    return shapes[first]
+
+
+def _embedding(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> Embedding | None:
+    if recipe.embedding.source == "random":
+        return None
+    shape = embedding_shape(configs)
+    if recipe.embedding.source == "learned":
+        return None  # once the run folder is there
+    return load_pretrained(recipe.embedding.path, *shape)
+
+
+def _check_batches(recipe: Recipe, windows: int) -> None:
+    for contender in recipe.contenders:
+        training = recipe.training_of(contender)
+        if training.drop_last and windows < training.batch_size:
+            raise InputError(
+                f"contenders.{contender.name}: training.drop_last drops an incomplete batch, and "
+                f"{windows} training windows do not make one batch of {training.batch_size}"
+            )
 
 
 def windows_per_epoch(recipe: Recipe, contender: Contender, prepared: Prepared) -> int:
@@ -134,6 +184,19 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> N
         raise InputError(
             f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"
         )
+    if reads_store(recipe, contender, model):
+        _check_frozen(model)
+
+
+def _check_frozen(model: PreTrainedModel) -> None:
+    """A store is right only as long as nothing that the contexts depend on learns."""
+    parts = ("embed_tokens", "embed_norm", "context_block")
+    for name, parameter in model.base_model.named_parameters():
+        if parameter.requires_grad and name.startswith(parts):
+            raise InputError(
+                f"context_store: {name} learns in phase 2, which would make the stored contexts "
+                "wrong: freeze it (freeze_context, freeze_embedding), or set use_store to false"
+            )
 
 
 def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -150,8 +213,14 @@ def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
     return recipe.vocab_size
 
 
-def _windows(recipe: Recipe, store: TokenStore, split: str) -> dict[int, Windows]:
-    """The split's windows by target offset, cut from the same tokens."""
+def _windows(
+    recipe: Recipe, store: TokenStore, split: str, configs: Mapping[str, PreTrainedConfig]
+) -> dict[str, Windows]:
+    """The split's windows by contender, cut from the same tokens.
+
+    A recipe with a context store treats the text as one stream: the incomplete last window counts,
+    and a model that reads tokens before a window gets them.
+    """
     tokens = store.tokens
     limit = getattr(recipe.tokens, split, None)
     if limit is not None:
@@ -160,11 +229,19 @@ def _windows(recipe: Recipe, store: TokenStore, split: str) -> dict[int, Windows
                 f"tokens.{split}: {limit} asked for, but corpus {recipe.corpus!r} has {len(tokens)}"
             )
         tokens = tokens[:limit]
-    samples = getattr(recipe.samples, split, None)
+    streams = recipe.context_store is not None
 
     def cut(contender: Contender) -> Windows:
-        offset = recipe.target_offset_of(contender)
-        name = f"corpus {recipe.corpus!r} ({split})"
-        return Windows(tokens, recipe.sequence_length, recipe.stride, offset, samples, name=name)
+        decoder = meta_model(configs[contender.name]).base_model if streams else None
+        return Windows(
+            tokens,
+            recipe.sequence_length,
+            recipe.stride,
+            recipe.target_offset_of(contender),
+            getattr(recipe.samples, split, None),
+            history=getattr(decoder, "history_tokens", 0),
+            fill=streams,
+            name=f"corpus {recipe.corpus!r} ({split})",
+        )
 
-    return {recipe.target_offset_of(c): cut(c) for c in recipe.contenders}
+    return {contender.name: cut(contender) for contender in recipe.contenders}

@@ -21,7 +21,13 @@ from pydantic_core import ErrorDetails
 from contextlm.errors import InputError, unknown_name
 from contextlm.merging import FULL, mapping, merge, resolve, scales_of
 from contextlm.strict_yaml import dump, parse
-from contextlm.training.settings import PhaseOneSettings, Settings, TrainingSettings
+from contextlm.training.settings import (
+    ContextStoreSettings,
+    EmbeddingSettings,
+    PhaseOneSettings,
+    Settings,
+    TrainingSettings,
+)
 
 _SUFFIXES = {".yaml", ".yml"}
 
@@ -56,6 +62,9 @@ class Contender(Settings):
     )
     phase1: PhaseOneSettings | None = None
     training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
+    use_store: bool = Field(
+        True, description="false: run the context block inside, each window from zero"
+    )
     target_offset: PositiveInt | None = Field(None, description="overrides the recipe's")
     reported: dict[str, float] = Field({}, description="the source document's own figures")
 
@@ -85,6 +94,10 @@ class Recipe(Settings):
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
     samples: Split | None = Field(None, description="use only the first windows of each split")
     seeds: list[Seed] = Field([0], min_length=1)
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    context_store: ContextStoreSettings | None = Field(
+        None, description="the text is one stream, whose contexts are kept for phase 2"
+    )
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     contenders: list[Contender] = Field(min_length=1)

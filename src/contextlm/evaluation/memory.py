@@ -132,6 +132,29 @@ def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[T
     return outputs.logits[:, -1], cache
 
 
+def memory_now(device: torch.device) -> tuple[int, int | None]:
+    """Bytes in use: this process's resident set, and what the accelerator's allocator has given.
+
+    Where the system does not tell the resident set of the moment, it is the peak so far.
+    """
+    accelerator = int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+    return _status_bytes("VmRSS:") or _peak_bytes(), accelerator
+
+
+def _status_bytes(field: str) -> int | None:
+    """One figure of Linux's account of this process."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 class PeakMemory:
     """Peak memory of this process, and of the accelerator, since construction.
 
@@ -148,12 +171,7 @@ class PeakMemory:
 
     def host_bytes(self) -> int:
         """Largest resident set so far."""
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return _status_bytes("VmHWM:") or _peak_bytes()
 
     def accelerator_bytes(self) -> int | None:
         """Most memory allocated on the accelerator, or None on a CPU."""

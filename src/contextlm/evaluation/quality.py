@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.models.layers import ContextBlock
 
-IGNORED = -100
 RANK_SAMPLE = 10_000
 
 
@@ -47,7 +49,8 @@ def evaluate_quality(
 
     Args:
         model: gives logits ``[B, T, V]``.
-        windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already.
+        windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
+            they hold is passed to the model.
         batch_size: windows per forward pass.
         device: where the model is.
     """
@@ -57,9 +60,9 @@ def evaluate_quality(
     correct = tokens = 0
     with torch.autocast(device.type, enabled=False):
         for batch in DataLoader(windows, batch_size=batch_size):
-            labels_N = batch["labels"].to(device).flatten()
-            logits_NV = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-            logits_NV = logits_NV.flatten(0, 1).float()
+            inputs, labels_BT = model_inputs({k: v.to(device) for k, v in batch.items()})
+            labels_N = labels_BT.flatten()
+            logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
             losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="none")
             loss += losses_N.cpu().double().sum()  # not every accelerator has float64
             real_N = labels_N != IGNORED
@@ -78,6 +81,21 @@ def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
         num_bytes: its length in UTF-8 bytes.
     """
     return loss / math.log(2) * tokens / num_bytes
+
+
+def unigram_perplexity(
+    train: npt.NDArray[np.integer], validation: npt.NDArray[np.integer], vocab_size: int
+) -> float:
+    """Validation perplexity of the training tokens' frequencies, each entry counted once more.
+
+    Args:
+        train: token ids, ``[N]``.
+        validation: token ids, ``[M]``.
+        vocab_size: V.
+    """
+    counts_V = np.bincount(train, minlength=vocab_size) + 1.0
+    losses_V = np.log(counts_V.sum()) - np.log(counts_V)
+    return perplexity(float(losses_V[np.asarray(validation, dtype=np.int64)].mean()))
 
 
 def effective_rank(contexts_NC: Tensor) -> float:

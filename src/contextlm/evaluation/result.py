@@ -34,7 +34,11 @@ class CacheBytes(_Record):
 
 
 class CorpusFacts(_Record):
-    """The data that was really used."""
+    """The data that was really used.
+
+    `unigram_ppl` is the validation perplexity of the training tokens' frequencies (each entry
+    counted once more than seen): what a model without any context would reach.
+    """
 
     name: str
     tokenizer: str
@@ -44,6 +48,7 @@ class CorpusFacts(_Record):
     train_windows: int
     validation_windows: int
     sequence_length: int
+    unigram_ppl: float | None = None
 
 
 class PhaseOneFacts(_Record):
@@ -56,8 +61,43 @@ class PhaseOneFacts(_Record):
     effective_rank_validation: float
 
 
+class EmbeddingFacts(_Record):
+    """Where the token embeddings came from.
+
+    `tokens`, `epochs` and `validation_ppl` are those of the run in which they were learned;
+    `frozen` says that phase 2 left them as they were.
+    """
+
+    source: Literal["pretrained", "learned", "random"]
+    path: str | None = None
+    tokens: int | None = None
+    epochs: int | None = None
+    validation_ppl: float | None = None
+    frozen: bool = False
+
+
+class StoreFacts(_Record):
+    """The context stores that phase 2 read. Sizes in bytes.
+
+    The drifts are the mean-square differences between the parallel passes and the exact recurrence,
+    per number. Embeddings are not stored: they are looked up by token.
+    """
+
+    fill: Literal["sequential", "parallel"]
+    dtype: Literal["float32", "bfloat16"]
+    train_bytes: int
+    validation_bytes: int
+    drift_train: float
+    drift_validation: float
+
+
 class Result(_Record):
-    """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1."""
+    """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1.
+
+    `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
+    length only if every token is predicted from all before it. `train_ppl_windows` says on how many
+    training windows `train_ppl` was measured.
+    """
 
     version: Literal[1] = RESULT_VERSION
     recipe: str
@@ -73,7 +113,7 @@ class Result(_Record):
     parameters_trainable: int
     validation_loss: float
     validation_ppl: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     accuracy: float
     train_ppl_running: float
     train_ppl: float
@@ -81,6 +121,8 @@ class Result(_Record):
     best_epoch: int
     epochs: int
     phase1: PhaseOneFacts | None
+    embedding: EmbeddingFacts | None = None
+    store: StoreFacts | None = None
     cache: list[CacheBytes]
     cache_dtype: str
     reported: dict[str, float]
@@ -91,10 +133,20 @@ class Result(_Record):
         return self.train_ppl / self.validation_ppl
 
 
+class StageMemory(_Record):
+    """Memory in use when a stage ended: of the process (resident) and of the accelerator."""
+
+    stage: str
+    host_bytes: int
+    accelerator_bytes: int | None
+
+
 class Timings(_Record):
     """Seconds, rates and peak memory of one contender and seed."""
 
     phase1_seconds: float | None
+    store_seconds: float | None = None
+    stages: list[StageMemory] = []
     epoch_seconds: list[float]
     evaluation_seconds: float
     total_seconds: float

@@ -90,6 +90,23 @@ class HasContextBlock(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsStoredContexts(HasContextBlock, Protocol):
+    """A model whose forward pass takes ``contexts`` of a context store, ``[B, history + T, C]``.
+
+    They replace the recurrence where the context block is frozen (DESIGN 1.6).
+    """
+
+    history: int
+    """How many positions before a window it reads."""
+
+
+def mark_frozen(frozen: bool, *modules: nn.Module) -> None:
+    """Note on modules whether `ContextPreTrainedModel.freeze_parts` is to freeze them."""
+    for module in modules:
+        object.__setattr__(module, "frozen", frozen)
+
+
 class ContextPreTrainedModel(PreTrainedModel):
     """Base of our architectures: weights, flags, and a cache of their own making."""
 

@@ -148,6 +148,27 @@ class ContextBlock(nn.Module):
             state.update_state(contexts_LBTC[-1, :, -1], mask_BT, tokens)
         return contexts_LBTC
 
+    def parallel(self, embedded_BTD: Tensor, previous_BTC: Tensor) -> Tensor:
+        """Every layer's output where the context before each token is known, as from a store.
+
+        Args:
+            embedded_BTD: normalised token embeddings.
+            previous_BTC: the context before each token.
+
+        Returns:
+            As `forward`, ``[L, B, T, C]``, in the weights' own type.
+        """
+        layers = self.stack()
+        dtype = layers[0].weight.dtype
+        with _without_autocast(embedded_BTD.device.type):
+            embedded_ND = embedded_BTD.to(dtype).flatten(0, 1)
+            context_NC = previous_BTC.to(dtype).flatten(0, 1)
+            outputs = []
+            for layer in layers:
+                context_NC = layer.step(context_NC, layer.project(embedded_ND))
+                outputs.append(context_NC.view(previous_BTC.shape))
+        return torch.stack(outputs)
+
     def step(self, context_NC: Tensor, projected_NC: list[Tensor]) -> Tensor:
         """Apply the whole block once to N independent contexts.
 

@@ -32,12 +32,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.errors import RunError
 from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import TrainingSettings
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def train_next_token(
 
     Args:
         model: to train in place; only parameters that require gradients change.
-        train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already.
+        train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
+            they hold is passed to the model.
         settings: optimiser, schedule, batch size, stopping rule.
         evaluate: called after each epoch.
         seed: of shuffling and dropout.
@@ -230,6 +230,13 @@ class _NextTokenTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer does it, without logits where a window has no targets."""
+        arguments, labels_BT = model_inputs(inputs)
+        return super().compute_loss(model, {**arguments, "labels": labels_BT}, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; a loss that is not finite ends the run before it spoils the weights."""

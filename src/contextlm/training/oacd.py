@@ -70,6 +70,12 @@ def batch_generator(seed: int, iteration: int, batch: int, device: torch.device)
     return torch.Generator(device).manual_seed(int(mixed[0] >> np.uint64(1)))
 
 
+def initial_contexts(positions: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """The random contexts that the first iteration consists of, ``[P, C]``."""
+    contexts_PC = torch.empty(positions, width, device=device)
+    return contexts_PC.normal_(0.0, INITIAL_STD, generator=batch_generator(seed, 1, 0, device))
+
+
 class _VocabularyProjection:
     """The tokens' part ``W_e e + b`` of every layer, computed once per distinct token.
 
@@ -161,9 +167,7 @@ def _iterate(
     on_iteration: Callable[[Iteration], None],
 ) -> PhaseOne:
     started = time.perf_counter()
-    start = batch_generator(seed, 1, 0, device)
-    contexts_PC = torch.empty(len(entries_P), block.context_dim, device=device)
-    contexts_PC.normal_(0.0, INITIAL_STD, generator=start)
+    contexts_PC = initial_contexts(len(entries_P), block.context_dim, seed, device)
     outcome = PhaseOne(contexts_PC)
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
     projection = _VocabularyProjection(block, embedded_UD)

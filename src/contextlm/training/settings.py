@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -45,6 +45,42 @@ class PhaseOneSettings(Settings):
     )
     mean_weight: NonNegativeFloat = Field(0.1, description="weight of ||mean||^2 in the loss")
     clip: PositiveFloat = Field(2.0, description="largest gradient norm")
+
+
+class ContextStoreSettings(Settings):
+    """Contexts of a whole stream, computed once for phase 2, see `training.context_store`."""
+
+    fill: Literal["sequential", "parallel"] = Field(
+        "sequential",
+        description="sequential: the exact recurrence, as decoding sees it; "
+        "parallel: one more shifted pass over phase 1's contexts, the documents' way",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type on disk")
+    keep: bool = Field(False, description="leave the stores in the run folder")
+
+
+class EmbeddingSettings(Settings):
+    """Where the token embeddings of all contenders come from; a bare word is the source."""
+
+    source: Literal["pretrained", "learned", "random"] = Field(
+        "random",
+        description="pretrained: another model's; learned: by a short next-token run of a small "
+        "GPT-2 beforehand; random: as the model draws them",
+    )
+    path: str = Field("gpt2", min_length=1, description="pretrained: a checkpoint, folder or hub")
+    layers: Count = Field(2, description="learned: of the small GPT-2")
+    tokens: Count | None = Field(
+        None, description="learned: the first tokens of the training split; null: those trained on"
+    )
+    sequence_length: Count = Field(128, description="learned: of its windows")
+    batch_size: Count = Field(32, description="learned: windows per step")
+    epochs: Count = Field(1, description="learned: at most this many, stopping at the best")
+    learning_rate: PositiveFloat = Field(1e-3, description="learned: at the peak, then a cosine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_bare_word_is_the_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
 
 class ParameterGroup(Settings):
