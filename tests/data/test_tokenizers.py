@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from contextlm.data.tokenizers import (
     tokenizer_hash,
     vocab_entries,
 )
+from contextlm.data.word_level import train_word_level
 from contextlm.errors import InputError, RunError
 
 ODD_TEXTS = [
@@ -36,7 +40,8 @@ ODD_TEXTS = [
     f"a {END_OF_TEXT} b",
 ]
 
-_BPE = ours._wrap(train_bpe(["some few words", "and some more"], 270), END_OF_TEXT)
+_BPE = ours._wrap(train_bpe(["some few words", "and some more"], 270), ours._all_roles(END_OF_TEXT))
+_ALPHABET = "abAB_1 \n\t.,'<>€☕é中"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
@@ -78,11 +83,74 @@ def test_the_end_of_text_also_begins_and_pads(tokenizer: Any) -> None:
     assert tokenizer.is_fast
 
 
-def test_a_trained_bpe_is_kept_and_reused(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def words_of(text: str) -> list[str]:
+    """Words and punctuation marks, character by character."""
+    words: list[str] = []
+    inside = False
+    for character in text:
+        letter = character.isalnum() or character == "_"
+        if letter and inside:
+            words[-1] += character
+        elif not character.isspace():
+            words.append(character)
+        inside = letter
+    return words
+
+
+@given(st.lists(st.text(st.sampled_from(_ALPHABET)), min_size=1), st.integers(5, 12))
+@settings(max_examples=200, deadline=None)
+def test_word_level_is_a_table_of_the_most_frequent_words(texts: list[str], size: int) -> None:
+    tokenizer = ours._wrap(train_word_level(texts, size), ours.WORD_LEVEL_ROLES)
+    counts = Counter(word for text in texts for word in words_of(text))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: size - 4]
+    table = {"<pad>": 0, "<unk>": 1, "<bos>": 2, "<eos>": 3}
+    table |= {word: 4 + rank for rank, word in enumerate(ranked)}
+    assert tokenizer.get_vocab() == table
+    ids = encode(tokenizer, texts)
+    assert ids == [[table.get(word, 1) for word in words_of(text)] for text in texts]
+    for text, row in zip(texts, ids, strict=True):
+        known = [word if word in table else "<unk>" for word in words_of(text)]
+        assert tokenizer.decode(row) == " ".join(known)
+
+
+def test_word_level_learns_from_the_train_documents_only(tmp_path: Path) -> None:
+    corpus = make_corpus(["seen often, seen"], ["held out held out held out"])
+    tokenizer = load_tokenizer("word:100", corpus, tmp_path)
+    assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == [
+        *("<pad>", "<unk>", "<bos>", "<eos>", "seen", ",", "often")
+    ]
+    assert vocab_entries(tokenizer) == 7
+    assert encode(tokenizer, ["seen out.", "Seen", ""]) == [[4, 1, 1], [1], []]
+
+
+def test_word_level_names_its_special_tokens(corpus: Corpus, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("word:10", corpus, tmp_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, load_tokenizer(str(tmp_path / "saved"), corpus, tmp_path)):
+        assert [each.pad_token, each.unk_token, each.bos_token, each.eos_token] == [
+            *("<pad>", "<unk>", "<bos>", "<eos>")
+        ]
+        ids = [each.pad_token_id, each.unk_token_id, each.bos_token_id, each.eos_token_id]
+        assert ids == [0, 1, 2, 3]
+        assert each.decode([2, 4, 1, 3, 0], skip_special_tokens=True) == "café"
+
+
+def test_word_level_is_the_same_each_time() -> None:
+    """Many equally frequent words, counted by several threads."""
+    words = [f"w{n}" for n in range(5000)]
+    states = set()
+    for seed in range(3):
+        texts = random.Random(seed).sample(words, len(words))
+        states.add(train_word_level(texts, 3000).to_str())
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_a_trained_tokenizer_is_kept_and_reused(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     cache = tmp_path / "cache"
-    first = load_tokenizer("bpe:280", corpus, cache)
+    first = load_tokenizer(f"{kind}:280", corpus, cache)
     (file,) = (cache / "tokenizers").iterdir()
     whole = file.read_bytes()
 
@@ -90,13 +158,13 @@ def test_a_trained_bpe_is_kept_and_reused(
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "train_bpe", untrained)
-        assert load_tokenizer("bpe:280", corpus, cache).get_vocab() == first.get_vocab()
-        for spec, other in (("bpe:281", corpus), ("bpe:280", make_corpus(["other"]))):
+        patch.setitem(ours._TRAINED, kind, replace(ours._TRAINED[kind], train=untrained))
+        assert load_tokenizer(f"{kind}:280", corpus, cache).get_vocab() == first.get_vocab()
+        for spec, other in ((f"{kind}:281", corpus), (f"{kind}:280", make_corpus(["other"]))):
             with pytest.raises(AssertionError, match="trained again"):
                 load_tokenizer(spec, other, cache)
     file.write_bytes(whole[: len(whole) // 2])
-    load_tokenizer("bpe:280", corpus, cache)
+    load_tokenizer(f"{kind}:280", corpus, cache)
     assert file.read_bytes() == whole, "a damaged file is made anew, byte for byte"
 
 
@@ -178,6 +246,11 @@ def test_without_a_network_one_line_says_what_to_do(
         ("bep:512", "did you mean 'bpe:512'"),
         ("bpe:", "whole number"),
         ("bpe", "whole number"),
+        ("word:4", "at least 5 (padding, unknown, beginning, end and one word)"),
+        ("word:1000001", "at most 1,000,000"),
+        ("word", "expected word:SIZE with a whole number, e.g. word:1000"),
+        ("wrod:1000", "did you mean 'word:1000'"),
+        ("words:50", "did you mean 'word:50'"),
         ("bpe:-5", "whole number"),
         ("bpe:4k", "whole number"),
         ("bpe:٣٠٠", "whole number"),
@@ -222,10 +295,11 @@ def test_a_bad_folder_is_named(tokenizer: Any, corpus: Corpus, tmp_path: Path) -
 
 
 def test_known_sizes_need_nothing_loaded() -> None:
-    assert [known_vocab_size(spec) for spec in ("gpt2", "pythia", "bpe:4096")] == [
+    assert [known_vocab_size(spec) for spec in ("gpt2", "pythia", "bpe:4096", "word:9")] == [
         50257,
         50277,
         4096,
+        9,
     ]
 
 

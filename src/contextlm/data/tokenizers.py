@@ -1,6 +1,7 @@
 """Tokenizers by name, from a folder, or trained on the corpus.
 
-Each comes as a transformers `PreTrainedTokenizerFast` with an end-of-text token, which also pads.
+Each comes as a transformers `PreTrainedTokenizerFast` with an end-of-text token, which also pads
+where there is no padding token.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +20,60 @@ from contextlm.data.corpus import Corpus
 from contextlm.data.hub import from_hub
 from contextlm.data.named import data_folder
 from contextlm.data.parallelism import parallel_tokenizers
+from contextlm.data.word_level import SMALLEST_WORD_LEVEL, WORD_LEVEL_ROLES, train_word_level
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_LARGEST_BPE = 1_000_000  # the trainer reserves memory for all at once, and aborts
+_LARGEST = 1_000_000  # the BPE trainer reserves memory for all at once, and aborts
 _ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|im_end|>")
 _NAMED = {
     "gpt2": ("openai-community/gpt2", 50257),
     "pythia": ("EleutherAI/pythia-70m", 50277),
 }
-_KNOWN = (*_NAMED, "bpe:SIZE", "a folder with tokenizer.json")
-_BPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of tokenizer that is trained on the corpus, named ``KIND:SIZE``.
+
+    `roles` names its special tokens as transformers does. A new `version` makes those in the cache
+    useless; `smallest` is explained by `needed`.
+    """
+
+    train: Callable[[Sequence[str], int], Any]
+    version: int
+    smallest: int
+    needed: str
+    example: str
+    roles: Mapping[str, str]
+
+
+def _all_roles(end: str) -> dict[str, str]:
+    return {"bos_token": end, "eos_token": end, "pad_token": end}
+
+
+_TRAINED = {
+    "bpe": _Kind(
+        train=train_bpe,
+        version=1,
+        smallest=SMALLEST_BPE,
+        needed="256 bytes and the end-of-text token",
+        example="bpe:4096",
+        roles=_all_roles(END_OF_TEXT),
+    ),
+    "word": _Kind(
+        train=train_word_level,
+        version=1,
+        smallest=SMALLEST_WORD_LEVEL,
+        needed="padding, unknown, beginning, end and one word",
+        example="word:1000",
+        roles=WORD_LEVEL_ROLES,
+    ),
+}
+_KNOWN = (*_NAMED, *(f"{kind}:SIZE" for kind in _TRAINED), "a folder with tokenizer.json")
 
 
 def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenizerFast:
@@ -39,18 +81,19 @@ def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenize
 
     Args:
         spec: ``gpt2`` or ``pythia`` (from ``CONTEXTLM_DATA/tokenizers/`` if there, else from the
-            hub); ``bpe:SIZE``, a lossless byte-level BPE trained on the corpus; or a folder that
-            holds ``tokenizer.json`` or a saved tokenizer.
-        corpus: its train documents are what ``bpe:SIZE`` learns from; else unused.
+            hub); ``bpe:SIZE``, a lossless byte-level BPE trained on the corpus; ``word:SIZE``, the
+            corpus' most frequent words; or a folder that holds ``tokenizer.json`` or a saved
+            tokenizer.
+        corpus: its train documents are what ``bpe`` and ``word`` learn from; else unused.
         cache: folder for trained tokenizers, made when written to.
 
     Raises:
         InputError: a bad `spec`, or a folder without a usable fast tokenizer.
         RunError: the hub could not be reached.
     """
-    size = _bpe_size(spec)
-    if size is not None:
-        return _wrap(_trained_bpe(size, corpus, cache), END_OF_TEXT)
+    trained = _kind_and_size(spec)
+    if trained is not None:
+        return _wrap(_trained(*trained, corpus, cache), _TRAINED[trained[0]].roles)
     if spec in _NAMED:
         folder = _local_copy(spec)
         return _from_folder(folder) if folder else _from_file(_download(spec), spec)
@@ -60,15 +103,15 @@ def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenize
 def known_vocab_size(spec: str) -> int | None:
     """Entries of the tokenizer that `spec` names, found without loading or training it.
 
-    For ``bpe:SIZE`` it is SIZE; on a very small corpus fewer entries come into being. None for a
-    folder whose tokenizer is not saved as ``tokenizer.json``.
+    For ``bpe:SIZE`` and ``word:SIZE`` it is SIZE; on a very small corpus fewer entries come into
+    being. None for a folder whose tokenizer is not saved as ``tokenizer.json``.
 
     Raises:
         InputError: a bad `spec` or an unreadable folder.
     """
-    size = _bpe_size(spec)
-    if size is not None:
-        return size
+    trained = _kind_and_size(spec)
+    if trained is not None:
+        return trained[1]
     if spec in _NAMED:
         return _NAMED[spec][1]
     file = _folder(spec) / "tokenizer.json"
@@ -103,22 +146,23 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
     return ids
 
 
-def _bpe_size(spec: str) -> int | None:
-    """SIZE of ``bpe:SIZE``, or None for another kind of tokenizer."""
+def _kind_and_size(spec: str) -> tuple[str, int] | None:
+    """KIND and SIZE of a tokenizer that is trained on the corpus, or None for another one."""
     kind, colon, text = spec.partition(":")
-    if kind != "bpe":
+    if kind not in _TRAINED:
         return None
+    entry = _TRAINED[kind]
     if not colon or not (text.isascii() and text.isdigit() and len(text) <= 10):
         raise InputError(
-            f"tokenizer {spec!r}: expected bpe:SIZE with a whole number, e.g. bpe:4096"
+            f"tokenizer {spec!r}: expected {kind}:SIZE with a whole number, e.g. {entry.example}"
         )
     size = int(text)
-    if not SMALLEST_BPE <= size <= _LARGEST_BPE:
+    if not entry.smallest <= size <= _LARGEST:
         raise InputError(
-            f"tokenizer {spec!r}: the size must be at least {SMALLEST_BPE} "
-            f"(256 bytes and the end-of-text token) and at most {_LARGEST_BPE:,}"
+            f"tokenizer {spec!r}: the size must be at least {entry.smallest} "
+            f"({entry.needed}) and at most {_LARGEST:,}"
         )
-    return size
+    return kind, size
 
 
 def _folder(spec: str) -> Path:
@@ -128,8 +172,9 @@ def _folder(spec: str) -> Path:
     if spec and (os.sep in spec or path.exists()):
         raise InputError(f"tokenizer {spec!r}: no such folder")
     kind, colon, size = spec.partition(":")
-    slip = colon and size.isdigit() and difflib.get_close_matches(kind, ["bpe"], cutoff=0.5)
-    raise unknown_name("tokenizer", spec, [f"bpe:{size}"] if slip else _KNOWN)
+    near = difflib.get_close_matches(kind, _TRAINED, n=1, cutoff=0.5)
+    slip = colon and size.isdigit() and near
+    raise unknown_name("tokenizer", spec, [f"{near[0]}:{size}"] if slip else _KNOWN)
 
 
 def _local_copy(name: str) -> Path | None:
@@ -172,7 +217,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 def _from_file(file: Path, spec: str) -> PreTrainedTokenizerFast:
     backend = _backend(file)
-    return _wrap(backend, _end_among(backend.get_vocab(with_added_tokens=True), spec))
+    end = _end_among(backend.get_vocab(with_added_tokens=True), spec)
+    return _wrap(backend, _all_roles(end))
 
 
 def _end_among(vocabulary: dict[str, int], spec: str) -> str:
@@ -191,14 +237,12 @@ def _with_end(tokenizer: PreTrainedTokenizerFast, spec: str) -> PreTrainedTokeni
     return tokenizer
 
 
-def _wrap(backend: Any, end: str) -> PreTrainedTokenizerFast:
+def _wrap(backend: Any, roles: Mapping[str, str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
+        **roles,
         clean_up_tokenization_spaces=False,  # else decoding drops spaces before punctuation
     )
 
@@ -226,16 +270,17 @@ def _entries(backend: Any) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _trained_bpe(size: int, corpus: Corpus, cache: Path) -> Any:
+def _trained(kind: str, size: int, corpus: Corpus, cache: Path) -> Any:
     """From the cache if an earlier training left it there whole, else trained now and kept."""
-    key = f"bpe {_BPE_VERSION} {size} {corpus.fingerprint}"
+    entry = _TRAINED[kind]
+    key = f"{kind} {entry.version} {size} {corpus.fingerprint}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    file = cache / "tokenizers" / f"bpe-{size}-{name}.json"
+    file = cache / "tokenizers" / f"{kind}-{size}-{name}.json"
     if file.is_file():
         try:
             return _backend(file)
         except InputError:
             pass  # damaged since: train again
-    backend = train_bpe(corpus.train, size)
+    backend = entry.train(corpus.train, size)
     write_text(file, backend.to_str(pretty=False))
     return backend

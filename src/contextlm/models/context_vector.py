@@ -1,0 +1,303 @@
+"""Context vector: an attention-free model whose only memory is a vector that its MLP updates.
+
+Source: the report 002_8f966a5df4c05745 (DESIGN 1.1, where it is called New-LLM). For each token t::
+
+    x_t = E[token_t] + P[t]
+    h_t = MLP([x_t ; c_{t-1}])              L x (Linear -> ReLU -> Dropout), c_0 = 0
+    logits_t = W_o h_t + b_o
+    c_t = c_{t-1} + W_c h_t + b_c           update="additive", the document's
+
+The document names gates and several context vectors as what might help. ``update="gated"`` is::
+
+    f = sigmoid(W_f h_t + b_f)    i = sigmoid(W_i h_t + b_i)
+    c_t = f c_{t-1} + i tanh(W_c h_t + b_c)
+
+What is written is squashed, as in an LSTM: without, training was seen to jump (docs/log.md). With
+several context vectors b_f starts at 1, 3, 5 ... from one to the next, so that they begin as
+memories of different length: 73 %, 95 %, 99.3 % ... of a vector outlive each token. Where nothing
+sets the vectors apart (one, or the additive update) n of them are one of n times the width.
+
+The context before a token decides the context after it through the whole MLP, so the tokens are
+taken one after the other; only the tokens' part of the first layer is computed for all at once.
+
+Shape suffixes: B batch, T tokens, D embedding width, C width of all context vectors together,
+H width of the MLP, V vocabulary.
+"""
+
+# No `from __future__ import annotations` here: transformers checks configuration values against the
+# annotations, which must then be types and not strings.
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+
+from contextlm.models.base import (
+    ContextForCausalLM,
+    ContextPreTrainedModel,
+    register_architecture,
+)
+from contextlm.models.cache import ContextStateLayer
+from contextlm.models.inputs import read_inputs
+from contextlm.models.positions import table_positions
+
+_DEFAULT_POSITIONS = 32
+
+
+@strict
+class ContextVectorConfig(PreTrainedConfig):
+    """Configuration of the context-vector model; the defaults are the document's.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D, the width of the embedding.
+        context_dim: width of each context vector.
+        num_contexts: context vectors, concatenated. Each has its own update; since every channel of
+            an update is computed from h_t for itself, n vectors of width C are one of width n C.
+        mlp_size: H, the width of the MLP.
+        mlp_layers: L, its linear layers.
+        dropout: after each of them.
+        update: how a token changes the context.
+        positions: learned, or none, which leaves the length unbounded.
+        max_position_embeddings: positions that can be learned, 32 by default; None without them.
+        initializer_range: standard deviation of the linear layers and the embeddings.
+        use_cache: return a cache by default.
+    """
+
+    model_type = "context_vector"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 1000
+    hidden_size: int = 256
+    context_dim: int = 256
+    num_contexts: int = 1
+    mlp_size: int = 512
+    mlp_layers: int = 8
+    dropout: float | int = 0.1
+    update: Literal["additive", "gated"] = "additive"
+    positions: Literal["learned", "none"] = "learned"
+    max_position_embeddings: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.positions == "learned" and self.max_position_embeddings is None:
+            self.max_position_embeddings = _DEFAULT_POSITIONS
+        super().__post_init__(**kwargs)
+
+    @property
+    def total_context_dim(self) -> int:
+        """C, the width of all context vectors together."""
+        return self.num_contexts * self.context_dim
+
+    def validate_architecture(self) -> None:
+        """Called by transformers on construction.
+
+        Raises:
+            ValueError: a size is not positive, a limit of positions without positions, or a tied
+                head that is not as wide as the embedding.
+        """
+        sizes = ("vocab_size", "hidden_size", "context_dim", "num_contexts")
+        for name in (*sizes, "mlp_size", "mlp_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.initializer_range <= 0:
+            raise ValueError(f"initializer_range must be positive, got {self.initializer_range}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        limit = self.max_position_embeddings
+        if self.positions == "none" and limit is not None:
+            raise ValueError(
+                f"max_position_embeddings must be left out with positions 'none', got {limit}"
+            )
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_position_embeddings must be at least 1, got {limit}")
+        if self.tie_word_embeddings and self.mlp_size != self.hidden_size:
+            raise ValueError(
+                f"tie_word_embeddings needs an MLP as wide as the embedding: "
+                f"mlp_size {self.mlp_size} is not hidden_size {self.hidden_size}"
+            )
+
+
+class ForgetGate(nn.Linear):
+    """A linear layer whose bias starts high: a model that has learnt nothing remembers.
+
+    Args:
+        mlp_size: H.
+        context_dim: C.
+        num_contexts: parts of the output whose biases start at 1, 3, 5 ...
+    """
+
+    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int):
+        super().__init__(mlp_size, context_dim)
+        self.num_contexts = num_contexts
+
+    def reset_bias(self) -> None:
+        """The starting biases."""
+        starts = 1.0 + 2.0 * torch.arange(self.num_contexts, device=self.bias.device)
+        width = self.bias.shape[0] // self.num_contexts
+        init.copy_(self.bias, starts.repeat_interleave(width))
+
+
+class ContextUpdate(nn.Module):
+    """How a token changes the context; `gated` adds a forget gate and an input gate.
+
+    Args:
+        mlp_size: H.
+        context_dim: C. One layer for all context vectors is the same as one layer for each.
+        num_contexts: how many vectors these are.
+        gated: scale what is kept and what is written, channel by channel.
+    """
+
+    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int, *, gated: bool):
+        super().__init__()
+        self.written = nn.Linear(mlp_size, context_dim)
+        self.forget_gate = ForgetGate(mlp_size, context_dim, num_contexts) if gated else None
+        self.input_gate = nn.Linear(mlp_size, context_dim) if gated else None
+
+    def forward(self, hidden_BH: Tensor, context_BC: Tensor) -> Tensor:
+        """The context after a token, ``[B, C]``, in the type of the context before it."""
+        written_BC = self.written(hidden_BH)
+        if self.forget_gate is None or self.input_gate is None:
+            return context_BC + written_BC
+        kept_BC = torch.sigmoid(self.forget_gate(hidden_BH)) * context_BC
+        return kept_BC + torch.sigmoid(self.input_gate(hidden_BH)) * torch.tanh(written_BC)
+
+
+class ContextVectorModel(ContextPreTrainedModel):
+    """Embedding, MLP and context update, without the head."""
+
+    config_class = ContextVectorConfig
+    supports_gradient_checkpointing = False  # the loop over tokens has no layers to recompute
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: ContextVectorConfig):
+        super().__init__(config)
+        width, mlp_size = config.total_context_dim, config.mlp_size
+        limit = config.max_position_embeddings
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None if limit is None else nn.Embedding(limit, config.hidden_size)
+        # The MLP's first layer in two parts, whose sum is one layer that reads [x ; c].
+        self.token_input = nn.Linear(config.hidden_size, mlp_size)
+        self.context_input = nn.Linear(width, mlp_size, bias=False)
+        self.mlp = nn.ModuleList(
+            nn.Linear(mlp_size, mlp_size) for _ in range(config.mlp_layers - 1)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        gated = config.update == "gated"
+        self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ForgetGate):
+            module.reset_bias()
+
+    def new_cache(self) -> Cache:
+        """An empty cache: the context after the last token."""
+        return Cache(layers=[ContextStateLayer()])
+
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``[B, T, H]``; the arguments are those of `ContextForCausalLM.forward`.
+
+        Raises:
+            ValueError: neither or both of tokens and embeddings are given, the cache is foreign, or
+                a row has more tokens than there are positions.
+        """
+        inputs = read_inputs(
+            self,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+        )
+        tokens_BTD = inputs.embeds_BTD
+        if self.embed_positions is not None:
+            limit = self.embed_positions.num_embeddings
+            positions_BT = table_positions(inputs, position_ids, limit)
+            tokens_BTD = tokens_BTD + self.embed_positions(positions_BT)
+        state = None if inputs.cache is None else inputs.cache.layers[-1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self._run(tokens_BTD, inputs.mask_BT, state),
+            past_key_values=inputs.cache,
+        )
+
+    def _run(
+        self, tokens_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
+    ) -> Tensor:
+        """The MLP's outputs from where the cache left off, ``[B, T, H]``; moves the state on."""
+        batch, tokens = tokens_BTD.shape[:2]
+        context_BC = tokens_BTD.new_zeros(batch, self.config.total_context_dim)
+        if state is not None:
+            context_BC = state.continue_from(context_BC)
+        outputs = []
+        for t, token_BH in enumerate(self.token_input(tokens_BTD).unbind(1)):
+            hidden_BH = token_BH + self.context_input(context_BC)
+            hidden_BH = self.dropout(F.relu(hidden_BH))
+            for layer in self.mlp:
+                hidden_BH = self.dropout(F.relu(layer(hidden_BH)))
+            outputs.append(hidden_BH)
+            new_BC = self.update(hidden_BH, context_BC)
+            if mask_BT is not None:  # padding leaves the context as it is
+                new_BC = torch.where(mask_BT[:, t, None], new_BC, context_BC)
+            context_BC = new_BC
+        if state is not None:
+            state.update_state(context_BC, mask_BT, tokens)
+        return torch.stack(outputs, dim=1)
+
+
+# At these widths the document's 0.02 starts so near zero that one batch takes long to learn.
+_TINY = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "context_dim": 16,
+    "mlp_size": 32,
+    "mlp_layers": 2,
+    "initializer_range": 0.2,
+}
+
+
+@register_architecture(
+    ContextVectorConfig,
+    decoder=ContextVectorModel,
+    tiny=(
+        _TINY,
+        {**_TINY, "update": "gated", "num_contexts": 2, "positions": "none"},
+    ),
+)
+class ContextVectorForCausalLM(ContextForCausalLM):
+    """Context vector (New-LLM): no attention, one vector that an MLP updates at every token."""
+
+    config_class = ContextVectorConfig
+    supports_gradient_checkpointing = False
+    _can_compile_fullgraph = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ContextVectorConfig):
+        super().__init__(config)
+        self.model = ContextVectorModel(config)
+        self.lm_head = nn.Linear(config.mlp_size, config.vocab_size)
+        self.post_init()

@@ -1,0 +1,268 @@
+"""Post-LN transformer: the attention baseline that the context-vector model is compared with.
+
+Source: the report 002_8f966a5df4c05745 and its author's code (DESIGN 1.1). Layer norms stand behind
+the residual sums, as in the first transformers::
+
+    x = drop(E[token] + P)
+    x = LN(x + drop(attention(x)))              dropout on the attention weights too
+    x = LN(x + drop(W_2 drop(GELU(W_1 x))))     once per layer, both lines
+    logits = W_o LN(x) + b_o                    not tied
+
+Shape suffixes: B batch, T new tokens, S keys, N heads, K width of a head, D width, V vocabulary.
+"""
+
+# No `from __future__ import annotations` here: transformers checks configuration values against the
+# annotations, which must then be types and not strings.
+from typing import Any
+
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from contextlm.models.base import (
+    ContextForCausalLM,
+    ContextPreTrainedModel,
+    register_architecture,
+)
+from contextlm.models.cache import RowStateLayer
+from contextlm.models.inputs import read_inputs
+from contextlm.models.positions import table_positions
+
+
+@strict
+class PostLNTransformerConfig(PreTrainedConfig):
+    """Configuration of the post-LN transformer; the defaults are the document's.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D, the width of the embedding and of the layers.
+        num_hidden_layers: layers.
+        num_attention_heads: heads of each, which must divide the width.
+        intermediate_size: width of the feed-forward part.
+        dropout: on the embedding, on the attention weights, inside the feed-forward part and on
+            what both sublayers add.
+        max_position_embeddings: learned positions.
+        initializer_range: standard deviation of the linear layers and the embeddings.
+        layer_norm_eps: of every layer norm.
+        use_cache: return a cache by default.
+    """
+
+    model_type = "post_ln_transformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 1000
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    dropout: float | int = 0.1
+    max_position_embeddings: int = 32
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def validate_architecture(self) -> None:
+        """Called by transformers on construction.
+
+        Raises:
+            ValueError: the heads do not divide the width, or a size is not positive.
+        """
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must divide "
+                f"hidden_size ({self.hidden_size})"
+            )
+
+
+class PostLNAttention(nn.Module):
+    """Multi-head self-attention, causal; `layer_idx` is its place in the cache."""
+
+    def __init__(self, config: PostLNTransformerConfig, layer_idx: int):
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = width // config.num_attention_heads
+        self.is_causal = True
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self, x_BTD: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention adds, ``[B, T, D]``, and its weights where the backend has them.
+
+        Args:
+            x_BTD: the stream.
+            mask: as `create_causal_mask` makes it for the attention backend.
+            past_key_values: keys and values to extend and attend to, or None.
+            **kwargs: for the attention backend.
+        """
+        query_BNTK = self._split(self.query(x_BTD))
+        key_BNSK, value_BNSK = self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
+        if past_key_values is not None:
+            key_BNSK, value_BNSK = past_key_values.update(key_BNSK, value_BNSK, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended_BTNK, weights = attend(
+            self,
+            query_BNTK,
+            key_BNSK,
+            value_BNSK,
+            mask,
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.output(attended_BTNK.reshape(x_BTD.shape)), weights
+
+    def _split(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class PostLNLayer(GradientCheckpointingLayer):
+    """Attention and a feed-forward part, each followed by residual sum and layer norm."""
+
+    def __init__(self, config: PostLNTransformerConfig, layer_idx: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.attention = PostLNAttention(config, layer_idx)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.dense_in = nn.Linear(width, config.intermediate_size)
+        self.dense_out = nn.Linear(config.intermediate_size, width)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, mask: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The stream behind the layer, ``[B, T, D]``; arguments as in `PostLNAttention`."""
+        added_BTD, _ = self.attention(x_BTD, mask, past_key_values, **kwargs)
+        x_BTD = self.attention_norm(x_BTD + self.dropout(added_BTD))
+        added_BTD = self.dense_out(self.dropout(F.gelu(self.dense_in(x_BTD))))
+        return self.feed_forward_norm(x_BTD + self.dropout(added_BTD))
+
+
+class PostLNTransformerModel(ContextPreTrainedModel):
+    """Embedding and post-LN layers, without the head."""
+
+    config_class = PostLNTransformerConfig
+    _no_split_modules = ["PostLNLayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": PostLNLayer, "attentions": PostLNAttention}
+
+    def __init__(self, config: PostLNTransformerConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, width)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            PostLNLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_cache(self) -> Cache:
+        """An empty cache: keys and values per layer, and each row's count of tokens."""
+        return Cache(layers=[*(DynamicLayer() for _ in self.layers), RowStateLayer()])
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``[B, T, D]``; the arguments are those of `ContextForCausalLM.forward`.
+
+        Raises:
+            ValueError: neither or both of tokens and embeddings are given, the cache is foreign, or
+                a row has more tokens than there are positions.
+        """
+        inputs = read_inputs(
+            self,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+        )
+        positions_BT = table_positions(inputs, position_ids, self.embed_positions.num_embeddings)
+        x_BTD = self.dropout(inputs.embeds_BTD + self.embed_positions(positions_BT))
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            past_key_values=inputs.cache,
+            position_ids=positions_BT,
+        )
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, mask, past_key_values=inputs.cache, **kwargs)
+        if inputs.cache is not None:
+            batch, tokens = x_BTD.shape[:2]
+            inputs.cache.layers[-1].advance(inputs.mask_BT, batch, tokens, x_BTD.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layer_norm(x_BTD), past_key_values=inputs.cache
+        )
+
+
+@register_architecture(
+    PostLNTransformerConfig,
+    decoder=PostLNTransformerModel,
+    tiny=(
+        {
+            "vocab_size": 97,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "dropout": 0.0,
+        },
+    ),
+)
+class PostLNTransformerForCausalLM(ContextForCausalLM):
+    """Post-LN transformer: multi-head attention, layer norms behind the sums, learned positions."""
+
+    config_class = PostLNTransformerConfig
+    _no_split_modules = ["PostLNLayer"]
+    _can_compile_fullgraph = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PostLNTransformerConfig):
+        super().__init__(config)
+        self.model = PostLNTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()

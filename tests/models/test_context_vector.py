@@ -1,0 +1,239 @@
+"""The context-vector model against an independent form written from DESIGN 1.1, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig
+
+from contextlm.evaluation.memory import measure_cache, position_limit
+from contextlm.models.build import build_config
+from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
+
+SMALL = {"vocab_size": 31, "hidden_size": 7, "context_dim": 5, "mlp_size": 11, "mlp_layers": 3}
+
+
+def small(**fields) -> ContextVectorForCausalLM:
+    """A model of odd sizes whose every parameter matters."""
+    torch.manual_seed(3)
+    model = ContextVectorForCausalLM(ContextVectorConfig(**{**SMALL, **fields})).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def naive_logits(model: ContextVectorForCausalLM, tokens: list[int]) -> Tensor:
+    """The equations of DESIGN 1.1, one token and one context vector at a time."""
+    config, decoder = model.config, model.model
+    width, vectors = config.context_dim, config.num_contexts
+    first = torch.cat([decoder.token_input.weight, decoder.context_input.weight], dim=1)
+    contexts = [torch.zeros(width, dtype=torch.float64) for _ in range(vectors)]
+    logits = []
+    for t, token in enumerate(tokens):
+        x = decoder.embed_tokens.weight[token]
+        if config.positions == "learned":
+            x = x + decoder.embed_positions.weight[t]
+        h = first @ torch.cat([x, *contexts]) + decoder.token_input.bias
+        h = h * (h > 0)
+        for layer in decoder.mlp:
+            h = layer.weight @ h + layer.bias
+            h = h * (h > 0)
+        logits.append(model.lm_head.weight @ h + model.lm_head.bias)
+
+        def own(layer, n, h=h):
+            """What a layer has for context vector n."""
+            rows = slice(n * width, (n + 1) * width)
+            return layer.weight[rows] @ h + layer.bias[rows]
+
+        update = decoder.update
+        for n, context in enumerate(contexts):
+            if config.update == "additive":
+                contexts[n] = context + own(update.written, n)
+            else:
+                forget, take = (own(gate, n) for gate in (update.forget_gate, update.input_gate))
+                contexts[n] = (
+                    sigmoid(forget) * context + sigmoid(take) * own(update.written, n).tanh()
+                )
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("positions", ["learned", "none"])
+@pytest.mark.parametrize("num_contexts", [1, 3])
+@pytest.mark.parametrize("update", ["additive", "gated"])
+def test_logits_equal_the_naive_form(update, num_contexts, positions):
+    model = small(update=update, num_contexts=num_contexts, positions=positions)
+    ids = torch.randint(31, (2, 13))
+    expected = torch.stack([naive_logits(model, row.tolist()) for row in ids])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_single_layer_is_allowed():
+    model = small(mlp_layers=1)
+    ids = torch.randint(31, (1, 6))
+    expected = naive_logits(model, ids[0].tolist())
+    torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("update", ["additive", "gated"])
+def test_several_contexts_are_one_wide_context(update):
+    model = small(update=update, num_contexts=3)
+    wide = small(update=update, context_dim=15)
+    wide.load_state_dict(model.state_dict())
+    ids = torch.randint(31, (1, 9))
+    torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "total"),
+    [
+        ({}, 3_009_768),
+        ({"context_dim": 512}, 3_272_168),
+        ({"context_dim": 512, "mlp_size": 1024, "mlp_layers": 10}, 12_047_848),
+    ],
+)
+def test_parameter_counts_of_the_document(fields, total):
+    with torch.device("meta"):
+        model = ContextVectorForCausalLM(ContextVectorConfig(**fields))
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = ContextVectorForCausalLM(ContextVectorConfig(update="gated"))
+    for name, parameter in model.named_parameters():
+        if name == "model.update.forget_gate.bias":
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.001, name
+
+
+def test_several_contexts_begin_with_memories_of_different_length():
+    model = ContextVectorForCausalLM(
+        ContextVectorConfig(update="gated", num_contexts=3, context_dim=2)
+    )
+    assert model.model.update.forget_gate.bias.tolist() == [1, 1, 3, 3, 5, 5]
+
+
+def test_loading_keeps_a_forget_bias_that_was_learnt(tmp_path):
+    model = small(update="gated")
+    model.save_pretrained(tmp_path)
+    loaded = ContextVectorForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    before, after = (m.model.update.forget_gate.bias for m in (model, loaded))
+    assert torch.equal(after, before)
+    assert not torch.equal(before, torch.ones_like(before))
+
+
+def test_dropout_acts_on_every_layer_in_training_only():
+    model = small(dropout=0.5)
+    ids = torch.randint(31, (4, 8))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    hidden = model.train().model(ids).last_hidden_state
+    assert (hidden == 0).double().mean() > 0.5  # half of what ReLU left is gone as well
+    seen: list[Tensor] = []
+    model.model.dropout.register_forward_hook(lambda *call: seen.append(call[-1]))
+    model(ids)
+    assert len(seen) == 8 * 3
+    assert all((out == 0).any() for out in seen)
+
+
+@pytest.mark.parametrize("update", ["additive", "gated"])
+def test_the_cache_does_not_grow(update):
+    model = ContextVectorForCausalLM(
+        ContextVectorConfig(**SMALL, update=update, num_contexts=2, positions="none")
+    )
+    assert position_limit(model) is None
+    entries = measure_cache(model, [1, 64, 200], torch.device("cpu"))
+    assert {entry.logical for entry in entries} == {10 * 4 + 8}  # two contexts, and a count
+    assert {entry.resident for entry in entries} == {10 * 4 + 8}
+    assert len(entries) == 3
+
+
+def test_one_position_too_many_is_refused():
+    model = small(max_position_embeddings=6)
+    assert position_limit(model) == 6
+    ids = torch.randint(31, (2, 7))
+    model(ids[:, :6])
+    with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 7"):
+        model(ids)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 7"):
+        model(ids[:, 6:], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 9"):
+        model(ids[:, :2], position_ids=torch.tensor([[7, 8]]))
+
+
+def test_padding_takes_no_position():
+    model = small(max_position_embeddings=6)
+    ids = torch.randint(31, (2, 6))
+    rows = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids, ids[:, :2]], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6 + [0] * 2] * 2)
+    outputs = model(rows, attention_mask=mask, use_cache=True)
+    torch.testing.assert_close(outputs.logits[:, 3:9], model(ids).logits, rtol=1e-9, atol=1e-9)
+    # A row that is full may still be given padding beside rows that go on.
+    more = torch.cat([mask, torch.zeros(2, 1, dtype=torch.long)], dim=1)
+    model(ids[:, :1], attention_mask=more, past_key_values=outputs.past_key_values)
+    with pytest.raises(ValueError, match="token 7"):
+        model(rows[:, :10], attention_mask=torch.tensor([[0] * 3 + [1] * 7] * 2))
+
+
+def test_autocast_leaves_the_context_in_float32():
+    model = small().float()
+    ids = torch.randint(31, (2, 9))
+    plain = model(ids, use_cache=True).past_key_values.layers[-1].state
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(ids, use_cache=True).past_key_values.layers[-1].state
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, plain, rtol=0.05, atol=0.5)
+
+
+def test_positions_say_how_many_there_are(tmp_path):
+    assert ContextVectorConfig().max_position_embeddings == 32
+    assert ContextVectorConfig(max_position_embeddings=64).max_position_embeddings == 64
+    unbounded = ContextVectorConfig(positions="none")
+    assert unbounded.max_position_embeddings is None
+    unbounded.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings is None
+    entry = {"type": "context_vector", "positions": "none", "max_position_embeddings": None}
+    assert build_config(entry, 10).max_position_embeddings is None
+
+
+def test_a_tied_head_is_the_embedding():
+    fields = {**SMALL, "mlp_size": 7}
+    model = ContextVectorForCausalLM(ContextVectorConfig(**fields, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"context_dim": 0}, "context_dim"),
+        ({"num_contexts": 0}, "num_contexts"),
+        ({"mlp_size": 0}, "mlp_size"),
+        ({"mlp_layers": 0}, "mlp_layers"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"initializer_range": 0.0}, "initializer_range"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1"),
+        (
+            {"positions": "none", "max_position_embeddings": 32},
+            "max_position_embeddings must be left out with positions 'none', got 32",
+        ),
+        ({"update": "lstm"}, "update"),
+        ({"positions": "rotary"}, "positions"),
+        ({"tie_word_embeddings": True}, "mlp_size 512 is not hidden_size 256"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ContextVectorConfig(**fields)

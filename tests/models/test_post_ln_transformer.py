@@ -1,0 +1,194 @@
+"""The post-LN transformer against an independent form written from DESIGN 1.1, in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from contextlm.evaluation.memory import measure_cache, position_limit
+from contextlm.models.post_ln_transformer import (
+    PostLNTransformerConfig,
+    PostLNTransformerForCausalLM,
+)
+
+SMALL = {
+    "vocab_size": 31,
+    "hidden_size": 15,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 13,
+}
+
+
+def small(**fields) -> PostLNTransformerForCausalLM:
+    """A model of odd sizes whose every parameter matters."""
+    torch.manual_seed(3)
+    config = PostLNTransformerConfig(**{**SMALL, **fields})
+    model = PostLNTransformerForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def norm(x: Tensor, module) -> Tensor:
+    centred = x - x.mean()
+    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def linear(module, x: Tensor) -> Tensor:
+    return module.weight @ x + module.bias
+
+
+def naive_layer(layer, inputs: list[Tensor], heads: int) -> list[Tensor]:
+    """One post-LN layer, token by token and head by head."""
+    attention, size = layer.attention, len(inputs[0]) // heads
+    keys = [linear(attention.key, x) for x in inputs]
+    values = [linear(attention.value, x) for x in inputs]
+    outputs = []
+    for i, x in enumerate(inputs):
+        query = linear(attention.query, x)
+        attended = []
+        for head in range(heads):
+            own = slice(head * size, (head + 1) * size)
+            scores = [math.exp(query[own] @ keys[j][own] / size**0.5) for j in range(i + 1)]
+            mixed = sum(score * values[j][own] for j, score in enumerate(scores))
+            attended.append(mixed / sum(scores))
+        x = norm(x + linear(attention.output, torch.cat(attended)), layer.attention_norm)
+        fed = linear(layer.dense_out, gelu(linear(layer.dense_in, x)))
+        outputs.append(norm(x + fed, layer.feed_forward_norm))
+    return outputs
+
+
+def naive_logits(model: PostLNTransformerForCausalLM, tokens: list[int]) -> Tensor:
+    decoder = model.model
+    stream = [
+        decoder.embed_tokens.weight[token] + decoder.embed_positions.weight[t]
+        for t, token in enumerate(tokens)
+    ]
+    for layer in decoder.layers:
+        stream = naive_layer(layer, stream, model.config.num_attention_heads)
+    return torch.stack([linear(model.lm_head, norm(x, decoder.final_layer_norm)) for x in stream])
+
+
+@torch.no_grad()
+def test_logits_equal_the_naive_form():
+    model = small()
+    ids = torch.randint(31, (2, 13))
+    expected = torch.stack([naive_logits(model, row.tolist()) for row in ids])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_parameter_count_of_the_document():
+    with torch.device("meta"):
+        model = PostLNTransformerForCausalLM(PostLNTransformerConfig())
+    assert sum(p.numel() for p in model.parameters()) == 5_260_264
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = PostLNTransformerForCausalLM(PostLNTransformerConfig())
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_also_acts_on_the_attention_weights(implementation):
+    model = small(dropout=0.5)
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(31, (2, 9))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    attention = model.model.layers[0].attention.train()  # no other dropout is in training
+    first, second = (attention(torch.ones(1, 9, 15).double(), None, None)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_dropout_acts_on_the_embedding_and_three_times_in_a_layer():
+    model = small().train()
+    seen: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.1
+            module.register_forward_hook(lambda *call: seen.append(call[-1]))
+    model(torch.randint(31, (4, 20)))
+    assert [out.shape[-1] for out in seen] == [15, 15, 13, 15, 15, 13, 15]
+    assert all(0.02 < (out == 0).double().mean() < 0.3 for out in seen)
+
+
+def test_eager_attention_gives_its_weights():
+    model = small()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(31, (2, 7))
+    outputs = model(ids, output_attentions=True, output_hidden_states=True)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 3, 7, 7)] * 2
+    assert len(outputs.hidden_states) == 3
+    for weights in outputs.attentions:
+        assert torch.equal(weights, weights.tril())
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 7).double())
+
+
+def test_cache_of_the_document_at_32_tokens():
+    model = PostLNTransformerForCausalLM(PostLNTransformerConfig())
+    (entry,) = measure_cache(model, [32, 128], torch.device("cpu"))
+    keys_and_values = 2 * 6 * 32 * 256 * 4
+    assert entry.tokens == 32
+    assert entry.logical == entry.resident == keys_and_values + 8  # and the row's count of tokens
+
+
+def test_one_position_too_many_is_refused():
+    model = small(max_position_embeddings=6)
+    assert position_limit(model) == 6
+    ids = torch.randint(31, (2, 7))
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    for more in (
+        lambda: model(ids),
+        lambda: model(ids[:, 6:], past_key_values=cache, use_cache=True),
+    ):
+        with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 7"):
+            more()
+
+
+def test_padding_takes_no_position():
+    model = small(max_position_embeddings=6)
+    ids = torch.randint(31, (2, 6))
+    rows = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
+    padded = model(rows, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(padded, model(ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_a_tied_head_is_the_embedding():
+    model = PostLNTransformerForCausalLM(PostLNTransformerConfig(**SMALL, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(256\)"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        PostLNTransformerConfig(**fields)
