@@ -114,6 +114,7 @@ def run_contender(
         cache=cache,
         cache_dtype=str(model.dtype).removeprefix("torch."),
         reported=contender.reported,
+        reported_epochs=dict(contender.reported_epochs),
     )
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())

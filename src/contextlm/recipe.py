@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -67,6 +67,9 @@ class Contender(Settings):
     )
     target_offset: PositiveInt | None = Field(None, description="overrides the recipe's")
     reported: dict[str, float] = Field({}, description="the source document's own figures")
+    reported_epochs: dict[Literal["train_ppl", "val_ppl"], list[float | None]] = Field(
+        {}, description="its figures epoch by epoch; null where it names none"
+    )
 
     @model_validator(mode="after")
     def _model_has_a_type(self) -> Self:

@@ -126,6 +126,7 @@ class Result(_Record):
     cache: list[CacheBytes]
     cache_dtype: str
     reported: dict[str, float]
+    reported_epochs: dict[str, list[float | None]] = {}
 
     @property
     def train_validation_ratio(self) -> float:
