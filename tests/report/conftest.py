@@ -54,11 +54,16 @@ def outcome(
     reported: dict[str, float] | None = None,
     **changes: Any,
 ) -> Outcome:
-    """One contender and seed. `cache` maps tokens to logical bytes; `changes` go to the result."""
+    """One contender and seed. `cache` maps tokens to logical bytes.
+
+    `changes` go to the timings that have such a name, else to the result.
+    """
     sizes = {128: 131_072, 512: 524_288, 2048: 2_097_152} if cache is None else cache
     best = max(1, epochs - 1)
     timings = {
         "phase1_seconds": 12.5 if phase1 else None,
+        "store_seconds": None,
+        "stages": [],
         "epoch_seconds": [10.0 + seed] * epochs,
         "training_tokens_per_second": 2000.0,
         "prefill_tokens_per_second": 8000.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contextlm.report.notes import notes
+from contextlm.report.notes import detail_notes, notes
 from contextlm.report.summary import summarise_runs
 
 
@@ -77,3 +77,28 @@ def test_smoke_figures_mean_nothing(made, run_of, tmp_path):
         "Scale smoke only tests that everything runs (51,200 validation tokens): "
         "draw no conclusions from these figures."
     ]
+
+
+def test_data_of_older_results_counts_as_the_same(made, run_of, tmp_path):
+    newer = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    outcomes = [made(baseline=True), made("far", target_offset=2, corpus=newer)]
+    run = run_of(outcomes, tmp_path)
+    assert not any("differ in data" in note for note in notes([run], summarise_runs([run])))
+
+
+def test_train_perplexity_on_fewer_windows(made, run_of, tmp_path):
+    outcomes = [
+        made(baseline=True, train_ppl_windows=1000),
+        made("all", train_ppl_windows=4000),
+        made("b", train_ppl_windows=1000),
+        made("c", train_ppl_windows=20),
+        made("older"),
+    ]
+    run = run_of(outcomes, tmp_path)
+    rows = summarise_runs([run])
+    said = "Train PPL with the best weights was measured on the first"
+    assert detail_notes(rows) == [
+        f"{said} 1,000 of 4,000 train windows (mha, b).",
+        f"{said} 20 of 4,000 train windows (c).",
+    ]
+    assert not any(said in note for note in notes([run], rows)), "the summary shows no train PPL"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import html
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from contextlm.errors import InputError
-from contextlm.evaluation.result import Run, read_run
-from contextlm.report.page import write_report
+from contextlm.evaluation.result import EmbeddingFacts, Run, StageMemory, StoreFacts, read_run
+from contextlm.report.numbers import ABSENT
+from contextlm.report.page import render_summary, write_report
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -165,9 +168,16 @@ def test_data_never_becomes_markup(run, tmp_path):
             key: f"{EVIL}|`x`{getattr(result, key)}"
             for key in ("recipe", "scale", "contender", "architecture", "precision", "cache_dtype")
         }
-        corpus = result.corpus.model_copy(update={"name": EVIL, "tokenizer": EVIL})
+        changes = {"name": EVIL, "tokenizer": EVIL, "unigram_ppl": 9.0}
+        corpus = result.corpus.model_copy(update=changes)
         update = {**texts, "corpus": corpus, "reported": {EVIL: 1.0, "val_ppl": 9.0}}
-        outcomes.append(outcome.model_copy(update={"result": result.model_copy(update=update)}))
+        update["embedding"] = EmbeddingFacts(source="pretrained", path=EVIL)
+        stages = [StageMemory(stage=EVIL, host_bytes=1, accelerator_bytes=None)]
+        changed = {
+            "result": result.model_copy(update=update),
+            "timings": outcome.timings.model_copy(update={"stages": stages}),
+        }
+        outcomes.append(outcome.model_copy(update=changed))
     keep = {"name", "question", "document", "training", "contenders", "model"}
     recipe = {key: poisoned(value) for key, value in run.recipe.items() if key in keep}
     recipe["contenders"] = [{"name": EVIL, "model": poisoned({"type": "x"})}]
@@ -254,3 +264,83 @@ def test_nothing_to_report_is_an_input_error(run_of, tmp_path):
         write_report([], tmp_path)
     with pytest.raises(InputError, match="no contender has finished"):
         write_report([run_of([], tmp_path)], tmp_path)
+
+
+@pytest.fixture
+def stored_run(made, run_of, tmp_path):
+    """Two contenders that have every figure a result may have, one with another target."""
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    facts = {
+        "corpus": data,
+        "train_ppl_windows": 1000,
+        "embedding": EmbeddingFacts(source="pretrained", path="gpt2", frozen=True),
+        "store": StoreFacts(
+            fill="sequential",
+            dtype="float32",
+            train_bytes=3 * 1024**2,
+            validation_bytes=1024**2,
+            drift_train=0.0125,
+            drift_validation=0.5,
+        ),
+        "store_seconds": 2.5,
+        "stages": [
+            StageMemory(stage="data loaded", host_bytes=1024**3, accelerator_bytes=None),
+            StageMemory(stage="trained", host_bytes=2 * 1024**3, accelerator_bytes=None),
+        ],
+    }
+    outcomes = [
+        made("kv", baseline=True, phase1=True, **facts),
+        made("kv-2", target_offset=2, bits_per_byte=None, reported={"store_mb": 2386}, **facts),
+    ]
+    return run_of(outcomes, tmp_path / "stored")
+
+
+def test_stores_stages_embeddings_and_unigrams_are_shown(stored_run):
+    paths = write_report([stored_run], stored_run.folder)
+    page = Page(read(paths, "report.html"))
+    measured = {text for text, classes in page.texts if "measured" in classes}
+    for figure in ("3.0 MB", "1.0 MB", "4.0 MB", "0.0125", "2.50 s", "2.00 GB", "25.0 %", "1.11"):
+        assert figure in measured, figure
+    markdown = read(paths, "report.md")
+    for heading in ("Context stores", "Memory in use at the end of each stage"):
+        assert f"\n## {heading}\n" in markdown
+    for name in ("report.html", "report.md"):
+        text = html.unescape(read(paths, name))
+        for said in (
+            "frequencies reaches a validation PPL of 400.0.",
+            "Token embeddings of all contenders: pretrained, from gpt2, frozen in phase 2.",
+            "measured on the first 1,000 of 4,000 train windows (kv, kv-2).",
+            "2,386 MB",
+        ):
+            assert text.count(said) == 1, (name, said)
+    quality = markdown.partition("\n## Quality\n")[2].partition("\n## ")[0]
+    bits = [line.split(" | ")[-2] for line in quality.splitlines() if line.startswith("| kv")]
+    assert bits == ["1.500", ABSENT]
+
+
+def test_the_summary_does_not_grow(stored_run):
+    text = render_summary([stored_run])
+    for told_elsewhere in ("frequencies", "embeddings of", "Train PPL with", "at the end of each"):
+        assert told_elsewhere not in text
+
+
+def test_older_run_folders_still_render(stored_run, on_disk, tmp_path):
+    on_disk(stored_run)
+    newer = {
+        "result.json": {"train_ppl_windows", "embedding", "store"},
+        "timings.json": {"store_seconds", "stages"},
+    }
+    for place in stored_run.folder.glob("*/seed-*"):
+        for name, unknown in newer.items():
+            facts = json.loads((place / name).read_text("utf-8"))
+            facts = {key: value for key, value in facts.items() if key not in unknown}
+            if "corpus" in facts:
+                del facts["corpus"]["unigram_ppl"]
+                facts["bits_per_byte"] = 1.5
+            (place / name).write_text(json.dumps(facts), "utf-8")
+    paths = write_report([read_run(stored_run.folder)], tmp_path / "older")
+    for name in ("report.html", "report.md"):
+        text = read(paths, name)
+        assert "2,386 MB" in text
+        for absent in ("Context stores", "Memory in use", "Token embeddings", "frequencies reach"):
+            assert absent not in text, (name, absent)

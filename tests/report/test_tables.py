@@ -18,6 +18,10 @@ def by_name(rows):
     return {row.name: row for row in rows}
 
 
+def column(table, label):
+    return [row[[c.label for c in table.columns].index(label)] for row in table.rows]
+
+
 def test_means_deviations_and_differences(three_seeds):
     rows = by_name(summarise(three_seeds))
     assert list(rows) == ["mha", "hybrid", "compressed"]
@@ -66,6 +70,12 @@ def test_stat_of_nothing_is_an_error():
         Stat.of([])
 
 
+def test_stat_of_what_is_known():
+    assert Stat.of_known([1.0, None, 3.0]) == Stat.of([1.0, 3.0])
+    assert Stat.of_known([None]) is None
+    assert Stat.of_known([]) is None
+
+
 def test_one_seed_has_no_deviation(made):
     rows = summarise([made(baseline=True), made("hybrid", ppl=90)])
     line = tables.main_table(rows).rows[1]
@@ -99,6 +109,17 @@ def test_one_seed_has_no_deviation(made):
         (numbers.with_deviation(Stat(0.249, 0.01, 3), numbers.percent), "24.9 ± 1.0 %"),
         (numbers.with_deviation(None), numbers.ABSENT),
         (numbers.plain(2403563), "2,403,563"),
+        (numbers.significant(1.17541), "1.18"),
+        (numbers.significant(0.000123456), "0.000123"),
+        (numbers.significant(98765.4), "98,765"),
+        (numbers.significant(1e-14), "0.000000000"),
+        (numbers.significant(0.0), "0"),
+        (numbers.significant(math.nan), "not finite"),
+        (
+            numbers.with_deviation(Stat(0.00123, 0.0004, 3), numbers.significant),
+            "0.00123 ± 0.00040",
+        ),
+        (numbers.gigabytes(1.234), "1.23 GB"),
     ],
 )
 def test_how_numbers_are_written(text, expected):
@@ -121,6 +142,53 @@ def test_document_figures_stand_beside_measured_ones(three_seeds):
     assert lines["mha", "best epoch"][:2] == ("5", "3 ± 0")
     kinds = [column.kind for column in table.columns]
     assert kinds == ["text", "text", "reported", "measured", "reported", "measured"]
+
+
+def test_bits_per_byte_of_a_target_further_ahead_is_a_dash(made):
+    rows = summarise(
+        [
+            made("gpt2", baseline=True),
+            made("dca"),
+            made("gpt2-2", target_offset=2, architecture="gpt_neox", bits_per_byte=None),
+            made("dca-2", target_offset=2, bits_per_byte=None, reported={"bits_per_byte": 2.5}),
+        ]
+    )
+    assert [row.bits_per_byte is None for row in rows] == [False, False, True, True]
+    cells = column(tables.quality_table(rows), "bits per byte")
+    assert cells == ["1.500", "1.500", numbers.ABSENT, numbers.ABSENT]
+    (figure,) = document.document_figures(rows)
+    assert (figure.reported, figure.measured, figure.measured_change) == ("2.5", None, None)
+
+
+def test_both_ratios_of_train_and_validation(made):
+    # The document: validation 175.7, running train 78.4; on the best weights 70.28 = 0.4 * 175.7.
+    reported = {"train_val_gap": 2.2}
+    rows = summarise(
+        [
+            made(ppl=175.7, train_ppl_running=78.4, train_ppl=70.28, reported=reported),
+            made(ppl=100.0, train_ppl_running=50.0, train_ppl=60.0, seed=1),
+        ]
+    )
+    table = tables.quality_table(rows)
+    assert column(table, "train / validation PPL, best weights") == ["0.500 ± 0.141"]
+    assert column(table, "gap, validation / running train PPL") == ["2.12 ± 0.17"]  # 2.241, 2
+    (figure,) = document.document_figures(rows[:1])
+    assert figure.label == "gap, validation / running train PPL"
+    assert (figure.reported, figure.measured) == ("2.2", "2.12 ± 0.17")
+
+
+def test_perplexity_as_a_share_of_unigram_perplexity(made):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    rows = summarise(
+        [
+            made(baseline=True),
+            made("a", ppl=80, corpus=data),
+            made("a", ppl=120, corpus=data, seed=1),
+        ]
+    )
+    # 20 % and 30 %
+    shares = column(tables.quality_table(rows), "share of unigram PPL")
+    assert shares == [numbers.ABSENT, "25.0 ± 7.1 %"]
 
 
 def test_unknown_and_shared_document_figures(made):

@@ -3,9 +3,12 @@
 A recipe's ``reported`` maps names to numbers. Known names are `val_ppl`, `val_loss`, `train_ppl`,
 `bits_per_byte`, `accuracy`, `best_epoch`, `epochs`, `parameters`, `parameters_trainable`,
 `seconds_per_epoch`, `phase1_iterations`, `phase1_converged`, `phase1_seconds`,
-`effective_rank_train`, `effective_rank_val` and `cache_kb_at_N` (`mb`, `bytes`); `validation_` may
-stand for `val_`. Accuracy, convergence and rank (as part of the width) are shares up to 1, and
-percentages above. Any other name is shown as it stands, with nothing measured beside it.
+`effective_rank_train`, `effective_rank_val`, `cache_kb_at_N` (`mb`, `bytes`), `train_val_gap`,
+`store_mb`, `store_train_contexts_mb`, `store_train_embeddings_mb`, `store_val_contexts_mb`,
+`store_val_embeddings_mb`, and `host_gb_STAGE` and `accelerator_gb_STAGE` with the stages `data`,
+`model`, `phase1` and `phase2`; `validation_` may stand for `val_`. Accuracy, convergence and rank
+(as part of the width) are shares up to 1, and percentages above; 1 KB = 1024 bytes. Any other name
+is shown as it stands, with nothing measured beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,13 @@ from dataclasses import dataclass
 
 from contextlm.report import numbers
 from contextlm.report.numbers import Stat, percent_change
+from contextlm.report.resources import (
+    AFTER_PHASE_1,
+    DATA_LOADED,
+    MODEL_INITIALISED,
+    PHASE_2_PREPARED,
+    StoreSummary,
+)
 from contextlm.report.summary import SummaryRow
 
 
@@ -60,6 +70,11 @@ def loss(value: float) -> str:
     return numbers.decimal(value, 4)
 
 
+def ratio(value: float) -> str:
+    """A ratio of perplexities, two decimals."""
+    return numbers.decimal(value, 2)
+
+
 def epoch(value: float) -> str:
     """An epoch or iteration: whole where it is whole."""
     return numbers.decimal(value, 0 if value == int(value) else 1)
@@ -86,6 +101,38 @@ def _iterations(row: SummaryRow) -> Stat | None:
 
 def _converged(row: SummaryRow) -> Stat | None:
     return row.phase1.converged if row.phase1 else None
+
+
+_STAGES = {
+    "data": DATA_LOADED,
+    "model": MODEL_INITIALISED,
+    "phase1": AFTER_PHASE_1,
+    "phase2": PHASE_2_PREPARED,
+}
+_UNITS = {"bytes": 1, "kb": 1024, "mb": 1024**2, "gb": 1024**3}
+
+
+def _store(label: str, size: Callable[[StoreSummary], int]) -> _Kind:
+    def measure(row: SummaryRow) -> Stat | None:
+        return _exactly(size(row.store) / _UNITS["mb"]) if row.store else None
+
+    return _Kind(label, measure, _megabytes, " MB", relative=True)
+
+
+def _megabytes(value: float) -> str:
+    return f"{numbers.decimal(value, 1)} MB"
+
+
+def _memory(stage: str, accelerator: bool) -> _Kind:
+    def measure(row: SummaryRow) -> Stat | None:
+        found = row.stage(stage)
+        if found is None:
+            return None
+        size = found.accelerator_bytes if accelerator else found.host_bytes
+        return None if size is None else _exactly(size / _UNITS["gb"])
+
+    place = "accelerator" if accelerator else "host"
+    return _Kind(f"{place} memory, {stage}", measure, numbers.gigabytes, " GB")
 
 
 _TRAIN_RANK = _Kind("effective rank, training stream", _rank(False), numbers.percent, share=True)
@@ -118,6 +165,26 @@ _KINDS = {
     "effective_rank_val": _Kind(
         "effective rank, validation windows", _rank(True), numbers.percent, share=True
     ),
+    "train_val_gap": _Kind(
+        "gap, validation / running train PPL", lambda r: r.train_validation_gap, ratio
+    ),
+    # The documents store an embedding for every position, too; here it is looked up by token.
+    "store_mb": _store("stored contexts and embeddings, both splits", lambda s: s.total_bytes),
+    "store_train_contexts_mb": _store("stored contexts, training text", lambda s: s.train_bytes),
+    "store_train_embeddings_mb": _store(
+        "stored embeddings, training text (here looked up by token)", lambda s: 0
+    ),
+    "store_val_contexts_mb": _store(
+        "stored contexts, validation text", lambda s: s.validation_bytes
+    ),
+    "store_val_embeddings_mb": _store(
+        "stored embeddings, validation text (here looked up by token)", lambda s: 0
+    ),
+    **{
+        f"{place}_gb_{key}": _memory(stage, accelerator=place == "accelerator")
+        for place in ("host", "accelerator")
+        for key, stage in _STAGES.items()
+    },
 }
 _ALIASES = {
     "parameters_total": "parameters",
@@ -125,7 +192,6 @@ _ALIASES = {
     "converged": "phase1_converged",
     "effective_rank": "effective_rank_train",
 }
-_UNITS = {"bytes": 1, "kb": 1024, "mb": 1024**2}
 _CACHE = re.compile(r"cache_(bytes|kb|mb)_at_(\d+)")
 
 

@@ -34,6 +34,20 @@ def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
     ]
 
 
+def detail_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    """Notes on figures that only the full report shows."""
+    first: dict[tuple[int, int], list[SummaryRow]] = {}
+    for row in rows:
+        windows = row.outcomes[0].result.train_ppl_windows
+        if windows is not None and windows < row.corpus.train_windows:
+            first.setdefault((windows, row.corpus.train_windows), []).append(row)
+    return [
+        f"Train PPL with the best weights was measured on the first {numbers.count(windows)} of "
+        f"{numbers.count(total)} train windows ({_names(measured)})."
+        for (windows, total), measured in first.items()
+    ]
+
+
 def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
     found = []
     for scale in dict.fromkeys(row.scale for row in rows if row.scale != FULL):
@@ -105,7 +119,7 @@ def _comparison_notes(rows: Sequence[SummaryRow]) -> list[str]:
             found.append(f"{_names(group)} were trained on different numbers of tokens.")
         if len({row.precision for row in group}) > 1:
             found.append(f"{_names(group)} were trained in different precisions.")
-    if len({group[0].corpus.model_dump_json() for group in groups}) > 1:
+    if len({group[0].corpus.model_dump_json(exclude={"unigram_ppl"}) for group in groups}) > 1:
         found.append(
             "The runs differ in data, tokenizer or window; perplexities are compared only "
             "between contenders that share them."

@@ -36,6 +36,12 @@ class Stat:
         sd = stdev(known) if len(known) > 1 and finite else None
         return cls(mean=fmean(known), sd=sd, seeds=len(known))
 
+    @classmethod
+    def of_known(cls, values: Iterable[float | None]) -> Stat | None:
+        """The same without the seeds that have no such value; None if no seed has one."""
+        known = [value for value in values if value is not None]
+        return cls.of(known) if known else None
+
 
 def percent_change(value: float, base: float) -> float | None:
     """By how many percent `value` lies above (+) or below (-) `base`; None without a sound base."""
@@ -50,6 +56,13 @@ def decimal(value: float, places: int) -> str:
         return "not finite"
     text = f"{value:,.{places}f}"
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent, and nine decimals at most."""
+    if not math.isfinite(value) or value == 0:
+        return decimal(value, 0)
+    return decimal(value, min(max(2 - math.floor(math.log10(abs(value))), 0), 9))
 
 
 def count(value: float) -> str:
@@ -94,6 +107,11 @@ def amount(change: float) -> str:
 def plain(value: float) -> str:
     """A number as it was given, with thousands separators."""
     return f"{value:,.10g}"
+
+
+def gigabytes(value: float) -> str:
+    """GB, two decimals; 1 GB = 1024^3 bytes."""
+    return decimal(value, 2) + " GB"
 
 
 def human_bytes(size: float) -> str:

@@ -18,8 +18,9 @@ from markupsafe import Markup
 from contextlm.errors import InputError
 from contextlm.evaluation.result import Run
 from contextlm.files import atomic_open, write_text
-from contextlm.report import details, plots, tables, words
-from contextlm.report.notes import notes
+from contextlm.report import details, plots, resource_tables, tables, words
+from contextlm.report.notes import detail_notes, notes
+from contextlm.report.remarks import data_remarks
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
 from contextlm.report.terms import terms
@@ -127,8 +128,10 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
         tables.quality_table(rows),
         tables.training_table(rows),
         tables.phase1_table(rows),
+        resource_tables.store_table(rows),
         tables.cache_table(rows),
         tables.speed_table(rows),
+        resource_tables.stage_table(rows),
     ]
     parts = [
         _RunPart(
@@ -146,11 +149,13 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
         "answer": words.answer(rows),
         "verdicts": words.verdicts(rows),
         "notes": notes(runs, rows),
+        "detail_notes": detail_notes(rows),
         "main": tables.main_table(rows),
         "document_table": tables.document_table(rows),
         "measured": [table for table in measured if table is not None],
         "terms": terms(rows),
         "data": details.data_table(rows),
+        "data_remarks": data_remarks(rows),
         "runs": parts,
         "histories": [(row.name, details.history_tables(row)) for row in rows],
         "curves_alt": words.curves_alt(rows),

@@ -23,6 +23,9 @@ class Column:
         return self.label if self.kind == "text" else f"{self.label} ({self.kind})"
 
 
+CONTENDER = Column("contender", "text")
+
+
 @dataclass(frozen=True)
 class Table:
     """A caption, columns, and rows of one text per column. The first column names the row."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal
 
-from contextlm.evaluation.result import CacheBytes, CorpusFacts, Outcome, Run
+from contextlm.evaluation.result import CacheBytes, CorpusFacts, EmbeddingFacts, Outcome, Run
 from contextlm.report.numbers import Stat, percent_change
+from contextlm.report.resources import StageSummary, StoreSummary, stage_summaries, store_summary
 
 Certainty = Literal["beyond", "within", "one seed", "two seeds"]
 SEEDS_TO_TELL = 3
@@ -53,7 +54,8 @@ class SummaryRow:
     """One contender: means over its seeds. Losses in nats, rates in tokens a second.
 
     `name` is unique in the report, `contender` is the recipe's name. Memory peaks are the largest
-    over the seeds.
+    over the seeds, `stages` medians. `train_validation_gap` is validation PPL over the best epoch's
+    running train PPL, `unigram_share` validation PPL over the data's unigram PPL.
     """
 
     name: str
@@ -71,17 +73,22 @@ class SummaryRow:
     parameters_trainable: int
     loss: Stat
     ppl: Stat
-    bits_per_byte: Stat
+    unigram_share: Stat | None
+    bits_per_byte: Stat | None
     accuracy: Stat
     train_ppl: Stat
     train_ppl_running: Stat
     train_validation_ratio: Stat
+    train_validation_gap: Stat
     best_epoch: Stat
     epochs: Stat
     seconds_per_epoch: Stat | None
     total_seconds: Stat
     phase1: PhaseOneSummary | None
     phase1_seconds: Stat | None
+    embedding: EmbeddingFacts | None
+    store: StoreSummary | None
+    stages: tuple[StageSummary, ...]
     cache: tuple[CacheBytes, ...]
     cache_dtype: str
     training_rate: Stat
@@ -93,6 +100,15 @@ class SummaryRow:
     reported: dict[str, float]
     outcomes: tuple[Outcome, ...] = field(repr=False)
     comparison: Comparison = field(default_factory=Comparison)
+
+    @property
+    def shown_name(self) -> str:
+        """The name, which says of a baseline that it is one."""
+        return f"{self.name} (baseline)" if self.baseline else self.name
+
+    def stage(self, name: str) -> StageSummary | None:
+        """The memory at the end of a stage, None where the contender had no such stage."""
+        return next((stage for stage in self.stages if stage.stage == name), None)
 
     def cache_at(self, tokens: int) -> CacheBytes | None:
         """The cache measured after `tokens` tokens, None where the model stops short of them."""
@@ -208,7 +224,6 @@ def _row(outcomes: Sequence[Outcome], run: str) -> SummaryRow:
     timings = [outcome.timings for outcome in outcomes]
     first = results[0]
     epochs = [t.epoch_seconds for t in timings if t.epoch_seconds]
-    phase1_seconds = [t.phase1_seconds for t in timings if t.phase1_seconds is not None]
     peaks = [t.peak_accelerator_bytes for t in timings if t.peak_accelerator_bytes is not None]
     return SummaryRow(
         name=first.contender,
@@ -226,17 +241,25 @@ def _row(outcomes: Sequence[Outcome], run: str) -> SummaryRow:
         parameters_trainable=first.parameters_trainable,
         loss=Stat.of(r.validation_loss for r in results),
         ppl=Stat.of(r.validation_ppl for r in results),
-        bits_per_byte=Stat.of(r.bits_per_byte for r in results),
+        unigram_share=Stat.of_known(
+            r.validation_ppl / base if (base := r.corpus.unigram_ppl) is not None else None
+            for r in results
+        ),
+        bits_per_byte=Stat.of_known(r.bits_per_byte for r in results),
         accuracy=Stat.of(r.accuracy for r in results),
         train_ppl=Stat.of(r.train_ppl for r in results),
         train_ppl_running=Stat.of(r.train_ppl_running for r in results),
         train_validation_ratio=Stat.of(r.train_validation_ratio for r in results),
+        train_validation_gap=Stat.of(r.validation_ppl / r.train_ppl_running for r in results),
         best_epoch=Stat.of(r.best_epoch for r in results),
         epochs=Stat.of(r.epochs for r in results),
         seconds_per_epoch=Stat.of(sum(e) / len(e) for e in epochs) if epochs else None,
         total_seconds=Stat.of(t.total_seconds for t in timings),
         phase1=_phase1(outcomes),
-        phase1_seconds=Stat.of(phase1_seconds) if phase1_seconds else None,
+        phase1_seconds=Stat.of_known(t.phase1_seconds for t in timings),
+        embedding=first.embedding,
+        store=store_summary(outcomes),
+        stages=stage_summaries(timings),
         cache=_largest_caches(outcomes),
         cache_dtype=first.cache_dtype,
         training_rate=Stat.of(t.training_tokens_per_second for t in timings),

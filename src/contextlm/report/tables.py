@@ -10,10 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from contextlm.report import numbers
-from contextlm.report.document import document_figures, epoch, loss, reported_change, reported_value
+from contextlm.report.document import (
+    document_figures,
+    epoch,
+    loss,
+    ratio,
+    reported_change,
+    reported_value,
+)
 from contextlm.report.frontier import headline_length
 from contextlm.report.numbers import ABSENT, Stat, signed_percent, with_deviation
-from contextlm.report.sheet import Column, Table, make_table, markdown_table
+from contextlm.report.sheet import CONTENDER, Column, Table, make_table, markdown_table
 from contextlm.report.summary import (
     SummaryRow,
     summarise,
@@ -46,7 +53,7 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
     """
     length = headline_length(rows)
     documented = any(reported_value(row, "val_ppl") is not None for row in rows)
-    columns = [_NAME, Column("validation PPL"), Column("PPL vs baseline")]
+    columns = [CONTENDER, Column("validation PPL"), Column("PPL vs baseline")]
     if documented:
         columns += [
             Column("validation PPL", "reported"),
@@ -68,7 +75,7 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
     lines = []
     for row in rows:
         against = row.comparison
-        line = [_shown(row), with_deviation(row.ppl), signed_percent(against.ppl)]
+        line = [row.shown_name, with_deviation(row.ppl), signed_percent(against.ppl)]
         if documented:
             value = reported_value(row, "val_ppl")
             line += [
@@ -98,7 +105,7 @@ def document_table(rows: Sequence[SummaryRow]) -> Table | None:
     if not figures:
         return None
     columns = [
-        _NAME,
+        CONTENDER,
         Column("figure", "text"),
         Column("document", "reported"),
         Column("this run"),
@@ -120,23 +127,27 @@ def document_table(rows: Sequence[SummaryRow]) -> Table | None:
 
 
 def quality_table(rows: Sequence[SummaryRow]) -> Table:
-    """Validation and train perplexity, loss, bits per byte, accuracy."""
-    columns = ["validation PPL", "validation loss", "train PPL, best weights", "train PPL, running"]
-    columns += ["train/validation PPL", "bits per byte", "accuracy"]
+    """Validation and train perplexity and their ratios, loss, bits per byte, accuracy."""
+    columns = ["validation PPL", "share of unigram PPL", "validation loss"]
+    columns += ["train PPL, best weights", "train PPL, running"]
+    columns += ["train / validation PPL, best weights", "gap, validation / running train PPL"]
+    columns += ["bits per byte", "accuracy"]
     lines = [
         [
-            _shown(row),
+            row.shown_name,
             with_deviation(row.ppl),
+            with_deviation(row.unigram_share, numbers.percent),
             with_deviation(row.loss, loss),
             with_deviation(row.train_ppl),
             with_deviation(row.train_ppl_running),
             with_deviation(row.train_validation_ratio, _three),
+            with_deviation(row.train_validation_gap, ratio),
             with_deviation(row.bits_per_byte, _three),
             with_deviation(row.accuracy, numbers.percent),
         ]
         for row in rows
     ]
-    return make_table("Quality", [_NAME, *map(Column, columns)], lines)
+    return make_table("Quality", [CONTENDER, *map(Column, columns)], lines)
 
 
 def training_table(rows: Sequence[SummaryRow]) -> Table:
@@ -145,7 +156,7 @@ def training_table(rows: Sequence[SummaryRow]) -> Table:
     columns += ["epochs run", "seconds an epoch", "seconds vs baseline", "seconds in all"]
     lines = [
         [
-            _shown(row),
+            row.shown_name,
             numbers.count(row.parameters_total),
             signed_percent(row.comparison.parameters),
             numbers.count(row.parameters_trainable),
@@ -161,7 +172,7 @@ def training_table(rows: Sequence[SummaryRow]) -> Table:
         for row in rows
     ]
     texts = [Column("precision", "text"), Column("tokens ahead", "text"), Column("seeds", "text")]
-    return make_table("Size and training", [_NAME, *map(Column, columns), *texts], lines)
+    return make_table("Size and training", [CONTENDER, *map(Column, columns), *texts], lines)
 
 
 def phase1_table(rows: Sequence[SummaryRow]) -> Table | None:
@@ -178,7 +189,7 @@ def phase1_table(rows: Sequence[SummaryRow]) -> Table | None:
         if facts is not None:
             lines.append(
                 [
-                    _shown(row),
+                    row.shown_name,
                     with_deviation(facts.iterations, epoch),
                     with_deviation(facts.converged, numbers.percent),
                     _rank(facts.rank_train, facts.context_dim),
@@ -188,7 +199,7 @@ def phase1_table(rows: Sequence[SummaryRow]) -> Table | None:
             )
     if not lines:
         return None
-    headings = [_NAME, *map(Column, columns), Column("seconds")]
+    headings = [CONTENDER, *map(Column, columns), Column("seconds")]
     return make_table("Phase 1, context training", headings, lines)
 
 
@@ -197,7 +208,7 @@ def cache_table(rows: Sequence[SummaryRow]) -> Table:
     columns = "logical", "logical, bytes", "vs baseline", "resident", "resident, bytes"
     lines = [
         [
-            _shown(row),
+            row.shown_name,
             numbers.count(cache.tokens),
             numbers.human_bytes(cache.logical),
             numbers.count(cache.logical),
@@ -209,7 +220,7 @@ def cache_table(rows: Sequence[SummaryRow]) -> Table:
         for row in rows
         for cache in row.cache
     ]
-    headings = [_NAME, Column("tokens", "text"), *map(Column, columns), Column("dtype", "text")]
+    headings = [CONTENDER, Column("tokens", "text"), *map(Column, columns), Column("dtype", "text")]
     return make_table("Cache of one sequence", headings, lines)
 
 
@@ -223,7 +234,7 @@ def speed_table(rows: Sequence[SummaryRow]) -> Table:
         against, device = row.comparison, row.peak_accelerator_bytes
         lines.append(
             [
-                _shown(row),
+                row.shown_name,
                 with_deviation(row.training_rate, numbers.rate),
                 signed_percent(against.training_rate),
                 with_deviation(row.prefill_rate, numbers.rate),
@@ -235,15 +246,8 @@ def speed_table(rows: Sequence[SummaryRow]) -> Table:
                 numbers.count(row.speed_tokens),
             ]
         )
-    headings = [_NAME, *map(Column, columns), Column("tokens timed", "text")]
+    headings = [CONTENDER, *map(Column, columns), Column("tokens timed", "text")]
     return make_table("Speed and memory", headings, lines)
-
-
-_NAME = Column("contender", "text")
-
-
-def _shown(row: SummaryRow) -> str:
-    return f"{row.name} (baseline)" if row.baseline else row.name
 
 
 def _three(value: float) -> str:
