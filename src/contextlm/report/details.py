@@ -53,7 +53,7 @@ def contenders_table(run: Run) -> Table:
 
     The document's figures for them stand elsewhere.
     """
-    skipped = "name", "reported"
+    skipped = "name", "reported", "reported_epochs"
     contenders = {
         str(contender.get("name")): {k: v for k, v in contender.items() if k not in skipped}
         for contender in run.recipe.get("contenders", [])

@@ -1,6 +1,7 @@
 """The source document's own figures beside the measured ones.
 
-A recipe's ``reported`` maps names to numbers. Known names are `val_ppl`, `val_loss`, `train_ppl`,
+A recipe's ``reported`` maps names to numbers. Known names are `val_ppl`, `val_loss`, `train_ppl`
+(running), `train_ppl_best_weights`,
 `bits_per_byte`, `accuracy`, `best_epoch`, `epochs`, `parameters`, `parameters_trainable`,
 `seconds_per_epoch`, `phase1_iterations`, `phase1_converged`, `phase1_seconds`,
 `effective_rank_train`, `effective_rank_val`, `cache_kb_at_N` (`mb`, `bytes`), `train_val_gap`,
@@ -141,6 +142,9 @@ _KINDS = {
     "val_loss": _Kind("validation loss", lambda r: r.loss, loss, relative=True),
     "train_ppl": _Kind(
         "train PPL, running", lambda r: r.train_ppl_running, numbers.perplexity, relative=True
+    ),
+    "train_ppl_best_weights": _Kind(
+        "train PPL, best weights", lambda r: r.train_ppl, numbers.perplexity, relative=True
     ),
     "bits_per_byte": _Kind("bits per byte", lambda r: r.bits_per_byte, loss, relative=True),
     "accuracy": _Kind("accuracy", lambda r: r.accuracy, numbers.percent, share=True),

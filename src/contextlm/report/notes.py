@@ -58,7 +58,7 @@ def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
                 f"({' or '.join(map(numbers.count, sorted(sizes)))} validation tokens): "
                 "draw no conclusions from these figures."
             )
-        elif any(row.reported for row in rows if row.scale == scale):
+        elif any(row.reported or row.reported_epochs for row in rows if row.scale == scale):
             found.append(
                 f"Measured at scale {scale}; the document's figures are for its own setting, "
                 "so compare the differences from the baseline rather than the figures themselves."

@@ -19,8 +19,9 @@ from contextlm.errors import InputError
 from contextlm.evaluation.result import Run
 from contextlm.files import atomic_open, write_text
 from contextlm.report import details, plots, resource_tables, tables, words
+from contextlm.report.epoch_tables import epoch_tables
 from contextlm.report.notes import detail_notes, notes
-from contextlm.report.remarks import data_remarks
+from contextlm.report.remarks import data_remarks, unigram_remarks
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
 from contextlm.report.terms import terms
@@ -152,10 +153,12 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
         "detail_notes": detail_notes(rows),
         "main": tables.main_table(rows),
         "document_table": tables.document_table(rows),
+        "epoch_tables": epoch_tables(rows),
         "measured": [table for table in measured if table is not None],
         "terms": terms(rows),
         "data": details.data_table(rows),
         "data_remarks": data_remarks(rows),
+        "unigram_remarks": unigram_remarks(rows),
         "runs": parts,
         "histories": [(row.name, details.history_tables(row)) for row in rows],
         "curves_alt": words.curves_alt(rows),

@@ -11,10 +11,11 @@ from contextlm.report.summary import SummaryRow
 
 def data_remarks(rows: Sequence[SummaryRow]) -> list[str]:
     """Each sentence once; none about what older results do not tell."""
-    return [*_unigram(rows), *_embeddings(rows)]
+    return [*unigram_remarks(rows), *_embeddings(rows)]
 
 
-def _unigram(rows: Sequence[SummaryRow]) -> list[str]:
+def unigram_remarks(rows: Sequence[SummaryRow]) -> list[str]:
+    """What knowing no context at all reaches, a sentence per data set where that is known."""
     sentences = [
         f"On {data.name} ({data.tokenizer}, {numbers.count(data.train_tokens)} train tokens), "
         "a model that only knows the training tokens' frequencies reaches a validation PPL of "

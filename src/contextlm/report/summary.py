@@ -98,6 +98,7 @@ class SummaryRow:
     peak_host_bytes: int
     peak_accelerator_bytes: int | None
     reported: dict[str, float]
+    reported_epochs: dict[str, list[float | None]]
     outcomes: tuple[Outcome, ...] = field(repr=False)
     comparison: Comparison = field(default_factory=Comparison)
 
@@ -269,6 +270,7 @@ def _row(outcomes: Sequence[Outcome], run: str) -> SummaryRow:
         peak_host_bytes=max(t.peak_host_bytes for t in timings),
         peak_accelerator_bytes=max(peaks) if peaks else None,
         reported=dict(first.reported),
+        reported_epochs=dict(first.reported_epochs),
         outcomes=tuple(outcomes),
     )
 
