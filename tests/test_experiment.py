@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -15,7 +18,7 @@ from contextlm.experiment import run
 from contextlm.plan import count_parameters, dry_run
 from contextlm.preparation import prepare
 from contextlm.progress import SilentProgress
-from contextlm.recipe import builtin_recipes, load_recipe
+from contextlm.recipe import builtin_recipes, dump_recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +213,27 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
 def test_windows_of_all_contenders_cover_the_same_text():
     overrides = ["contenders.context-pythia.target_offset=2"]
     prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
-    one, two = prepared.train[1], prepared.train[2]
+    assert set(prepared.train) == {"pythia", "context-pythia", "context-pythia-projected"}
+    two, one = prepared.train["context-pythia"], prepared.train["context-pythia-projected"]
+    assert (one.target_offset, two.target_offset) == (1, 2)
     assert len(one) == len(two) == 48
     assert (one[7]["input_ids"] == two[7]["input_ids"]).all()
     assert (one[7]["labels"][1:] == two[7]["labels"][:-1]).all()
+    assert one.tokens_covered == two.tokens_covered == len(prepared.stream) == 48 * 32 + 1
 
 
 def test_the_resolved_recipe_can_be_run_again(demo):
     text = (demo.folder / "recipe.yaml").read_text()
     assert yaml.safe_load(text)["name"] == "demo"
     assert load_recipe(str(demo.folder / "recipe.yaml")).contenders[0].name == "pythia"
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_resolved_recipe_can_be_run_again(tmp_path, name):
+    for scale in ("smoke", "small", "full"):
+        recipe = load_recipe(name, scale=scale)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
+        assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
 
 
 BASELINES = """
@@ -265,3 +279,172 @@ def test_a_run_that_breaks_down_leaves_no_working_checkpoints(tmp_path):
         run(recipe, tmp_path, device="cpu", progress=SilentProgress())
     assert list(tmp_path.rglob("checkpoint-*")) == []
     assert not list(tmp_path.rglob("result.json"))
+
+
+QUICK = [
+    "training.epochs=1",
+    "training.precision=float32",
+    "evaluation.cache_lengths=[32]",
+    "embedding.source=random",
+]
+
+
+def stored(*overrides: str):
+    """Recipe context-mode at scale smoke: two contenders that differ in what their layers read."""
+    return load_recipe("context-mode", scale="smoke", overrides=[*QUICK, *overrides])
+
+
+def finish(recipe, out):
+    return read_run(run(recipe, out, device="cpu", progress=SilentProgress()))
+
+
+def stores_of(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*.bin"))
+
+
+def test_results_tell_of_stores_and_embeddings(tmp_path):
+    done = finish(stored("context_store={fill: parallel, dtype: bfloat16}"), tmp_path)
+    assert len(done.outcomes) == 2
+    for outcome in done.outcomes:
+        result = outcome.result
+        assert result.embedding.model_dump(exclude_none=True) == {
+            "source": "random",
+            "frozen": True,
+        }
+        store = result.store
+        assert (store.fill, store.dtype) == ("parallel", "bfloat16")
+        assert store.train_bytes == result.corpus.train_tokens * 16 * 2 == 3000 * 16 * 2
+        assert store.validation_bytes == result.corpus.validation_tokens * 16 * 2 == 700 * 16 * 2
+        assert store.drift_train > 0
+        assert store.drift_validation > 0
+        assert result.corpus.train_windows == 12  # 11 whole ones of 256, and the rest
+        assert result.phase1.context_dim == 16
+        assert outcome.timings.store_seconds > 0
+        stages = [stage.stage for stage in outcome.timings.stages]
+        assert stages == [
+            "data loaded",
+            "model initialised",
+            "after phase 1",
+            "phase 2 prepared",
+            "trained",
+        ]
+        written = (seed_folder(done.folder, result.contender, 0) / "result.json").read_text("utf-8")
+        assert set(json.loads(written)["store"]) == {
+            "fill",
+            "dtype",
+            "train_bytes",
+            "validation_bytes",
+            "drift_train",
+            "drift_validation",
+        }
+
+
+def test_stores_are_removed_after_the_run(tmp_path):
+    done = finish(stored(), tmp_path)
+    assert stores_of(done.folder) == []
+    folders = {path.name for path in done.folder.iterdir() if path.is_dir()}
+    assert folders == {"final-only", "layerwise"}
+
+
+def test_contenders_with_the_same_block_share_a_store_that_may_be_kept(tmp_path):
+    done = finish(stored("context_store.keep=true", "seeds=[0, 1]"), tmp_path)
+    files = stores_of(done.folder)
+    assert len(files) == 2 * 2  # a split each, for each seed, and not for each contender
+    sizes = sorted((done.folder / file).stat().st_size for file in files)
+    assert sizes == [700 * 16 * 4] * 2 + [3000 * 16 * 4] * 2
+    facts = {}
+    for outcome in done.outcomes:
+        facts.setdefault(outcome.result.seed, []).append(outcome.result.store)
+    assert all(one == other for one, other in facts.values())
+    assert facts[0] != facts[1]
+
+
+def test_no_contender_loses_its_folder_with_the_stores(tmp_path):
+    text = (
+        yaml.safe_dump(stored().model_dump(mode="json", exclude={"scale"}))
+        .replace("name: layerwise", "name: contexts")
+        .replace("name: final-only", "name: embedding")
+    )
+    (tmp_path / "names.yaml").write_text(text, "utf-8")
+    overrides = ["embedding=learned", "training.optimizer=adamw"]
+    recipe = load_recipe(str(tmp_path / "names.yaml"), overrides=overrides)
+    done = finish(recipe, tmp_path)
+    assert [o.result.contender for o in done.outcomes] == ["embedding", "contexts"]
+    for name in ("embedding", "contexts"):
+        assert (done.folder / name / "seed-0" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_a_contender_may_do_without_the_store(tmp_path):
+    done = finish(stored("contenders.layerwise.use_store=false"), tmp_path)
+    results = {o.result.contender: o.result for o in done.outcomes}
+    timings = {o.result.contender: o.timings for o in done.outcomes}
+    assert results["final-only"].store is not None
+    assert results["layerwise"].store is None
+    assert timings["layerwise"].store_seconds is None
+    assert results["layerwise"].phase1 is not None
+    # One block and one text, but contexts that are never reset, or start from zero each window.
+    assert results["layerwise"].corpus == results["final-only"].corpus
+    ranks = [results[name].phase1.effective_rank_validation for name in results]
+    assert ranks[0] != ranks[1]
+
+
+def test_a_stored_runs_checkpoint_gives_its_figures_over_the_whole_stream(tmp_path):
+    """What phase 2 read from the store is what the checkpoint computes by the recurrence."""
+    recipe = stored("context_store.fill=sequential")
+    done = finish(recipe, tmp_path)
+    prepared = prepare(recipe)
+    tokens = torch.from_numpy(prepared.validation_stream.astype("int64")).unsqueeze(0)
+    for outcome in done.outcomes:
+        folder = seed_folder(done.folder, outcome.result.contender, 0) / "checkpoint"
+        model, _ = load_checkpoint(folder, "cpu")
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
+        assert outcome.result.validation_loss == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("freeze_embedding=false", "embed_tokens.weight learns in phase 2"),
+        ("freeze_context=false", "context_block.layers.0.weight learns in phase 2"),
+    ],
+)
+def test_a_store_needs_what_the_contexts_depend_on_frozen(tmp_path, override, key):
+    recipe = stored(f"contenders.layerwise.model.{override}")
+    with pytest.raises(InputError) as caught:
+        run(recipe, tmp_path / "runs", device="cpu", progress=SilentProgress())
+    message = str(caught.value)
+    assert message.startswith("contenders.layerwise: context_store: ")
+    assert key in message
+    assert "use_store" in message
+    assert not (tmp_path / "runs").exists()
+    # Either remedy that the message names is one.
+    prepare(
+        stored(f"contenders.layerwise.model.{override}", "contenders.layerwise.use_store=false")
+    )
+
+
+def test_bits_per_byte_are_for_the_next_token_only(tmp_path):
+    overrides = [
+        *QUICK,
+        "contenders.context-pythia=null",
+        "contenders.context-pythia-projected.target_offset=2",
+        "contenders.context-pythia-projected.phase1.max_iterations=2",
+    ]
+    done = finish(load_recipe("demo", scale="smoke", overrides=overrides), tmp_path)
+    one, two = (outcome.result for outcome in done.outcomes)
+    assert (one.target_offset, two.target_offset) == (1, 2)
+    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
+    bits = one.validation_loss / math.log(2) * len(prepared.validation_stream)
+    assert one.bits_per_byte == pytest.approx(bits / prepared.validation_bytes, rel=1e-12)
+    assert two.bits_per_byte is None
+
+
+def test_unigram_perplexity_equals_a_count():
+    prepared = prepare(load_recipe("demo", scale="smoke"))
+    seen = Counter(prepared.stream.tolist())
+    total = len(prepared.stream) + 512  # every entry counts once more
+    losses = [-math.log((seen[token] + 1) / total) for token in prepared.validation_stream.tolist()]
+    expected = math.exp(math.fsum(losses) / len(losses))
+    assert prepared.facts.unigram_ppl == pytest.approx(expected, rel=1e-9)

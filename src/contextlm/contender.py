@@ -158,7 +158,7 @@ def _quality_fields(
         "bits_per_byte": bits_per_byte(
             validation.loss, prepared.facts.validation_tokens, prepared.validation_bytes
         )
-        if target_offset == 1
+        if target_offset == 1 and prepared.validation_bytes is not None
         else None,
         "accuracy": validation.accuracy,
         "train_ppl_running": perplexity(best.train_loss),

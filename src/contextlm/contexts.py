@@ -18,15 +18,15 @@ from contextlm.evaluation.quality import effective_rank, sample_rows, window_con
 from contextlm.evaluation.result import PhaseOneFacts, StageMemory, StoreFacts
 from contextlm.live import History, IterationWatcher
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
-from contextlm.preparation import Prepared, reads_store
+from contextlm.preparation import Prepared, Samples, reads_store
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
 from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
 
-STORES = "contexts"  # folder of a run
+STORES = "_contexts"  # folder of a run; no contender can be named so
 
-Text = Windows | StoredWindows
+Text = Samples | StoredWindows
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def make_contexts(
     if stores is None:
         return Contexts(train, validation, facts, phase1_seconds)
     assert isinstance(decoder, ReadsStoredContexts)
+    assert isinstance(train, Windows)  # lines have no store
+    assert isinstance(validation, Windows)
     return Contexts(
         StoredWindows(train, stores[0], decoder.history),
         StoredWindows(validation, stores[1], decoder.history),
@@ -168,7 +170,7 @@ def _phase_one_facts(
     decoder: HasContextBlock,
     outcome: PhaseOne,
     stores: tuple[ContextStore, ContextStore] | None,
-    validation: Windows,
+    validation: Samples,
     seed: int,
     device: torch.device,
 ) -> PhaseOneFacts:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +34,16 @@ from contextlm.training.next_token import train_next_token
 from contextlm.training.precision import resolve_precision
 from contextlm.training.settings import EmbeddingSettings, TrainingSettings
 
+# What transformers raises for a folder that holds no whole model.
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 _INSTEAD = "set embedding.path to a local checkpoint, or embedding=learned"
 
 
@@ -65,19 +78,25 @@ def load_pretrained(path: str, vocab_size: int, width: int) -> Embedding:
         RunError: the hub could not be reached.
     """
     where = f"embedding.path {path!r}"
-    if Path(path).is_dir():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{where}: no model can be loaded from it: {reason}") from None
-    else:
-        model = from_hub(
-            where,
-            _INSTEAD,
-            lambda online: AutoModelForCausalLM.from_pretrained(path, local_files_only=not online),
+
+    def read(online: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=not online,
+            trust_remote_code=False,  # else transformers would ask at the terminal
+            output_loading_info=True,
         )
-    weight_VD = model.get_input_embeddings().weight.detach().float()
+
+    try:
+        model, notes = read(False) if Path(path).is_dir() else from_hub(where, _INSTEAD, read)
+    except _UNUSABLE as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise InputError(f"{where}: no model can be loaded from it: {reason}") from None
+    parameter = model.get_input_embeddings().weight
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter}
+    if names <= set(notes["missing_keys"]):  # transformers would go on with a random one
+        raise InputError(f"{where}: its weights hold no token embedding")
+    weight_VD = parameter.detach().float()
     if weight_VD.shape[0] < vocab_size or weight_VD.shape[1] != width:
         raise InputError(
             f"{where}: its embedding is {weight_VD.shape[0]} x {weight_VD.shape[1]}, "

@@ -50,7 +50,7 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = prepare(recipe)
     folder = _new_folder(out, recipe.name)
-    with _noting(folder):
+    with _noting(folder), _stores(recipe, folder):
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
         prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
@@ -58,8 +58,6 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
             for seed in recipe.seeds:
                 place = seed_folder(folder, contender.name, seed)
                 run_contender(recipe, contender, seed, prepared, place, where, progress)
-        if recipe.context_store is None or not recipe.context_store.keep:
-            shutil.rmtree(folder / STORES, ignore_errors=True)
         write_report([read_run(folder)], folder)
     return folder
 
@@ -80,6 +78,19 @@ def with_learned_embedding(
         recipe.embedding, text, recipe.seeds[0], device, folder / "embedding", progress
     )
     return replace(prepared, embedding=learned)
+
+
+@contextmanager
+def _stores(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Remove the context stores at the end, however it comes, unless they are to be kept.
+
+    They are large, and contenders with the same block share them until then.
+    """
+    try:
+        yield
+    finally:
+        if recipe.context_store is None or not recipe.context_store.keep:
+            shutil.rmtree(folder / STORES, ignore_errors=True)
 
 
 @contextmanager

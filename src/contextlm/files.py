@@ -1,15 +1,16 @@
-"""Writing files so that each appears whole or not at all.
+"""Writing files so that each appears whole or not at all, and guessing what a wrong name meant.
 
 A leaf module: every room may import it, it imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,3 +53,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def nearest_file(path: Path, suffixes: Container[str]) -> str:
+    """A hint at the file beside `path` whose name is nearest, or nothing.
+
+    Args:
+        path: that does not exist.
+        suffixes: of the files to choose among.
+    """
+    names: list[str] = []
+    with suppress(OSError):
+        names = [file.name for file in path.parent.iterdir() if file.suffix in suffixes]
+    near = difflib.get_close_matches(path.name, sorted(names), n=1)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""

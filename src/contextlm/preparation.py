@@ -10,8 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.data.corpora import load_corpus
+from contextlm.data.lines import Lines, line_corpus
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
-from contextlm.data.tokenizers import known_vocab_size, load_tokenizer, vocab_entries
+from contextlm.data.tokenizers import (
+    keeps_all_words,
+    known_vocab_size,
+    load_tokenizer,
+    start_of_text,
+    vocab_entries,
+)
 from contextlm.data.windows import Windows
 from contextlm.embeddings import Embedding, load_pretrained
 from contextlm.errors import InputError
@@ -23,31 +30,34 @@ from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.optimisation import parameter_groups
 
+Samples = Windows | Lines
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A recipe's data and configurations, ready to train on.
 
-    `train` and `validation` map a contender's name to its windows, all over the same text;
+    `train` and `validation` map a contender's name to its samples, all over the same text;
     `stream` and `validation_stream` are the texts that they cover; `corpus_tokens` are all of the
     training split. `validation_bytes` counts the UTF-8 bytes behind the validation windows'
-    `facts.validation_tokens`. `embedding` replaces the models' own, where there is one.
+    `facts.validation_tokens`; None for lines, and where tokens do not stand for all of the text.
+    `embedding` replaces the models' own, where there is one.
     """
 
     tokenizer: PreTrainedTokenizerFast
     configs: Mapping[str, PreTrainedConfig]
-    train: Mapping[str, Windows]
-    validation: Mapping[str, Windows]
+    train: Mapping[str, Samples]
+    validation: Mapping[str, Samples]
     stream: np.ndarray
     validation_stream: np.ndarray
     corpus_tokens: np.ndarray
-    validation_bytes: int
+    validation_bytes: int | None
     facts: CorpusFacts
     embedding: Embedding | None
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Load the corpus and the tokenizer, cut windows, and check that every contender fits them.
+    """Load the corpus and the tokenizer, cut samples, and check that every contender fits them.
 
     What can be checked without the corpus is checked first.
 
@@ -59,23 +69,23 @@ def prepare(recipe: Recipe) -> Prepared:
     _check_contenders(recipe, expected_size)
     limits = recipe.documents
     corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
+    if recipe.unit == "lines":
+        corpus = line_corpus(corpus)  # before a tokenizer learns from what is held out
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
         _check_contenders(recipe, vocab_size)
-    end = int(tokenizer.eos_token_id)
+    ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
     configs = {
-        contender.name: build_config(
-            contender.model, vocab_size, bos_token_id=end, eos_token_id=end
-        )
+        contender.name: build_config(contender.model, vocab_size, **ids)
         for contender in recipe.contenders
     }
     stores = [
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
-    train = _windows(recipe, stores[0], "train", configs)
-    validation = _windows(recipe, stores[1], "validation", configs)
+    train = _samples(recipe, stores[0], "train", tokenizer, configs)
+    validation = _samples(recipe, stores[1], "validation", tokenizer, configs)
     first = recipe.contenders[0].name
     _check_batches(recipe, len(train[first]))
     facts = CorpusFacts(
@@ -91,18 +101,24 @@ def prepare(recipe: Recipe) -> Prepared:
             train[first].stream(), validation[first].stream(), vocab_size
         ),
     )
+    exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
     return Prepared(
         tokenizer=tokenizer,
         configs=configs,
         train=train,
         validation=validation,
-        stream=train[first].stream(),
-        validation_stream=validation[first].stream(),
+        stream=_longest(train),
+        validation_stream=_longest(validation),
         corpus_tokens=stores[0].tokens,
-        validation_bytes=stores[1].byte_count(facts.validation_tokens),
+        validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
         facts=facts,
         embedding=_embedding(recipe, configs),
     )
+
+
+def _longest(samples: Mapping[str, Samples]) -> np.ndarray:
+    """The text behind all contenders' windows; another target offset may take a window less."""
+    return max(samples.values(), key=lambda s: s.tokens_covered).stream()
 
 
 def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) -> bool:
@@ -211,6 +227,28 @@ def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
             f"{recipe.tokenizer!r}"
         )
     return recipe.vocab_size
+
+
+def _samples(
+    recipe: Recipe,
+    store: TokenStore,
+    split: str,
+    tokenizer: PreTrainedTokenizerFast,
+    configs: Mapping[str, PreTrainedConfig],
+) -> Mapping[str, Samples]:
+    """The split's samples by contender, all of the same text."""
+    if recipe.unit == "windows":
+        return _windows(recipe, store, split, configs)
+    lines = Lines(
+        store.tokens,
+        store.document_offsets,
+        recipe.sequence_length,
+        begin=start_of_text(tokenizer),
+        pad=int(tokenizer.pad_token_id),
+        samples=getattr(recipe.samples, split, None),
+        name=f"corpus {recipe.corpus!r} ({split})",
+    )
+    return dict.fromkeys(configs, lines)
 
 
 def _windows(

@@ -8,9 +8,7 @@ torch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +17,7 @@ from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_valid
 from pydantic_core import ErrorDetails
 
 from contextlm.errors import InputError, unknown_name
+from contextlm.files import nearest_file
 from contextlm.merging import FULL, mapping, merge, resolve, scales_of
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
@@ -86,16 +85,17 @@ class Recipe(Settings):
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
     corpus: str = "pydocs"
-    tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE or a folder")
+    tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE, word:SIZE or a folder")
     vocab_size: PositiveInt | None = Field(
         None, description="the models' vocabulary where it is larger than the tokenizer's"
     )
+    unit: Literal["windows", "lines"] = Field("windows", description="of the text in a sample")
     sequence_length: PositiveInt = 128
     stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
     target_offset: PositiveInt = 1
     documents: Split | None = Field(None, description="use only the first documents of each split")
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
-    samples: Split | None = Field(None, description="use only the first windows of each split")
+    samples: Split | None = Field(None, description="use only the first samples of each split")
     seeds: list[Seed] = Field([0], min_length=1)
     embedding: EmbeddingSettings = EmbeddingSettings()
     context_store: ContextStoreSettings | None = Field(
@@ -117,6 +117,22 @@ class Recipe(Settings):
             raise ValueError("seeds: a seed is named twice")
         for contender in self.contenders:
             self.training_of(contender)
+        return self
+
+    @model_validator(mode="after")
+    def _lines_are_no_stream(self) -> Self:
+        given: dict[str, Any] = {
+            "stride": self.stride,
+            "tokens": self.tokens,
+            "context_store": self.context_store,
+            "target_offset": self.target_offset > 1,
+        }
+        for contender in self.contenders:
+            key = f"contenders.{contender.name}"
+            given[f"{key}.phase1"] = contender.phase1
+            given[f"{key}.target_offset"] = (contender.target_offset or 1) > 1
+        for key in [key for key, value in given.items() if value and self.unit == "lines"]:
+            raise ValueError(f"{key}: needs a stream of text, which unit 'lines' does not have")
         return self
 
     @property
@@ -212,7 +228,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         try:
             text = path.read_text("utf-8-sig")
         except FileNotFoundError:
-            raise InputError(f"{where}: no such file{_nearest_file(path)}") from None
+            raise InputError(f"{where}: no such file{nearest_file(path, _SUFFIXES)}") from None
         except IsADirectoryError:
             raise InputError(f"{where}: is a folder, not a recipe") from None
         except OSError as error:
@@ -227,15 +243,6 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     if "scale" in raw:
         raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
     return raw, where
-
-
-def _nearest_file(path: Path) -> str:
-    """A hint at the recipe file beside `path` whose name is nearest, or nothing."""
-    names: list[str] = []
-    with suppress(OSError):
-        names = [file.name for file in path.parent.iterdir() if file.suffix in _SUFFIXES]
-    near = difflib.get_close_matches(path.name, sorted(names), n=1)
-    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 
 
 def _first_problem(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from contextlm.data.windows import Windows
+from contextlm.data.windows import IGNORED, Windows, model_inputs
 from contextlm.errors import InputError
 
 
@@ -92,3 +92,83 @@ def test_a_data_loader_stacks_them() -> None:
     batch = next(iter(DataLoader(Windows(np.arange(100), 8), batch_size=4)))
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 8)
     assert torch.equal(batch["labels"], batch["input_ids"] + 1)
+
+
+@pytest.mark.parametrize("count", [5, 63, 100, 130, 131])
+@pytest.mark.parametrize("length", [1, 7, 63])
+@pytest.mark.parametrize("stride", [5, None])
+@pytest.mark.parametrize("offset", [1, 2])
+def test_filled_windows_keep_every_start_with_a_target(
+    count: int, length: int, stride: int | None, offset: int
+) -> None:
+    tokens = np.random.default_rng(0).integers(1, 60_000, count).astype(np.uint16)
+    expected = []
+    for start in range(0, count - offset, stride or length):
+        at = range(start, start + length)
+        inputs = [int(tokens[i]) if i < count else 0 for i in at]
+        labels = [int(tokens[i + offset]) if i + offset < count else IGNORED for i in at]
+        expected.append((inputs, labels))
+    windows = Windows(tokens, length, stride, offset, fill=True)
+    assert [(w["input_ids"].tolist(), w["labels"].tolist()) for w in windows] == expected
+    assert [windows.start(i) for i in range(len(windows))] == list(
+        range(0, count - offset, stride or length)
+    )
+    whole = (len(expected) - 1) * (stride or length) + length + 1
+    assert windows.tokens_covered == min(whole, count) == len(windows.stream())
+
+
+def test_filled_windows_count_every_target_of_the_stream_once() -> None:
+    tokens = np.arange(1, 24, dtype=np.uint16)
+    windows = Windows(tokens, 7, fill=True)
+    labels = [label for window in windows for label in window["labels"].tolist()]
+    assert [label for label in labels if label != IGNORED] == list(range(2, 24))
+    assert windows.tokens_covered == 23
+
+
+def test_a_filled_window_needs_one_target() -> None:
+    assert len(Windows(np.arange(2), 8, fill=True)) == 1
+    with pytest.raises(InputError, match="1 tokens, and one window needs 2"):
+        Windows(np.arange(1), 8, fill=True)
+    with pytest.raises(InputError, match="9 tokens make 2 windows, 3 samples"):
+        Windows(np.arange(9), 4, fill=True, samples=3)
+
+
+@pytest.mark.parametrize("history", [1, 4, 5, 11])
+@pytest.mark.parametrize("fill", [False, True])
+def test_history_is_the_tokens_before_and_is_masked_before_the_stream(
+    history: int, fill: bool
+) -> None:
+    tokens = np.arange(100, 123, dtype=np.uint16)
+    plain = Windows(tokens, 5, fill=fill)
+    windows = Windows(tokens, 5, history=history, fill=fill)
+    assert len(windows) == len(plain)
+    for index, (window, same) in enumerate(zip(windows, plain, strict=True)):
+        at = [5 * index + j for j in range(-history, 5)]
+        expected = [100 + i if 0 <= i < 23 else 0 for i in at]
+        assert window["input_ids"].tolist() == expected
+        assert window["attention_mask"].tolist() == [int(i >= 0) for i in at]
+        assert window["labels"].tolist() == same["labels"].tolist()
+    assert windows[-1]["input_ids"].tolist() == windows[len(windows) - 1]["input_ids"].tolist()
+    assert windows.tokens_covered == plain.tokens_covered
+    assert "attention_mask" not in plain[0]
+
+
+def test_a_model_scores_the_window_and_not_its_history() -> None:
+    windows = Windows(np.arange(1, 40), 6, history=4)
+    batch = next(iter(DataLoader(windows, batch_size=3)))
+    inputs, labels = model_inputs(batch)
+    assert set(inputs) == {"input_ids", "attention_mask", "logits_to_keep"}
+    assert inputs["logits_to_keep"] == 6
+    assert inputs["input_ids"].shape == (3, 10)
+    assert torch.equal(labels, batch["labels"])
+    # The last so many inputs are those that the labels belong to.
+    assert torch.equal(inputs["input_ids"][:, -6:] + 1, labels)
+    assert "labels" in batch
+
+
+def test_without_history_all_logits_are_asked_for_and_other_entries_pass_through() -> None:
+    batch = next(iter(DataLoader(Windows(np.arange(40), 6), batch_size=2)))
+    batch["contexts"] = torch.zeros(2, 7, 3)
+    inputs, labels = model_inputs(batch)
+    assert set(inputs) == {"input_ids", "contexts"}
+    assert labels.shape == inputs["input_ids"].shape == (2, 6)

@@ -99,6 +99,37 @@ def test_effective_rank_equals_the_definition():
     assert effective_rank(matrix) == pytest.approx(expected, rel=1e-12)
 
 
+def singular_values(rows: list[list[float]]) -> list[float]:
+    """By rotating pairs of columns until all are orthogonal (one-sided Jacobi)."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for _ in range(60):
+        for i in range(len(columns)):
+            for j in range(i + 1, len(columns)):
+                a, b = columns[i], columns[j]
+                alpha, beta = sum(x * x for x in a), sum(y * y for y in b)
+                gamma = sum(x * y for x, y in zip(a, b, strict=True))
+                if gamma == 0:
+                    continue
+                zeta = (beta - alpha) / (2 * gamma)
+                t = math.copysign(1, zeta) / (abs(zeta) + math.sqrt(1 + zeta * zeta))
+                c = 1 / math.sqrt(1 + t * t)
+                s = c * t
+                columns[i] = [c * x - s * y for x, y in zip(a, b, strict=True)]
+                columns[j] = [s * x + c * y for x, y in zip(a, b, strict=True)]
+    return [math.sqrt(sum(x * x for x in column)) for column in columns]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (41, 9), (5, 8)])
+def test_effective_rank_equals_loops_over_numbers(shape):
+    torch.manual_seed(sum(shape))
+    matrix = torch.randn(shape, dtype=torch.float64) + 0.5
+    narrow = matrix if shape[0] >= shape[1] else matrix.t()
+    values = singular_values(narrow.tolist())
+    shares = [value / math.fsum(values) for value in values]
+    entropy = -math.fsum(p * math.log(p) for p in shares if p > 0)
+    assert effective_rank(matrix) == pytest.approx(math.exp(entropy), rel=1e-9, abs=1e-9)
+
+
 def test_effective_rank_of_known_matrices():
     assert effective_rank(torch.eye(5)) == pytest.approx(5.0)
     assert effective_rank(torch.ones(9, 4)) == pytest.approx(1.0, abs=1e-5)

@@ -119,7 +119,7 @@ def plain_loop(settings: TrainingSettings, order, epochs: int):
     model = create_model(build_config(NEOX, VOCABULARY), 0)
     windows = make_windows()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.decay_rate()
     )
     losses = []
     for _ in range(epochs):

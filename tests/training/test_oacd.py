@@ -93,6 +93,142 @@ def test_iterations_equal_the_naive_form(layers):
     assert fast.iterations[0].loss is None
 
 
+@pytest.fixture
+def doubles():
+    """Contexts and noise in float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class RecordingAdam(torch.optim.Adam):
+    """Keeps the gradients that each step takes."""
+
+    steps: list[list[torch.Tensor]]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        RecordingAdam.steps = []
+
+    def step(self, closure=None):
+        RecordingAdam.steps.append(
+            [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        )
+        return super().step(closure)
+
+
+def norm_loop(x: list, weight: list, bias: list) -> list:
+    mean = sum(x) / len(x)
+    variance = sum((value - mean) ** 2 for value in x) / len(x)
+    scale = 1 / torch.sqrt(variance + 1e-5)
+    return [(v - mean) * scale * w + b for v, w, b in zip(x, weight, bias, strict=True)]
+
+
+def block_loop(block, context: list, embedded: list) -> list:
+    """``c' = LN(c + GELU(W [c ; e] + b))`` for every layer, number by number."""
+    for layer in block.layers:
+        joined = [*context, *embedded]
+        moved = []
+        for row in range(CONTEXT):
+            inner = layer.bias[row]
+            for column, value in enumerate(joined):
+                inner = inner + layer.weight[row, column] * value
+            half = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+            moved.append(context[row] + half)
+        context = norm_loop(moved, layer.norm.weight, layer.norm.bias)
+    return context
+
+
+def loss_loop(contexts: list[list], mean_weight: float):
+    n = len(contexts)
+    mean = [sum(context[j] for context in contexts) / n for j in range(CONTEXT)]
+    squares = sum((context[j] - mean[j]) ** 2 for context in contexts for j in range(CONTEXT))
+    return -torch.sqrt(squares) / n + mean_weight * sum(m * m for m in mean)
+
+
+def iteration_loop(block, table, tokens, settings, seed, number, contexts):
+    """New contexts, loss, share of converged positions and gradients of one iteration."""
+    total, new, losses = len(tokens), [], []
+    for batch, start in enumerate(range(0, total, settings.batch_size)):
+        end = min(start + settings.batch_size, total)
+        noise = torch.empty(end - start, CONTEXT)
+        noise.normal_(generator=batch_generator(seed, number, batch, CPU))
+        outputs = []
+        for i in range(start, end):
+            before = contexts[i - 1] if i else torch.zeros(CONTEXT)
+            fed = [before[j] + settings.noise * noise[i - start, j] for j in range(CONTEXT)]
+            outputs.append(block_loop(block, fed, list(table[int(tokens[i])])))
+        losses.append(loss_loop(outputs, settings.mean_weight))
+        new += [torch.stack(output).detach() for output in outputs]
+    loss = sum(losses) / len(losses)
+    gradients = torch.autograd.grad(loss, list(block.parameters()))
+    near = 0
+    for i in range(total):
+        change = sum((new[i][j] - contexts[i][j]).item() ** 2 for j in range(CONTEXT)) / CONTEXT
+        near += change < settings.threshold
+    return torch.stack(new), loss.item(), near / total, list(gradients)
+
+
+def clip_loop(gradients, largest: float):
+    norm = math.sqrt(sum(value**2 for g in gradients for value in g.flatten().tolist()))
+    # The 1e-6 is torch's own guard against a norm of zero.
+    return [g * min(1.0, largest / (norm + 1e-6)) for g in gradients], norm
+
+
+def adam_loop(parameters, gradients, moments, step: int, rate: float) -> None:
+    for p, g, (first, second) in zip(parameters, gradients, moments, strict=True):
+        first.mul_(0.9).add_(0.1 * g)
+        second.mul_(0.999).add_(0.001 * g * g)
+        mean, spread = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        p.data -= rate * mean / (torch.sqrt(spread) + 1e-8)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+def test_iterations_equal_loops_over_numbers(layers, clip, doubles, monkeypatch):
+    """Contexts, loss, clipped gradients and the step, in float64, with a last batch of 4 of 9."""
+    settings = PhaseOneSettings(
+        batch_size=9, max_iterations=3, threshold=0.5, stop_at=1.0, clip=clip, mean_weight=0.7
+    )
+    monkeypatch.setattr(torch.optim, "Adam", RecordingAdam)
+    block, table, tokens = make(layers)
+    tokens = tokens[:31]
+    outcomes = {}
+    for last in (2, 3):
+        fast, _, _ = make(layers)
+        few = settings.model_copy(update={"max_iterations": last})
+        outcomes[last] = train_context_block(
+            fast, lambda ids: table[ids], tokens, few, seed=4, device=CPU
+        )
+    taken = RecordingAdam.steps
+    contexts = torch.empty(31, CONTEXT)
+    contexts.normal_(0.0, 0.01, generator=batch_generator(4, 1, 0, CPU))
+    parameters = list(block.parameters())
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    rates = []
+    for number in (2, 3):
+        contexts, loss, converged, gradients = iteration_loop(
+            block, table, tokens, settings, 4, number, contexts
+        )
+        clipped, norm = clip_loop(gradients, clip)
+        assert (norm > clip) == (clip < 1)
+        adam_loop(parameters, clipped, moments, number - 1, settings.learning_rate)
+        torch.testing.assert_close(outcomes[number].contexts_PC, contexts, **exact)
+        iteration = outcomes[3].iterations[number - 1]
+        assert iteration.number == number
+        assert iteration.loss == pytest.approx(loss, rel=1e-9, abs=1e-9)
+        assert iteration.converged == converged
+        rates.append(converged)
+        for actual, expected in zip(taken[number - 2], clipped, strict=True):
+            torch.testing.assert_close(actual, expected, **exact)
+    for actual, expected in zip(fast.parameters(), parameters, strict=True):
+        torch.testing.assert_close(actual, expected, **exact)
+    assert outcomes[3].converged == rates[-1]
+    assert any(0 < rate < 1 for rate in rates)
+
+
 def test_it_stops_when_enough_positions_have_converged():
     block, table, tokens = make()
     easy = PhaseOneSettings(batch_size=20, threshold=1e9)

@@ -183,7 +183,9 @@ def _in_words(report: CheckpointReport) -> dict[str, Any]:
         "tokens predicted": numbers.count(report.tokens),
         "validation PPL": numbers.perplexity(report.ppl),
         "validation loss": numbers.decimal(report.loss, 4),
-        "bits per byte": numbers.decimal(report.bits_per_byte, 3),
+        "bits per byte": numbers.ABSENT
+        if report.bits_per_byte is None
+        else numbers.decimal(report.bits_per_byte, 3),
         "accuracy": numbers.percent(report.accuracy),
     }
     for held in report.cache:

@@ -72,10 +72,10 @@ def text_fingerprint(version: str, *splits: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def is_validation(name: str) -> bool:
-    """Whether the document called `name` is one of the 5 % held out: its SHA-256 decides."""
+def is_validation(name: str, percent: int = VALIDATION_PERCENT) -> bool:
+    """Whether what is called `name` is one of the `percent` held out: its SHA-256 decides."""
     number = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
-    return number % 100 < VALIDATION_PERCENT
+    return number % 100 < percent
 
 
 def split_documents(named: Sequence[tuple[str, str]], where: str) -> tuple[list[str], list[str]]:

@@ -132,6 +132,22 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def keeps_all_words(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether tokens stand for all of a text, so that a loss is a code length of it.
+
+    A vocabulary of words turns every other word into the one unknown token.
+    """
+    from tokenizers.models import WordLevel, WordPiece
+
+    return not isinstance(tokenizer.backend_tokenizer.model, (WordLevel, WordPiece))
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that begins a text: the end-of-text token's where the tokenizer has none for it."""
+    begin = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if begin is None else begin)
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without added special tokens and without length limits."""
     with parallel_tokenizers():

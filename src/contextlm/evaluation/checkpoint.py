@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store, cache_folder
+from contextlm.data.tokenizers import keeps_all_words
 from contextlm.data.windows import Windows
 from contextlm.device import resolve_device
 from contextlm.errors import InputError
@@ -36,7 +37,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 class CheckpointReport(BaseModel):
-    """Quality on a corpus's validation split, cache bytes and speed of one checkpoint."""
+    """Quality on a corpus's validation split, cache bytes and speed of one checkpoint.
+
+    `bits_per_byte` is None where the tokenizer has one token for all unknown words.
+    """
 
     checkpoint: str
     architecture: str
@@ -48,7 +52,7 @@ class CheckpointReport(BaseModel):
     tokens: int
     loss: float
     ppl: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     accuracy: float
     cache: list[CacheBytes]
     cache_dtype: str
@@ -190,7 +194,9 @@ def evaluate_checkpoint(
         tokens=quality.tokens,
         loss=quality.loss,
         ppl=quality.ppl,
-        bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered)),
+        bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered))
+        if keeps_all_words(tokenizer)
+        else None,
         accuracy=quality.accuracy,
         cache=measure_cache(model, lengths, where),
         cache_dtype=str(model.dtype).removeprefix("torch."),

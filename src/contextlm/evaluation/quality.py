@@ -135,7 +135,8 @@ def window_contexts(
     Args:
         block: a context block.
         embed: maps token ids to normalised embeddings.
-        windows: items with ``"input_ids"``.
+        windows: items with ``"input_ids"`` and ``"labels"``; what fills up a window has no target,
+            and its context does not count.
         batch_size: windows per pass.
         device: where the block is.
         limit: stop after at least so many positions.
@@ -147,7 +148,8 @@ def window_contexts(
     for batch in DataLoader(windows, batch_size=batch_size):
         ids_BT = batch["input_ids"].to(device)
         initial_BC = torch.zeros(ids_BT.shape[0], block.context_dim, device=device)
-        collected.append(block(embed(ids_BT), initial_BC)[-1].flatten(0, 1))
+        contexts_BTC = block(embed(ids_BT), initial_BC)[-1]
+        collected.append(contexts_BTC[batch["labels"].to(device) != IGNORED])
         if sum(len(contexts) for contexts in collected) >= limit:
             break
     return torch.cat(collected)

@@ -95,8 +95,9 @@ class Result(_Record):
     """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1.
 
     `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
-    length only if every token is predicted from all before it. `train_ppl_windows` says on how many
-    training windows `train_ppl` was measured.
+    length only if every token is predicted from all before it. It is None, too, where samples are
+    lines, and where the tokenizer has one token for all unknown words. `train_ppl_windows` says on
+    how many training windows `train_ppl` was measured.
     """
 
     version: Literal[1] = RESULT_VERSION

@@ -8,8 +8,8 @@ from contextlm.report.summary import SummaryRow
 
 _TERMS = {
     "bits per byte": "The validation loss in bits for each UTF-8 byte of the text, which can be "
-    "compared between lossless tokenizers; a dash where targets lie further ahead than the next "
-    "token, because such a loss measures no code of the text.",
+    "compared between lossless tokenizers; a dash where a loss measures no code of the text: "
+    "targets further ahead than the next token, lines apart from each other, unknown words.",
     "running": "The train figure averaged over an epoch's batches while the weights still "
     "changed, so it lags behind the epoch's final weights.",
     "train/validation PPL": "Perplexity on the train windows divided by that on the validation "

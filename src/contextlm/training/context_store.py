@@ -108,6 +108,7 @@ class StoredWindows(Dataset[dict[str, Tensor]]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = range(len(self))[index]  # counts negative ones from the end, as the windows do
         item = self.windows[index]
         start = self.windows.start(index)
         stop = start + self.windows.sequence_length
@@ -217,9 +218,9 @@ def _reusable(path: Path, key: str) -> StoreFacts | None:
     try:
         facts = StoreFacts(**json.loads(path.with_suffix(".json").read_text("utf-8")))
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError):
+        expected = facts.positions * facts.context_dim * _DTYPES[facts.dtype].itemsize
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    expected = facts.positions * facts.context_dim * _DTYPES[facts.dtype].itemsize
     return facts if facts.key == key and size == expected else None
 
 
@@ -237,6 +238,7 @@ def _key(
     distinct_U = np.unique(np.asarray(tokens_P)).astype(np.int64)
     tensors = [*block.state_dict().values(), embed(torch.from_numpy(distinct_U).to(device))]
     for tensor in [*tensors, start_PC]:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # As a view: a copy of all contexts would take gigabytes.
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy())
     digest.update(np.asarray(tokens_P, dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate, decay = settings.learning_rate, settings.weight_decay
+        rate, decay = settings.learning_rate, settings.decay_rate()
         group = next((g for g in settings.parameter_groups if fnmatchcase(name, g.match)), None)
         if settings.decay == "matrices" and parameter.dim() < 2:
             decay = 0.0

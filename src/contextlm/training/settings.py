@@ -96,7 +96,9 @@ class TrainingSettings(Settings):
 
     optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: NonNegativeFloat | None = Field(
+        None, description="null: 0.01 with adamw; adam has none"
+    )
     decay: Literal["all", "matrices"] = Field(
         "all", description="which parameters decay; 'matrices' spares vectors (norms and biases)"
     )
@@ -132,10 +134,15 @@ class TrainingSettings(Settings):
             raise ValueError("drop_last with accumulation would drop micro-batches: set only one")
         if self.warmup and self.schedule_unit == "epoch":
             raise ValueError("warmup with schedule_unit epoch would train epochs at rate 0")
-        decays = [self.weight_decay if "weight_decay" in self.model_fields_set else None]
-        decays += [group.weight_decay for group in self.parameter_groups]
+        decays = [self.weight_decay, *(group.weight_decay for group in self.parameter_groups)]
         if self.optimizer == "adam" and any(decays):
             raise ValueError("weight_decay is for optimizer adamw; adam has none")
         if self.minimum_ratio and self.schedule != "cosine":
             raise ValueError(f"minimum_ratio is for schedule cosine, not {self.schedule}")
         return self
+
+    def decay_rate(self) -> float:
+        """The weight decay of parameters outside the groups."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.01 if self.optimizer == "adamw" else 0.0

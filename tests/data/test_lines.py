@@ -1,0 +1,195 @@
+"""Lines as samples, against a form that goes one line and one token at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up_corpus import make_corpus
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from contextlm.data.corpus import Corpus, LaterDocuments
+from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.token_store import build_token_store
+from contextlm.data.tokenizers import load_tokenizer, start_of_text
+from contextlm.data.windows import IGNORED
+from contextlm.errors import InputError
+from contextlm.evaluation.quality import evaluate_quality
+
+PAD, BEGIN, END = 0, 2, 3
+
+
+def naive(lines: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
+    """``(inputs, targets)`` of every piece, without padding."""
+    found = []
+    for words in lines:
+        whole = [BEGIN, *words, END]
+        for start in range(0, len(whole) - 1, length):
+            piece = whole[start : start + length + 1]
+            found.append((piece[:-1], piece[1:]))
+    return found
+
+
+def padded(values: list[int], length: int, fill: int) -> list[int]:
+    return values + [fill] * (length - len(values))
+
+
+def stored(lines: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The lines as a token store holds them."""
+    tokens = [token for words in lines for token in (*words, END)]
+    offsets = np.cumsum([0, *(len(words) + 1 for words in lines)])
+    return np.array(tokens, dtype=np.uint16), offsets
+
+
+def made(lines: list[list[int]], length: int, samples: int | None = None) -> Lines:
+    return Lines(*stored(lines), length, begin=BEGIN, pad=PAD, samples=samples)
+
+
+LINES = st.lists(st.lists(st.integers(4, 60_000), max_size=20), min_size=1, max_size=8)
+
+
+@given(lines=LINES, length=st.integers(1, 12))
+def test_lines_equal_the_naive_loop(lines: list[list[int]], length: int) -> None:
+    expected = naive(lines, length)
+    samples = made(lines, length)
+    assert [(s["input_ids"].tolist(), s["labels"].tolist()) for s in samples] == [
+        (padded(inputs, length, PAD), padded(targets, length, IGNORED))
+        for inputs, targets in expected
+    ]
+    assert len(samples) == len(expected)
+    scored = [target for _, targets in expected for target in targets]
+    assert samples.stream().tolist() == scored
+    assert samples.tokens_covered == len(scored)
+
+
+@given(lines=LINES, length=st.integers(1, 12), data=st.data())
+def test_samples_takes_the_first(lines: list[list[int]], length: int, data: st.DataObject) -> None:
+    expected = naive(lines, length)
+    count = data.draw(st.integers(1, len(expected)))
+    samples = made(lines, length, samples=count)
+    assert len(samples) == count
+    scored = [target for _, targets in expected[:count] for target in targets]
+    assert samples.stream().tolist() == scored
+    assert samples.tokens_covered == len(scored)
+
+
+def test_a_line_that_just_fits_and_one_that_does_not() -> None:
+    fits, spills = made([[5, 6, 7]], 4), made([[5, 6, 7, 8]], 4)
+    assert len(fits) == 1
+    assert fits[0]["input_ids"].tolist() == [BEGIN, 5, 6, 7]
+    assert fits[0]["labels"].tolist() == [5, 6, 7, END]
+    assert len(spills) == 2
+    assert spills[0]["labels"].tolist() == [5, 6, 7, 8]
+    assert spills[1]["input_ids"].tolist() == [8, PAD, PAD, PAD]
+    assert spills[1]["labels"].tolist() == [END, IGNORED, IGNORED, IGNORED]
+
+
+def test_items_are_int64_copies_and_indexing_is_a_sequences() -> None:
+    tokens, offsets = stored([[65_535, 7], [9]])
+    samples = Lines(tokens, offsets, 3, begin=BEGIN, pad=PAD)
+    item = samples[0]
+    assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
+    assert item["labels"].tolist() == [65_535, 7, END]
+    item["labels"][0] = 5
+    assert tokens[0] == 65_535
+    assert samples[-1]["input_ids"].tolist() == samples[1]["input_ids"].tolist()
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            samples[index]
+    batch = next(iter(DataLoader(samples, batch_size=2)))
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 3)
+
+
+def test_too_few_lines_and_bad_values_are_named() -> None:
+    with pytest.raises(InputError, match="2 lines make 3 samples of at most 2 tokens, 4 samples"):
+        made([[5, 6], [7]], 2, samples=4)
+    with pytest.raises(InputError, match="sequence_length must be at least 1, got 0"):
+        made([[5]], 0)
+    with pytest.raises(InputError, match="samples must be at least 1, got 0"):
+        made([[5]], 3, samples=0)
+
+
+def test_padding_counts_for_nothing() -> None:
+    """The loss of padded batches is that of the lines one at a time, without padding."""
+    generator = np.random.default_rng(0)
+    lines = [generator.integers(4, 50, n).tolist() for n in (1, 7, 3, 0, 12, 5)]
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=9, attn_pdrop=0.0)
+    )
+    model = model.double().eval()
+    total, correct, count = 0.0, 0, 0
+    for inputs, targets in naive(lines, 9):
+        logits = model(torch.tensor([inputs])).logits[0]
+        total += F.cross_entropy(logits.float(), torch.tensor(targets), reduction="sum").item()
+        correct += int((logits.argmax(-1) == torch.tensor(targets)).sum())
+        count += len(targets)
+    quality = evaluate_quality(model, made(lines, 9), 4, torch.device("cpu"))
+    assert quality.tokens == count
+    assert quality.loss == pytest.approx(total / count, rel=1e-6)
+    assert quality.accuracy == correct / count
+
+
+def sides(corpus: Corpus) -> tuple[list[str], list[str]]:
+    lines = line_corpus(corpus)
+    return list(lines.train), list(lines.validation)
+
+
+def test_every_line_goes_to_one_side() -> None:
+    train = [f"  line {i % 700}\t\n\n \nline {i}\n" for i in range(1000)]
+    validation = [f"held out {i}\nline {i}" for i in range(500)]
+    first, second = sides(make_corpus(train, validation))
+    every = [line.strip() for text in train + validation for line in text.split("\n")]
+    assert sorted(first + second) == sorted(line for line in every if line)
+    assert not set(first) & set(second)
+    assert 0.17 < len(set(second)) / len(set(first + second)) < 0.23
+    order = {line: place for place, line in enumerate(dict.fromkeys(line for line in every))}
+    assert [order[line] for line in dict.fromkeys(second)] == sorted(
+        order[line] for line in set(second)
+    )
+    # A line's text alone decides, wherever it stands and however it is spaced.
+    again = sides(make_corpus([line.replace(" ", "  ") for line in reversed(validation + train)]))
+    for side, other in zip((first, second), again, strict=True):
+        squeezed = {" ".join(line.split()) for line in other}
+        assert {line for line in side if not line.startswith("held")} <= squeezed
+
+
+def test_lines_have_a_fingerprint_of_their_own_and_are_read_late() -> None:
+    def never() -> list[str]:
+        raise AssertionError("read")
+
+    corpus = replace(make_corpus(["a"]), train=LaterDocuments(never))
+    lines = line_corpus(corpus)
+    assert lines.name == "made up, lines split 80/20"
+    assert lines.append_end_of_text
+    assert lines.fingerprint == line_corpus(corpus).fingerprint != corpus.fingerprint
+    other = replace(corpus, fingerprint="other")
+    assert line_corpus(other).fingerprint != lines.fingerprint
+
+
+@pytest.mark.parametrize("spec", ["word:40", "bpe:300"])
+def test_from_a_corpus_to_samples(tmp_path: Path, spec: str) -> None:
+    text = [f"the cat {i} sat\n on the mat {i}\n" for i in range(60)]
+    corpus = line_corpus(make_corpus(text, append_end_of_text=False))
+    tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
+    store = build_token_store(corpus, "validation", tokenizer, tmp_path)
+    begin = start_of_text(tokenizer)
+    assert begin == (2 if spec == "word:40" else tokenizer.eos_token_id)
+    samples = Lines(
+        store.tokens, store.document_offsets, 64, begin=begin, pad=tokenizer.pad_token_id
+    )
+    assert len(samples) == len(corpus.validation)
+    for line, sample in zip(corpus.validation, samples, strict=True):
+        words = tokenizer(line, add_special_tokens=False)["input_ids"]
+        real = sample["labels"] != IGNORED
+        assert sample["labels"][real].tolist() == [*words, tokenizer.eos_token_id]
+        assert sample["input_ids"][real].tolist() == [begin, *words]
+        assert (sample["input_ids"][~real] == tokenizer.pad_token_id).all()

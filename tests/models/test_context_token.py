@@ -1,0 +1,232 @@
+"""Context-Token against an independent form written from DESIGN 1.2, token by token in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from contextlm.models.base import HasContextBlock, ReadsStoredContexts
+from contextlm.models.context_token import ContextTokenConfig, ContextTokenForCausalLM
+
+MODES = ["layerwise", "final_only"]
+V, D, C = 31, 11, 7
+
+
+def make(mode: str = "layerwise", layers: int = 2, **fields) -> ContextTokenForCausalLM:
+    """A small model in float64 whose biases and norms matter."""
+    torch.manual_seed(5)
+    config = ContextTokenConfig(
+        vocab_size=V,
+        hidden_size=D,
+        context_dim=C,
+        context_mode=mode,
+        num_hidden_layers=layers,
+        **fields,
+    )
+    model = ContextTokenForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def norm(x: Tensor, module) -> Tensor:
+    centred = x - x.sum() / len(x)
+    return centred / torch.sqrt((centred**2).sum() / len(x) + 1e-5) * module.weight + module.bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def layer_step(layer, stream: Tensor, other: Tensor) -> Tensor:
+    """``LN(s + GELU(W [s ; o] + b))``; the columns of the updated stream come first."""
+    update = gelu(layer.weight @ torch.cat([stream, other]) + layer.bias)
+    return norm(stream + update, layer.norm)
+
+
+def naive(model: ContextTokenForCausalLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits ``[T, V]`` and contexts ``[T, C]`` of one sequence."""
+    decoder = model.model
+    table = decoder.embed_tokens.weight
+    state = torch.zeros(C, dtype=torch.float64)
+    logits, states = [], []
+    for token in ids:
+        embedded = norm(table[token], decoder.embed_norm)
+        outputs, context = [], state
+        for layer in decoder.context_block.layers:
+            context = layer_step(layer, context, embedded)
+            outputs.append(context)
+        state = context
+        states.append(state)
+        x = embedded
+        for index, layer in enumerate(decoder.layers):
+            read = outputs[index] if model.config.context_mode == "layerwise" else state
+            x = layer_step(layer, x, read)
+        logits.append(table @ x)
+    return torch.stack(logits), torch.stack(states)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 19])
+def test_logits_equal_the_naive_form(mode, layers, length):
+    model = make(mode, layers)
+    ids = torch.randint(V, (3, length))
+    logits = model(ids).logits
+    for row in range(3):
+        expected, _ = naive(model, ids[row].tolist())
+        torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_modes_differ_from_two_layers_on():
+    ids = torch.randint(V, (1, 9))
+    one = [make(mode, 1)(ids).logits for mode in MODES]
+    two = [make(mode, 2)(ids).logits for mode in MODES]
+    assert torch.equal(*one)
+    assert (two[0] - two[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 7, 23])
+def test_stored_contexts_give_the_logits_of_the_recurrence(mode, layers, length):
+    """Window by window over a stream whose contexts are never reset."""
+    model = make(mode, layers)
+    ids = torch.randint(V, (1, 23))
+    expected, states = naive(model, ids[0].tolist())
+    store = torch.cat([torch.zeros(1, C, dtype=torch.float64), states])  # row i: before token i
+    windows = [range(start, min(start + length, 23)) for start in range(0, 23, length)]
+    for window in windows:
+        start, stop = window[0], window[-1] + 1
+        outputs = model(ids[:, start:stop], contexts=store[start : stop + 1].unsqueeze(0))
+        assert outputs.past_key_values is None
+        torch.testing.assert_close(outputs.logits[0], expected[start:stop], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_windows_of_a_batch_read_their_own_contexts(mode):
+    model = make(mode, 2)
+    ids = torch.randint(V, (1, 21))
+    expected, states = naive(model, ids[0].tolist())
+    store = torch.cat([torch.zeros(1, C, dtype=torch.float64), states])
+    starts = [14, 0, 7]
+    batch = torch.stack([ids[0, s : s + 7] for s in starts])
+    contexts = torch.stack([store[s : s + 8] for s in starts])
+    logits = model(batch, contexts=contexts, use_cache=True).logits
+    for row, start in enumerate(starts):
+        torch.testing.assert_close(logits[row], expected[start : start + 7], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stored_contexts_give_the_token_layers_gradients(mode):
+    model = make(mode, 3)
+    ids = torch.randint(V, (1, 13))
+    cotangent = torch.randn(1, 13, V, dtype=torch.float64)
+    _, states = naive(model, ids[0].tolist())
+    contexts = torch.cat([torch.zeros(1, C, dtype=torch.float64), states]).detach().unsqueeze(0)
+    trained = list(model.model.layers.parameters())
+    forms = [model(ids, contexts=contexts).logits, naive(model, ids[0].tolist())[0].unsqueeze(0)]
+    actual, expected = (torch.autograd.grad((f * cotangent).sum(), trained) for f in forms)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("layers", "total"), [(2, 41_822_168), (1, 40_210_540)])
+def test_parameter_counts_of_the_document(mode, layers, total):
+    with torch.device("meta"):
+        config = ContextTokenConfig(context_mode=mode, num_hidden_layers=layers)
+        model = ContextTokenForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == total
+    token_layer = (500 + 768) * 768 + 768 + 2 * 768
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == layers * token_layer
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("freeze_embedding", [False, True])
+@pytest.mark.parametrize("freeze_context", [False, True])
+def test_what_learns(freeze_embedding, freeze_context, tmp_path):
+    model = make(freeze_embedding=freeze_embedding, freeze_context=freeze_context)
+    expected = {"layers"}
+    if not freeze_embedding:
+        expected |= {"embed_tokens", "embed_norm"}
+    if not freeze_context:
+        expected |= {"context_block"}
+    model.save_pretrained(tmp_path)
+    for each in (model, ContextTokenForCausalLM.from_pretrained(tmp_path)):
+        parts: dict[str, set[bool]] = {}
+        for name, parameter in each.model.named_parameters():
+            parts.setdefault(name.split(".")[0], set()).add(parameter.requires_grad)
+        assert {name for name, learns in parts.items() if learns == {True}} == expected
+        assert all(len(learns) == 1 for learns in parts.values())
+
+
+def test_a_frozen_block_passes_gradients_on_to_what_learns():
+    model = make(freeze_embedding=False)
+    model(torch.randint(V, (2, 9))).logits.square().sum().backward()
+    assert all(p.grad is None for p in model.model.context_block.parameters())
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+    assert model.model.embed_norm.weight.grad.abs().sum() > 0
+
+
+def test_both_blocks_start_from_the_documents_spreads():
+    torch.manual_seed(0)
+    config = ContextTokenConfig(vocab_size=2000, hidden_size=300, context_dim=200)
+    decoder = ContextTokenForCausalLM(config).model
+    layers = [*decoder.context_block.layers, *decoder.layers]
+    assert [tuple(layer.weight.shape) for layer in layers] == [(200, 500)] * 2 + [(300, 500)] * 2
+    for layer in layers:
+        assert layer.weight.mean().item() == pytest.approx(0.0, abs=0.002)
+        assert layer.weight.std().item() == pytest.approx(0.1, rel=0.02)
+        # Both parts of the matrix, whichever stream they read.
+        for part in (layer.weight[:, :200], layer.weight[:, -200:]):
+            assert part.std().item() == pytest.approx(0.1, rel=0.02)
+        assert layer.bias.mean().item() == pytest.approx(0.0, abs=0.003)
+        assert layer.bias.std().item() == pytest.approx(0.01, rel=0.2)
+        assert (layer.norm.weight == 1).all()
+        assert (layer.norm.bias == 0).all()
+    assert decoder.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_it_reads_stored_contexts():
+    assert isinstance(make().model, HasContextBlock)
+    assert isinstance(make().model, ReadsStoredContexts)
+    assert make().model.history == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"context_dim": -3}, "context_dim must be at least 1, got -3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"initializer_range": 0.0}, r"initializer_range must be positive, got 0\.0"),
+        ({"layer_norm_eps": -1.0}, r"layer_norm_eps must be positive, got -1\.0"),
+        ({"context_mode": "first"}, "context_mode"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ContextTokenConfig(**fields)
+
+
+def test_contexts_with_a_cache_or_of_a_wrong_length_are_refused():
+    model = make()
+    ids = torch.randint(V, (2, 5))
+    contexts = torch.zeros(2, 6, C, dtype=torch.float64)
+    refused = [
+        {"contexts": contexts, "past_key_values": model.new_cache()},
+        {"contexts": contexts[:, 1:]},
+        {"contexts": contexts[:, :1]},
+        {"contexts": torch.cat([contexts, contexts], dim=1)},
+    ]
+    for arguments in refused:
+        with pytest.raises(ValueError, match="the token before the window and the window, only"):
+            model(ids, **arguments)
+    assert model(ids, contexts=contexts).logits.shape == (2, 5, V)

@@ -1,0 +1,342 @@
+"""The context store against naive forms written from DESIGN 1.2 and 1.6."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contextlm.data.windows import IGNORED, Windows
+from contextlm.models.layers import ContextBlock
+from contextlm.training import context_store
+from contextlm.training.context_store import (
+    ContextStore,
+    StoredWindows,
+    fill_context_store,
+    parallel_contexts,
+)
+from contextlm.training.settings import ContextStoreSettings
+
+V, D, C, P = 13, 6, 5, 23
+FLOAT32 = {"rtol": 2e-7, "atol": 1e-9}  # half a unit in the last place on disk
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks, the last of them incomplete."""
+    monkeypatch.setattr(context_store, "CHUNK", 7)
+
+
+class Made:
+    """A block in float64 with lively norms, a table of embeddings, and a stream."""
+
+    def __init__(self, layers: int = 2, seed: int = 0):
+        torch.manual_seed(seed)
+        self.block = ContextBlock(C, D, layers).double()
+        for parameter in self.block.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        self.table = torch.randn(V, D, dtype=torch.float64)
+        self.tokens = np.random.default_rng(seed).integers(0, V, P).astype(np.uint16)
+        self.start = torch.randn(P, C, dtype=torch.float64)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+    def fill(self, folder: Path, passes: int = 2, **settings) -> ContextStore:
+        return fill_context_store(
+            self.block,
+            self.embed,
+            self.tokens,
+            self.start,
+            passes,
+            ContextStoreSettings(**settings),
+            folder,
+        )
+
+    def context(self, previous: Tensor, position: int) -> Tensor:
+        """The context of one position from the one that it is fed."""
+        embedded = self.table[int(self.tokens[position])]
+        context = previous
+        for layer in self.block.layers:
+            inner = layer.weight.detach() @ torch.cat([context, embedded]) + layer.bias.detach()
+            moved = context + 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+            centred = moved - moved.sum() / C
+            spread = torch.sqrt((centred**2).sum() / C + 1e-5)
+            context = centred / spread * layer.norm.weight.detach() + layer.norm.bias.detach()
+        return context
+
+    def sequential(self) -> Tensor:
+        state, found = torch.zeros(C, dtype=torch.float64), []
+        for position in range(P):
+            state = self.context(state, position)
+            found.append(state)
+        return torch.stack(found)
+
+    def parallel(self, passes: int) -> Tensor:
+        contexts = list(self.start)
+        for _ in range(passes):
+            fed = [torch.zeros(C, dtype=torch.float64), *contexts[:-1]]
+            contexts = [self.context(fed[position], position) for position in range(P)]
+        return torch.stack(contexts)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_sequential_store_is_the_recurrence(tmp_path, layers):
+    made = Made(layers)
+    store = made.fill(tmp_path)
+    torch.testing.assert_close(store.rows(0, P).double(), made.sequential(), **FLOAT32)
+    assert store.rows(0, P).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_parallel_filling_is_a_literal_loop(tmp_path, layers, passes):
+    made = Made(layers)
+    start = made.start.clone()
+    exact = parallel_contexts(made.block, made.embed, made.tokens, made.start, passes)
+    torch.testing.assert_close(exact, made.parallel(passes), rtol=1e-9, atol=1e-9)
+    store = made.fill(tmp_path, passes, fill="parallel")
+    torch.testing.assert_close(store.rows(0, P).double(), made.parallel(passes), **FLOAT32)
+    assert torch.equal(made.start, start)
+
+
+def test_as_many_passes_as_positions_are_the_recurrence():
+    made = Made()
+    contexts = parallel_contexts(made.block, made.embed, made.tokens, made.start, P)
+    torch.testing.assert_close(contexts, made.sequential(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fill", ["sequential", "parallel"])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_drift_is_the_mean_square_between_the_two(tmp_path, fill, passes):
+    made = Made()
+    facts = made.fill(tmp_path, passes, fill=fill, dtype="bfloat16").facts
+    pairs = zip(made.sequential().flatten(), made.parallel(passes).flatten(), strict=True)
+    expected = sum((a.item() - b.item()) ** 2 for a, b in pairs) / (P * C)
+    assert facts.drift == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert expected > 0.01
+
+
+def test_chunks_change_nothing(tmp_path, monkeypatch):
+    made = Made()
+    small = [made.fill(tmp_path / "small", fill=fill) for fill in ("sequential", "parallel")]
+    monkeypatch.setattr(context_store, "CHUNK", 4096)
+    large = [made.fill(tmp_path / "large", fill=fill) for fill in ("sequential", "parallel")]
+    for one, other in zip(small, large, strict=True):
+        torch.testing.assert_close(one.rows(0, P), other.rows(0, P), rtol=2e-7, atol=1e-9)
+        assert one.facts.drift == pytest.approx(other.facts.drift, rel=1e-9)
+
+
+def test_a_block_in_float32_stays_near_the_exact_form(tmp_path):
+    made = Made()
+    expected = made.sequential()
+    made.block.float()
+    made.table, made.start = made.table.float(), made.start.float()
+    store = made.fill(tmp_path)
+    torch.testing.assert_close(store.rows(0, P).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_rounds_and_takes_half_the_room(tmp_path):
+    made = Made()
+    whole, half = (made.fill(tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    rounded = made.sequential().to(torch.bfloat16).float()
+    assert torch.equal(half.rows(0, P), rounded)
+    assert not torch.equal(half.rows(0, P), whole.rows(0, P))
+    assert whole.nbytes == whole.path.stat().st_size == P * C * 4
+    assert half.nbytes == half.path.stat().st_size == P * C * 2
+    assert whole.path != half.path
+
+
+def test_the_file_holds_the_contexts_in_order(tmp_path):
+    store = Made().fill(tmp_path)
+    on_disk = np.fromfile(store.path, dtype=np.float32).reshape(P, C)
+    assert np.array_equal(on_disk, store.rows(0, P).numpy())
+    sidecar = json.loads(store.path.with_suffix(".json").read_text("utf-8"))
+    assert sidecar == asdict(store.facts)
+    assert (store.facts.positions, store.facts.context_dim) == (P, C)
+    assert (store.facts.fill, store.facts.dtype) == ("sequential", "float32")
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, P), (3, 9), (-4, 5), (-9, -2), (-1, 0), (0, 1), (P - 2, P + 3), (P, P + 4), (-2, P + 2)],
+)
+def test_rows_are_zero_outside_the_stream(tmp_path, start, stop):
+    store = Made().fill(tmp_path)
+    whole, rows = store.rows(0, P), store.rows(start, stop)
+    assert rows.shape == (stop - start, C)
+    for row, position in zip(rows, range(start, stop), strict=True):
+        expected = whole[position] if 0 <= position < P else torch.zeros(C)
+        assert torch.equal(row, expected)
+
+
+def test_rows_are_a_copy(tmp_path):
+    store = Made().fill(tmp_path)
+    before = store.rows(0, 2)
+    store.rows(0, 2).zero_()
+    assert torch.equal(store.rows(0, 2), before)
+    assert before.abs().sum() > 0
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_a_second_call_reads_what_the_first_one_wrote(tmp_path, monkeypatch):
+    made = Made()
+    first = made.fill(tmp_path)
+    before = stamps(tmp_path)
+    monkeypatch.setattr(context_store, "parallel_contexts", None)  # calling it would fail
+    second = made.fill(tmp_path)
+    assert stamps(tmp_path) == before
+    assert len(before) == 2
+    assert second.path == first.path
+    assert second.facts == first.facts
+    assert torch.equal(second.rows(0, P), first.rows(0, P))
+
+
+def test_whatever_the_contexts_depend_on_gives_another_file(tmp_path):
+    def changed(change: str) -> Made:
+        made = Made()
+        if change == "weight":
+            made.block.layers[1].weight.data[0, 0] += 1e-3
+        if change == "norm":
+            made.block.layers[0].norm.bias.data[2] += 1e-3
+        if change == "stream":
+            made.tokens[-1] = (made.tokens[-1] + 1) % V
+        if change == "order":
+            made.tokens = made.tokens[::-1].copy()
+        if change == "embedding":
+            made.table[int(made.tokens[4]), 0] += 1e-3
+        if change == "start":
+            made.start[0, 0] += 1e-3
+        return made
+
+    changes = ["nothing", "weight", "norm", "stream", "order", "embedding", "start"]
+    paths = [changed(change).fill(tmp_path).path for change in changes]
+    paths += [
+        Made().fill(tmp_path, passes=3).path,
+        Made().fill(tmp_path, fill="parallel").path,
+        Made().fill(tmp_path, dtype="bfloat16").path,
+    ]
+    assert len(set(paths)) == len(paths)
+    assert changed("nothing").fill(tmp_path).path == paths[0]
+
+
+def test_embeddings_of_tokens_that_do_not_occur_make_no_other_store(tmp_path):
+    made, other = Made(), Made()
+    absent = sorted(set(range(V)) - set(made.tokens.tolist()))
+    assert absent
+    other.table[absent] += 1
+    assert other.fill(tmp_path).path == made.fill(tmp_path).path
+
+
+def cut(store: ContextStore) -> None:
+    store.path.write_bytes(store.path.read_bytes()[:-4])
+
+
+def lengthen(store: ContextStore) -> None:
+    store.path.write_bytes(store.path.read_bytes() + b"\0\0\0\0")
+
+
+def rewrite(store: ContextStore, **facts) -> None:
+    text = json.dumps({**asdict(store.facts), **facts})
+    store.path.with_suffix(".json").write_text(text, "utf-8")
+
+
+DAMAGE = {
+    "cut": cut,
+    "lengthened": lengthen,
+    "no file": lambda store: store.path.unlink(),
+    "no sidecar": lambda store: store.path.with_suffix(".json").unlink(),
+    "half a sidecar": lambda store: store.path.with_suffix(".json").write_text('{"positions": 2'),
+    "no mapping": lambda store: store.path.with_suffix(".json").write_text("[1, 2]"),
+    "another key": lambda store: rewrite(store, key="0" * 64),
+    "another size": lambda store: rewrite(store, positions=P + 1),
+    "another field": lambda store: rewrite(store, colour="red"),
+    "an unknown type": lambda store: rewrite(store, dtype="float8"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_store_is_made_anew(tmp_path, damage):
+    made = Made()
+    store = made.fill(tmp_path)
+    good, facts = store.rows(0, P), store.facts
+    damage(store)
+    again = made.fill(tmp_path)
+    assert torch.equal(again.rows(0, P), good)
+    assert again.facts == facts
+    assert again.path.stat().st_size == P * C * 4
+    assert json.loads(again.path.with_suffix(".json").read_text("utf-8")) == asdict(facts)
+
+
+def test_an_interrupted_filling_leaves_nothing_behind(tmp_path, monkeypatch):
+    made = Made()
+    chunks = context_store._chunks
+
+    def breaking(block, embed, tokens):
+        for number, chunk in enumerate(chunks(block, embed, tokens)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield chunk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_store, "parallel_contexts", lambda *a: made.start)
+        patch.setattr(context_store, "_chunks", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            made.fill(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    torch.testing.assert_close(
+        made.fill(tmp_path).rows(0, P).double(), made.sequential(), **FLOAT32
+    )
+
+
+@pytest.mark.parametrize("history", [0, 1, 4, 12])
+def test_items_hold_the_contexts_before_and_in_the_window(tmp_path, history):
+    made = Made()
+    store = made.fill(tmp_path)
+    whole = store.rows(0, P)
+    windows = Windows(made.tokens, 5, fill=True)
+    stored = StoredWindows(windows, store, history)
+    assert len(stored) == len(windows) == 5  # 0, 5, 10, 15, and 20 with 3 of 5 tokens
+    for index, item in enumerate(stored):
+        start = 5 * index
+        assert set(item) == {"input_ids", "labels", "contexts", "position_ids"}
+        assert item["input_ids"].tolist() == windows[index]["input_ids"].tolist()
+        assert item["labels"].tolist() == windows[index]["labels"].tolist()
+        assert item["position_ids"].tolist() == list(range(start, start + 5))
+        assert item["position_ids"].dtype == torch.int64
+        assert item["contexts"].shape == (history + 5, C)
+        for row, position in zip(item["contexts"], range(start - history, start + 5), strict=True):
+            expected = whole[position] if 0 <= position < P else torch.zeros(C)
+            assert torch.equal(row, expected)
+    last = stored[4]
+    assert last["labels"].tolist()[2:] == [IGNORED] * 3
+    assert (last["contexts"][-2:] == 0).all()
+    assert (last["contexts"][-3] != 0).any()
+
+
+def test_items_are_counted_from_the_end_too(tmp_path):
+    made = Made()
+    stored = StoredWindows(Windows(made.tokens, 5, fill=True), made.fill(tmp_path), 2)
+    for index in range(-5, 0):
+        for key, value in stored[index].items():
+            assert torch.equal(value, stored[5 + index][key])
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            stored[index]
+
+
+def test_overlapping_windows_find_their_places(tmp_path):
+    made = Made()
+    store = made.fill(tmp_path)
+    stored = StoredWindows(Windows(made.tokens, 6, stride=4), store, 1)
+    assert [item["position_ids"][0].item() for item in stored] == [0, 4, 8, 12, 16]
+    assert torch.equal(stored[2]["contexts"], store.rows(7, 14))
