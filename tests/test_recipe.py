@@ -370,3 +370,45 @@ def test_training_values_that_do_not_fit_together(override, message):
     with pytest.raises(InputError) as caught:
         load_recipe("demo", overrides=[override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "overrides", "departures"),
+    [
+        ("full", [], []),
+        ("next", [], []),  # more contenders, the others as they were
+        ("samples-100", [], []),  # with the document's figures for it
+        ("samples-100", ["documents.train=90"], ["documents.train"]),
+        ("full", ["seeds=[5]", "evaluation.batch_size=1"], []),
+        ("full", ["documents.train=100", "embedding=learned"], ["documents.train", "embedding"]),
+        (
+            "full",
+            ["contenders.context-kv.model.interval=50"],
+            ["contenders.context-kv.model.interval"],
+        ),
+    ],
+)
+def test_a_recipe_knows_where_it_departs_from_its_top_level(scale, overrides, departures, tmp_path):
+    recipe = load_recipe("context-kv", scale=scale, overrides=overrides)
+    assert recipe.departs_from_full == departures
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), "utf-8")
+    assert load_recipe(str(file)) == recipe
+    again = load_recipe(str(file), overrides=["training.epochs=3"])
+    assert again.departs_from_full == sorted([*departures, "training.epochs"])
+
+
+def test_departures_that_are_no_list_are_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    text = dump_recipe(load_recipe("context-kv"))
+    file.write_text(text.replace("departs_from_full: []", "departs_from_full: 3"), "utf-8")
+    with pytest.raises(InputError, match="departs_from_full: expected a list"):
+        load_recipe(str(file))
+
+
+def test_an_older_resolved_recipe_does_not_know_its_departures(tmp_path):
+    resolved = yaml.safe_load(dump_recipe(load_recipe("context-kv", scale="small")))
+    del resolved["departs_from_full"]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(resolved), "utf-8")
+    assert load_recipe(str(file)).departs_from_full is None

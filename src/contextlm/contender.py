@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.evaluation.memory import PeakMemory, measure_cache
-from contextlm.evaluation.quality import Quality, bits_per_byte, evaluate_quality, perplexity
+from contextlm.evaluation.quality import (
+    Quality,
+    bits_per_byte,
+    evaluate_quality,
+    evaluator,
+    perplexity,
+)
 from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings
 from contextlm.evaluation.speed import measure_speed
 from contextlm.files import write_json
@@ -188,18 +194,12 @@ def _train(
         recipe, contender, seed, model, prepared, stores, device, history, progress, stages
     )
     work = folder / "phase2"
-
-    def evaluate(module: torch.nn.Module) -> dict[str, float]:
-        size = recipe.evaluation.batch_size
-        quality = evaluate_quality(module, contexts.validation, size, device)
-        return {"loss": quality.loss, "accuracy": quality.accuracy}
-
     try:
         outcome = train_next_token(
             model,
             contexts.train,
             training,
-            evaluate,
+            evaluator(contexts.validation, recipe.evaluation.batch_size, device),
             seed=seed,
             device=device,
             precision=precision,

@@ -96,6 +96,8 @@ def make_contexts(
         except FloatingPointError as error:
             raise RunError(str(error)) from None
         stages.append(stage_memory("after phase 1", device))
+    elif decoder.context_block.frozen:
+        progress.line("the context block stays as it was drawn: it is frozen and has no phase1")
     filling = time.perf_counter()
     stores = None
     if reads_store(recipe, contender, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import textwrap
 from dataclasses import dataclass, replace
@@ -16,21 +17,27 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.utils import cached_file
 
 from contextlm.data.hub import from_hub
 from contextlm.data.token_store import cache_folder
 from contextlm.data.windows import Windows
 from contextlm.errors import InputError
-from contextlm.evaluation.quality import evaluate_quality, perplexity
+from contextlm.evaluation.quality import evaluator, perplexity
 from contextlm.evaluation.result import EmbeddingFacts
 from contextlm.files import atomic_open
 from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.progress import Progress
-from contextlm.training.next_token import train_next_token
+from contextlm.training.next_token import NextTokenOutcome, train_next_token
 from contextlm.training.precision import resolve_precision
 from contextlm.training.settings import EmbeddingSettings, TrainingSettings
 
@@ -44,6 +51,8 @@ _UNUSABLE = (
     SafetensorError,
     StrictDataclassError,
 )
+_MOST_PADDING = 512  # entries by which vocabularies are padded
+_VERSION = 1  # of how embeddings are learned
 _INSTEAD = "set embedding.path to a local checkpoint, or embedding=learned"
 
 
@@ -65,19 +74,27 @@ class LearningText:
     width: int
 
 
-def load_pretrained(path: str, vocab_size: int, width: int) -> Embedding:
-    """The input embedding of another causal language model.
+def load_pretrained(
+    path: str, tokenizer: PreTrainedTokenizerFast, vocab_size: int, width: int
+) -> Embedding:
+    """The input embedding of another causal language model with the same vocabulary.
 
     Args:
         path: a checkpoint's folder, or its name on the hub (``gpt2``).
+        tokenizer: the recipe's, whose entries must be the model's.
         vocab_size: V; a larger table is cut, as padded vocabularies are.
         width: D.
 
     Raises:
-        InputError: the folder holds no usable model, or its embedding has another shape.
+        InputError: no such folder, no usable model in it, or an embedding of other entries or of
+            another shape.
         RunError: the hub could not be reached.
     """
     where = f"embedding.path {path!r}"
+    local = Path(path).expanduser().is_dir()
+    if not local and (path.startswith((".", "~", os.sep)) or path.count("/") > 1):
+        raise InputError(f"{where}: no such folder")
+    path = str(Path(path).expanduser()) if local else path
 
     def read(online: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(
@@ -88,7 +105,7 @@ def load_pretrained(path: str, vocab_size: int, width: int) -> Embedding:
         )
 
     try:
-        model, notes = read(False) if Path(path).is_dir() else from_hub(where, _INSTEAD, read)
+        model, notes = read(False) if local else from_hub(where, _INSTEAD, read)
     except _UNUSABLE as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"{where}: no model can be loaded from it: {reason}") from None
@@ -102,14 +119,53 @@ def load_pretrained(path: str, vocab_size: int, width: int) -> Embedding:
             f"{where}: its embedding is {weight_VD.shape[0]} x {weight_VD.shape[1]}, "
             f"the models need {vocab_size} x {width}"
         )
+    _check_entries(where, path, tokenizer, weight_VD.shape[0] - vocab_size)
     facts = EmbeddingFacts(source="pretrained", path=path)
     return Embedding(weight_VD[:vocab_size].clone(), facts)
+
+
+def _check_entries(where: str, path: str, tokenizer: PreTrainedTokenizerFast, surplus: int) -> None:
+    """Rows of another vocabulary would be embeddings of other words."""
+    file = cached_file(
+        path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        if surplus > _MOST_PADDING:
+            raise InputError(
+                f"{where}: it has no tokenizer, and {surplus} entries more than the recipe's"
+            )
+        return
+    theirs = Tokenizer.from_file(file).get_vocab(with_added_tokens=True)
+    other = next((w for w, i in tokenizer.get_vocab().items() if theirs.get(w) != i), None)
+    if other is not None:
+        raise InputError(
+            f"{where}: its tokenizer is another one than the recipe's: "
+            f"{other!r} is not entry {tokenizer.get_vocab()[other]} there"
+        )
+
+
+def check_learning_text(settings: EmbeddingSettings, text: LearningText) -> LearningText:
+    """The text as the settings limit it.
+
+    Raises:
+        InputError: there is less of it than is asked for, or less than a window.
+    """
+    limit = settings.tokens or len(text.train)
+    if limit > len(text.train):
+        raise InputError(f"embedding.tokens: {limit} asked for, there are {len(text.train)}")
+    text = replace(text, train=text.train[:limit])
+    for tokens, split in ((text.train, "training"), (text.validation, "validation")):
+        if len(tokens) <= settings.sequence_length:
+            raise InputError(
+                f"embedding.sequence_length {settings.sequence_length}: the {split} text has only "
+                f"{len(tokens)} tokens"
+            )
+    return text
 
 
 def learn_embedding(
     settings: EmbeddingSettings,
     text: LearningText,
-    seed: int,
     device: torch.device,
     folder: Path,
     progress: Progress,
@@ -120,33 +176,29 @@ def learn_embedding(
 
     Args:
         settings: size and training of the small GPT-2.
-        text: what it reads.
-        seed: governs its weights and shuffling.
+        text: what it reads, as `check_learning_text` gives it.
         device: where to compute.
         folder: for working files; removed afterwards.
         progress: is told what happens.
 
     Raises:
-        InputError: the text is too short for one window.
         RunError: the loss is not finite.
     """
-    limit = settings.tokens or len(text.train)
-    if limit > len(text.train):
-        raise InputError(f"embedding.tokens: {limit} asked for, there are {len(text.train)}")
-    text = replace(text, train=text.train[:limit])
-    file = cache_folder() / "embeddings" / f"{_key(settings, text, seed)}.safetensors"
+    precision = resolve_precision("auto", device)
+    file = cache_folder() / "embeddings" / f"{_key(settings, text, precision)}.safetensors"
     known = _read(file)
     if known is not None:
         progress.line(f"embeddings: learned before, {_described(known.facts)}")
         return known
     progress.stage("learning embeddings")
-    model = create_model(_small_gpt2(settings, text), seed).to(device)
-    validation_loss = _train(model, settings, text, seed, device, folder, progress)
+    model = create_model(_small_gpt2(settings, text), settings.seed).to(device)
+    outcome = _train(model, settings, text, device, precision, folder, progress)
+    best = outcome.epochs[outcome.best_epoch - 1]
     facts = EmbeddingFacts(
         source="learned",
-        tokens=limit,
-        epochs=settings.epochs,
-        validation_ppl=perplexity(validation_loss),
+        tokens=len(text.train),
+        epochs=outcome.best_epoch,
+        validation_ppl=perplexity(best.validation_loss),
     )
     embedding = Embedding(model.get_input_embeddings().weight.detach().cpu().clone(), facts)
     _write(file, embedding)
@@ -158,12 +210,12 @@ def _train(
     model: PreTrainedModel,
     settings: EmbeddingSettings,
     text: LearningText,
-    seed: int,
     device: torch.device,
+    precision: str,
     folder: Path,
     progress: Progress,
-) -> float:
-    """Train the small GPT-2; its best validation loss in nats per token."""
+) -> NextTokenOutcome:
+    """Train the small GPT-2; it ends with its best epoch's weights."""
     length = settings.sequence_length
     validation = Windows(text.validation, length, name="the validation split")
     training = TrainingSettings(
@@ -178,26 +230,20 @@ def _train(
         minimum_ratio=0.1,
         clip=1.0,
     )
-
-    def evaluate(module: nn.Module) -> dict[str, float]:
-        quality = evaluate_quality(module, validation, settings.batch_size, device)
-        return {"loss": quality.loss, "accuracy": quality.accuracy}
-
     try:
-        outcome = train_next_token(
+        return train_next_token(
             model,
             Windows(text.train, length, name="the training split"),
             training,
-            evaluate,
-            seed=seed,
+            evaluator(validation, settings.batch_size, device),
+            seed=settings.seed,
             device=device,
-            precision=resolve_precision(training.precision, device),
+            precision=precision,
             folder=folder,
             watcher=EpochWatcher(progress, History(folder / "history.jsonl")),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return outcome.epochs[outcome.best_epoch - 1].validation_loss
 
 
 def _small_gpt2(settings: EmbeddingSettings, text: LearningText) -> GPT2Config:
@@ -222,9 +268,11 @@ def _described(facts: EmbeddingFacts) -> str:
     )
 
 
-def _key(settings: EmbeddingSettings, text: LearningText, seed: int) -> str:
+def _key(settings: EmbeddingSettings, text: LearningText, precision: str) -> str:
     """A hash of all that decides the weights, but for the machine's rounding."""
-    described = json.dumps([settings.model_dump(), text.vocab_size, text.width, seed])
+    described = json.dumps(
+        [_VERSION, settings.model_dump(), text.vocab_size, text.width, precision]
+    )
     digest = hashlib.sha256(described.encode())
     for tokens in (text.train, text.validation):
         digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())

@@ -13,12 +13,12 @@ import torch
 from contextlm.contender import run_contender
 from contextlm.contexts import STORES
 from contextlm.device import resolve_device
-from contextlm.embeddings import LearningText, learn_embedding
+from contextlm.embeddings import learn_embedding
 from contextlm.environment import describe_environment
 from contextlm.errors import InputError
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.files import write_json, write_text
-from contextlm.preparation import Prepared, embedding_shape, prepare
+from contextlm.preparation import Prepared, prepare
 from contextlm.progress import Progress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.page import write_report
@@ -50,14 +50,15 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = prepare(recipe)
     folder = _new_folder(out, recipe.name)
-    with _noting(folder), _stores(recipe, folder):
+    with _noting(folder):
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
         prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
-        for contender in recipe.contenders:
-            for seed in recipe.seeds:
-                place = seed_folder(folder, contender.name, seed)
-                run_contender(recipe, contender, seed, prepared, place, where, progress)
+        for seed in recipe.seeds:
+            with _stores(recipe, folder):
+                for contender in recipe.contenders:
+                    place = seed_folder(folder, contender.name, seed)
+                    run_contender(recipe, contender, seed, prepared, place, where, progress)
         write_report([read_run(folder)], folder)
     return folder
 
@@ -67,24 +68,21 @@ def with_learned_embedding(
 ) -> Prepared:
     """`prepared`, with embeddings learned from the recipe's text if it asks for that.
 
-    One table serves all contenders and seeds, as a pretrained one would; the first seed makes it.
+    One table serves all contenders and seeds, as a pretrained one would.
     """
-    if recipe.embedding.source != "learned":
+    if prepared.learning_text is None:
         return prepared
-    vocab_size, width = embedding_shape(prepared.configs)
-    tokens = prepared.stream if recipe.embedding.tokens is None else prepared.corpus_tokens
-    text = LearningText(tokens, prepared.validation_stream, vocab_size, width)
     learned = learn_embedding(
-        recipe.embedding, text, recipe.seeds[0], device, folder / "embedding", progress
+        recipe.embedding, prepared.learning_text, device, folder / "embedding", progress
     )
     return replace(prepared, embedding=learned)
 
 
 @contextmanager
 def _stores(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Remove the context stores at the end, however it comes, unless they are to be kept.
+    """Remove a seed's context stores at the end, however it comes, unless they are to be kept.
 
-    They are large, and contenders with the same block share them until then.
+    They are large. Contenders share them where their blocks are the same, never between seeds.
     """
     try:
         yield

@@ -103,6 +103,61 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def departures(
+    full: Mapping[str, Any], changed: Mapping[str, Any], noted: Any, where: str
+) -> list[str] | None:
+    """Dotted keys in which a resolved recipe differs from its top level, if results can differ too.
+
+    Contenders that only one of them has do not count, nor does what is measured afterwards.
+
+    Args:
+        full: the recipe resolved without scale and overrides.
+        changed: the same recipe resolved with them.
+        noted: keys of an earlier departure, from which `full` itself comes; None: not known.
+        where: opens the message of an error.
+
+    Returns:
+        The keys of both, sorted, or None where the earlier ones are not known.
+
+    Raises:
+        InputError: `noted` is no list of names.
+    """
+    if noted is None:
+        return None
+    if not isinstance(noted, list) or not all(isinstance(key, str) for key in noted):
+        raise InputError(f"{where}: departs_from_full: expected a list of keys")
+    mine, theirs = ({c["name"]: c for c in recipe["contenders"]} for recipe in (full, changed))
+    keys = _differences(full, changed, "")
+    for name in mine:
+        if name in theirs:
+            keys += _differences(mine[name], theirs[name], f"contenders.{name}.")
+    return sorted({*noted, *keys})
+
+
+def own_setting(raw: Mapping[str, Any], where: str, scale: str) -> str:
+    """The scale whose setting reported figures belong to: `scale` if it brings such, else full."""
+    layer = scales_of(dict(raw), where).get(scale)
+    contenders = layer.get("contenders") if isinstance(layer, dict) else None
+    entries = contenders.values() if isinstance(contenders, dict) else ()
+    return scale if any(isinstance(e, dict) and "reported" in e for e in entries) else FULL
+
+
+# Keys of a recipe and of a contender.
+_NO_DEPARTURE = {"contenders", "document", "evaluation", "name", "question", "scale", "seeds"}
+_NO_DEPARTURE |= {"baseline", "reported", "reported_epochs"}
+
+
+def _differences(full: Mapping[str, Any], changed: Mapping[str, Any], above: str) -> list[str]:
+    keys: list[str] = []
+    for key in sorted({*full, *changed} - _NO_DEPARTURE):
+        mine, theirs = full.get(key), changed.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            keys += _differences(mine, theirs, f"{above}{key}.")
+        elif mine != theirs:
+            keys.append(f"{above}{key}")
+    return keys
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")

@@ -20,7 +20,12 @@ from contextlm.data.tokenizers import (
     vocab_entries,
 )
 from contextlm.data.windows import Windows
-from contextlm.embeddings import Embedding, load_pretrained
+from contextlm.embeddings import (
+    Embedding,
+    LearningText,
+    check_learning_text,
+    load_pretrained,
+)
 from contextlm.errors import InputError
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
@@ -38,10 +43,10 @@ class Prepared:
     """A recipe's data and configurations, ready to train on.
 
     `train` and `validation` map a contender's name to its samples, all over the same text;
-    `stream` and `validation_stream` are the texts that they cover; `corpus_tokens` are all of the
-    training split. `validation_bytes` counts the UTF-8 bytes behind the validation windows'
-    `facts.validation_tokens`; None for lines, and where tokens do not stand for all of the text.
-    `embedding` replaces the models' own, where there is one.
+    `stream` and `validation_stream` are the texts that they cover. `validation_bytes` counts the
+    UTF-8 bytes behind the validation windows' `facts.validation_tokens`; None for lines, and where
+    tokens do not stand for all of the text. `embedding` replaces the models' own, where there is
+    one, and `learning_text` is what one is still to be learned from.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -50,10 +55,10 @@ class Prepared:
     validation: Mapping[str, Samples]
     stream: np.ndarray
     validation_stream: np.ndarray
-    corpus_tokens: np.ndarray
     validation_bytes: int | None
     facts: CorpusFacts
     embedding: Embedding | None
+    learning_text: LearningText | None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -102,18 +107,37 @@ def prepare(recipe: Recipe) -> Prepared:
         ),
     )
     exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
+    stream, validation_stream = _longest(train), _longest(validation)
+    learning = stream if recipe.embedding.tokens is None else stores[0].tokens
+    embedding, learning_text = _embedding(recipe, configs, tokenizer, learning, validation_stream)
     return Prepared(
         tokenizer=tokenizer,
         configs=configs,
         train=train,
         validation=validation,
-        stream=_longest(train),
-        validation_stream=_longest(validation),
-        corpus_tokens=stores[0].tokens,
+        stream=stream,
+        validation_stream=validation_stream,
         validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
         facts=facts,
-        embedding=_embedding(recipe, configs),
+        embedding=embedding,
+        learning_text=learning_text,
     )
+
+
+def _embedding(
+    recipe: Recipe,
+    configs: Mapping[str, PreTrainedConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: np.ndarray,
+    validation: np.ndarray,
+) -> tuple[Embedding | None, LearningText | None]:
+    """Pretrained embeddings, or the text to learn some from, or neither."""
+    if recipe.embedding.source == "random":
+        return None, None
+    shape = embedding_shape(configs)
+    if recipe.embedding.source == "pretrained":
+        return load_pretrained(recipe.embedding.path, tokenizer, *shape), None
+    return None, check_learning_text(recipe.embedding, LearningText(tokens, validation, *shape))
 
 
 def _longest(samples: Mapping[str, Samples]) -> np.ndarray:
@@ -145,15 +169,6 @@ def embedding_shape(configs: Mapping[str, PreTrainedConfig]) -> tuple[int, int]:
                 f"{shapes[first][0]} x {shapes[first][1]} and {name} {shape[0]} x {shape[1]}"
             )
     return shapes[first]
-
-
-def _embedding(recipe: Recipe, configs: Mapping[str, PreTrainedConfig]) -> Embedding | None:
-    if recipe.embedding.source == "random":
-        return None
-    shape = embedding_shape(configs)
-    if recipe.embedding.source == "learned":
-        return None  # once the run folder is there
-    return load_pretrained(recipe.embedding.path, *shape)
 
 
 def _check_batches(recipe: Recipe, windows: int) -> None:

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import nearest_file
-from contextlm.merging import FULL, mapping, merge, resolve, scales_of
+from contextlm.merging import FULL, departures, mapping, merge, own_setting, resolve, scales_of
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
     ContextStoreSettings,
@@ -84,6 +84,7 @@ class Recipe(Settings):
     question: str
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
+    departs_from_full: list[str] | None = []  # see merging.departures
     corpus: str = "pydocs"
     tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE, word:SIZE or a folder")
     vocab_size: PositiveInt | None = Field(
@@ -157,9 +158,7 @@ class Recipe(Settings):
 def builtin_recipes() -> list[str]:
     """Names of the recipes that come with the package, sorted."""
     folder = resources.files("contextlm") / "recipes"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
+    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def recipe_scales(name_or_path: str) -> list[str]:
@@ -192,8 +191,11 @@ def load_recipe(
     """
     raw, where = _read(name_or_path)
     origin = raw.pop("resolved_from", FULL)
+    departed = raw.pop("departs_from_full", [] if origin == FULL else None)
+    scale = FULL if scale in (None, origin) else scale
     try:
-        raw = resolve(raw, where, scale or FULL, overrides)
+        full = resolve(dict(raw), where, own_setting(raw, where, scale), ())
+        raw = resolve(raw, where, scale, overrides)
     except RecursionError:  # YAML aliases can make a value contain itself
         raise InputError(f"{where}: nested too deeply") from None
     if raw["scale"] == FULL:
@@ -201,17 +203,18 @@ def load_recipe(
     if seeds is not None:
         raw["seeds"] = seeds
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         names = [str(contender["name"]) for contender in raw["contenders"]]
         raise InputError(f"{where}: {_first_problem(error, Recipe, names=names)}") from None
+    return recipe.model_copy(update={"departs_from_full": departures(full, raw, departed, where)})
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML. Loading it gives the same recipe.
 
-    Its values are its top level; ``resolved_from`` keeps the scale's name, so that a report of a
-    second run does not pass a small setting off as the document's.
+    Its values are its top level; ``resolved_from`` and ``departs_from_full`` keep what it was made
+    from, so that a report of a second run does not pass another setting off as the document's.
     """
     data = recipe.model_dump(mode="json", exclude={"scale"})
     return dump({"resolved_from": recipe.scale, **data})

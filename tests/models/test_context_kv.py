@@ -236,8 +236,94 @@ def test_cache_bytes_at_the_documents_sizes(fields, entries):
 def test_cache_bytes_of_token_memory():
     model = ContextKVForCausalLM(ContextKVConfig(vocab_size=64, memory="tokens"))
     short, long = measure_cache(model, [128, 1500], torch.device("cpu"))
-    assert short.logical == short.resident == 128 * 768 * 4 + 8
-    assert long.logical == long.resident == 639 * 768 * 4 + 8
+    assert short.logical == short.resident == 2 * 128 * 768 * 4 + 8
+    assert long.logical == long.resident == 2 * 639 * 768 * 4 + 8  # keys and values
+
+
+def widths(model: ContextKVForCausalLM, *names: str) -> list[list[int]]:
+    """How many positions each of these linear layers is given, in calls from now on."""
+    calls: list[list[int]] = [[] for _ in names]
+    for name, seen in zip(names, calls, strict=True):
+        module = model.model.layer.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+    return calls
+
+
+def test_decoding_over_tokens_projects_each_token_once():
+    model = make(memory="tokens")
+    ids = torch.randint(31, (1, 30))
+    keys, values, queries = widths(model, "attention.key", "attention.value", "attention.query")
+    cache = model(ids[:, :20], use_cache=True, logits_to_keep=1).past_key_values
+    for i in range(20, 30):
+        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+    assert keys == values == [20] + 10 * [1]
+    assert queries == 11 * [1]
+
+
+# Where the real tokens among 33 begin and end, row by row; the last three are real in any case.
+MASKS: dict[str, list[tuple[int, int]]] = {
+    "none": [],
+    "left": [(7, 33), (13, 33), (0, 33)],
+    "far left": [(16, 33), (28, 33), (1, 33)],
+    "gaps": [(3, 11), (5, 22), (30, 33)],
+}
+
+
+@pytest.mark.parametrize("fields", TOKENS, ids=str)
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("last", [1, 6, 20, 32, 33, 50])
+def test_the_last_positions_of_token_memory_equal_those_of_the_whole(fields, rows, last):
+    model = make(**fields, freeze_embedding=False)
+    ids = torch.randint(1, 31, (3, 33))
+    mask = torch.ones(3, 33)
+    for row, (first, end) in enumerate(rows):
+        mask[row, :first] = 0
+        mask[row, end:30] = 0
+    real = mask[:, -last:].bool()
+    cotangent = torch.randn(3, min(last, 33), 31, dtype=torch.float64) * real.unsqueeze(-1)
+    whole = model(ids, attention_mask=mask).logits[:, -last:]
+    queries, inner = widths(model, "attention.query", "up")
+    with_cache = model(ids, attention_mask=mask, logits_to_keep=last, use_cache=True)
+    short = model(ids, attention_mask=mask, logits_to_keep=last, use_cache=False).logits
+    assert queries == inner == 2 * [min(last, 33)]
+    torch.testing.assert_close(short[real], whole[real], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(with_cache.logits[real], whole[real], rtol=1e-9, atol=1e-9)
+    trained = list(model.parameters())
+    actual = torch.autograd.grad((short * cotangent).sum(), trained)
+    expected = torch.autograd.grad((whole * cotangent).sum(), trained)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+    # The cache has taken in all tokens.
+    after = torch.cat([mask, torch.ones(3, 1)], dim=1)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    following = [
+        model(ids[:, :1], attention_mask=after, past_key_values=kept, use_cache=True).logits
+        for kept in (with_cache.past_key_values, cache)
+    ]
+    torch.testing.assert_close(*following, rtol=1e-9, atol=1e-9)
+
+
+def test_several_chosen_positions_are_given_as_chosen():
+    model = make(memory="tokens")
+    ids, chosen = torch.randint(31, (2, 15)), torch.tensor([3, 14, 7])
+    expected = model(ids).logits[:, chosen]
+    torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, expected)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "mask"])
+@pytest.mark.parametrize("before", [3, 9, 23])
+def test_a_single_query_reads_what_its_window_would(before, padding):
+    """The form for one query, with a shorter and a longer history, against the one for many."""
+    g = torch.Generator().manual_seed(before)
+    key, value = torch.randn(2, 3, 2, before + 1, 5, generator=g, dtype=torch.float64)
+    query, pads = key.flip(2)[:, :, -1:], torch.randn(2, 2, 5, generator=g, dtype=torch.float64)
+    given = dict(zip(("pad_key_HE", "pad_value_HE"), pads, strict=True))
+    rule = {"interval": 3, "size": 4, **(given if padding == "zeros" else {})}
+    start = torch.tensor([0, 2, 3] if before == 3 else [0, 4, 1000])
+    many = [torch.cat([x, x[:, :, :1]], dim=2) for x in (query, key, value)]
+    one = dilated_attention(query, key, value, start_B=start, **rule)
+    two = dilated_attention(*many, start_B=start, **rule)
+    torch.testing.assert_close(one, two[:, :, :1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fields", [*RULES, *TOKENS], ids=str)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from contextlm.evaluation.result import StoreFacts
 from contextlm.report import details, document, numbers, tables, words
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.numbers import Stat
@@ -48,6 +49,49 @@ def test_phase_one_and_its_absence(three_seeds):
     assert [row[0] for row in table.rows] == ["hybrid", "compressed"]
     assert table.rows[0][3] == "407.5 ± 0.0 of 500 (81.5 %)"
     assert tables.phase1_table([rows["mha"]]) is None
+
+
+def test_a_validation_rank_says_what_it_was_measured_on(made):
+    store = StoreFacts(
+        fill="sequential",
+        dtype="float32",
+        train_bytes=8,
+        validation_bytes=4,
+        drift_train=0.0,
+        drift_validation=0.0,
+    )
+    reported = {"effective_rank_validation": 0.797}
+    windows = made("windows", baseline=True, phase1=True, reported=reported)
+    stream = made("stream", phase1=True, store=store, reported=reported)
+    rows = summarise([windows, stream])
+    heading = "effective rank, validation"
+    share = "398.5 of 500 (79.7 %)"
+    both = tables.phase1_table(rows)
+    assert column(both, f"{heading} windows") == [share, numbers.ABSENT]
+    assert column(both, f"{heading} stream") == [numbers.ABSENT, share]
+    assert column(both, "seconds") == ["12.5 s", "12.5 s"]
+    for row, other in (rows, rows[::-1]):
+        labels = [c.label for c in tables.phase1_table([row]).columns]
+        assert f"{heading} {row.name}" in labels
+        assert f"{heading} {other.name}" not in labels
+    table = tables.document_table(rows)
+    assert column(table, "figure") == [f"{heading} windows", f"{heading} stream"]
+    assert column(table, "this run") == ["79.7 %", "79.7 %"]
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        (1000, "80.0 (first 1,000 of 4,000 windows)"),
+        (4000, "80.0"),
+        (5000, "80.0"),  # there are no more than 4,000
+        (None, "80.0"),  # an older result
+    ],
+)
+def test_train_perplexity_of_a_part_is_marked_beside_the_document(made, windows, expected):
+    reported = {"train_ppl_best_weights": 736.27, "train_ppl": 667.15}
+    rows = summarise([made(baseline=True, reported=reported, train_ppl_windows=windows)])
+    assert column(tables.document_table(rows), "this run") == [expected, "90.0"]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +374,7 @@ def test_settings_name_the_scale_and_leave_out_what_is_not_set(made, run_of, tmp
         tmp_path,
         resolved_from="small",
         stride=None,
+        departs_from_full=["corpus", "contenders.mha.model.type"],
         training={"groups": [], "warmup": 0, "mixed": False, "nest": {"a": None, "b": []}},
         contenders=[{"name": "mha", "phase1": None, "training": {}, "model": {"type": "x"}}],
     )
@@ -338,5 +383,6 @@ def test_settings_name_the_scale_and_leave_out_what_is_not_set(made, run_of, tmp
         ("seeds", "0"),
         ("training.warmup", "0"),
         ("training.mixed", "false"),
+        ("departs_from_full", "corpus, contenders.mha.model.type"),
     )
     assert details.contenders_table(run).rows == (("mha.model.type", "x"),)

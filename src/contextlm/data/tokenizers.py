@@ -66,7 +66,7 @@ _TRAINED = {
     ),
     "word": _Kind(
         train=train_word_level,
-        version=1,
+        version=2,
         smallest=SMALLEST_WORD_LEVEL,
         needed="padding, unknown, beginning, end and one word",
         example="word:1000",

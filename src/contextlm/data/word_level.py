@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def train_word_level(texts: Sequence[str], size: int) -> Any:
     trainer = trainers.WordLevelTrainer(
         vocab_size=size, special_tokens=list(WORD_LEVEL_ROLES.values()), show_progress=False
     )
+    # Where a text holds a special entry (WikiText's <unk>), encoding finds it before any words.
+    special = re.compile("|".join(WORD_LEVEL_ROLES.values()))
     with parallel_tokenizers():
-        backend.train_from_iterator(texts, trainer=trainer)
+        backend.train_from_iterator((special.sub(" ", text) for text in texts), trainer=trainer)
     return backend

@@ -72,6 +72,18 @@ def evaluate_quality(
     return Quality(loss.item() / tokens, correct / tokens, tokens)
 
 
+def evaluator(
+    windows: Dataset[dict[str, Tensor]], batch_size: int, device: torch.device
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What next-token training calls after each epoch: a model's ``loss`` and ``accuracy``."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        quality = evaluate_quality(model, windows, batch_size, device)
+        return {"loss": quality.loss, "accuracy": quality.accuracy}
+
+    return evaluate
+
+
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
     """Loss per byte of text, comparable across tokenizers.
 

@@ -115,6 +115,9 @@ class ContextPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    # Whether a decoder's `forward` takes `last`, the number of positions whose logits are wanted
+    # (0 for all), and may return hidden states of these only.
+    reads_only_last = False
     # A recurrence cannot be rewound, so `generate` must not try (assisted decoding).
     _is_stateful = True
 
@@ -206,6 +209,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         Returns:
             `CausalLMOutputWithPast` with logits ``[B, T, V]``.
         """
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        shorter = isinstance(logits_to_keep, int) and self.model.reads_only_last
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -213,9 +218,10 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({"last": logits_to_keep} if shorter else {}),
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # The last n of what is n long already are all of it.
         logits_BTV = self.lm_head(outputs.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:

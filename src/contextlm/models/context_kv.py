@@ -11,7 +11,7 @@ Source: the report 001_f3bf7a45855b552b (DESIGN 1.3)::
 Contexts before the first token are zero vectors that take part (``padding="zeros"``) or are left
 out (``"mask"``). ``anchor="grid"`` reads the multiples of s instead, so that decoding keeps one
 context in s. ``memory="tokens"`` is the attention baseline: the layer reads the last s*M token
-embeddings, and there is no context block.
+embeddings, and there is no context block; decoding keeps their keys and values.
 
 Shape suffixes: B batch, T tokens, S memory entries, D embedding width, C an entry's width (that of
 the context, or D), V vocabulary.
@@ -37,7 +37,13 @@ from contextlm.models.base import (
 )
 from contextlm.models.cache import ContextStateLayer, RecentLayer
 from contextlm.models.context_kv_cache import GridLayer, read_positions
-from contextlm.models.context_kv_layer import ContextKVLayer, Memory, MemoryAttention
+from contextlm.models.context_kv_layer import (
+    ContextAttention,
+    ContextKVLayer,
+    Memory,
+    TokenAttention,
+    TokenWindow,
+)
 from contextlm.models.inputs import DecoderInputs, read_inputs
 from contextlm.models.layers import ContextBlock
 
@@ -120,10 +126,11 @@ class ContextKVConfig(PreTrainedConfig):
             )
 
 
-def _attention(config: ContextKVConfig) -> MemoryAttention:
+def _attention(config: ContextKVConfig) -> ContextAttention | TokenAttention:
     """The attention to contexts; to tokens, with the same reach but an interval of 1."""
     tokens = config.memory == "tokens"
-    return MemoryAttention(
+    kind = TokenAttention if tokens else ContextAttention
+    return kind(
         config.hidden_size,
         config.hidden_size if tokens else config.context_dim,
         config.num_attention_heads,
@@ -149,6 +156,7 @@ class ContextKVModel(ContextPreTrainedModel):
     supports_gradient_checkpointing = False  # one layer, small beside the logits
     _no_split_modules = ["ContextBlock", "ContextKVLayer"]
     _can_compile_fullgraph = True
+    reads_only_last = True
 
     def __init__(self, config: ContextKVConfig):
         super().__init__(config)
@@ -199,6 +207,7 @@ class ContextKVModel(ContextPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         contexts: Tensor | None = None,
+        last: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states ``[B, T, D]``; see `ContextForCausalLM.forward`.
@@ -214,39 +223,39 @@ class ContextKVModel(ContextPreTrainedModel):
             contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
                 window (zeros before the stream's start) and of the window's own; the recurrence is
                 not run then.
+            last: how many hidden states are wanted, 0 for all. Token memory gives the last so many
+                only, for which the tokens before them bring no more than keys and values.
             **kwargs: ignored.
 
         Raises:
             ValueError: `contexts` together with a cache or padding, without `position_ids`, of
                 another length or for token memory; or see `read_inputs`.
         """
+        cached = use_cache if contexts is None else False
         inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache if contexts is None else False,
+            self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, cached
         )
         embedded_BTD = self.embed_norm(inputs.embeds_BTD)
         if contexts is not None:
             start_B = self._check_store(contexts, position_ids, inputs)
             memory = Memory(contexts.to(embedded_BTD.dtype), start_B)
             return BaseModelOutputWithPast(last_hidden_state=self.layer(embedded_BTD, memory))
-        order = RealFirst.of(inputs.mask_BT)
-        memory = self._memory(embedded_BTD, inputs, order)
-        hidden_BTD = order.undo(self.layer(order.apply(embedded_BTD), memory))
+        if self.config.memory == "tokens":
+            state = None if inputs.cache is None else inputs.cache.layers[0]
+            window = TokenWindow(embedded_BTD, inputs.mask_BT, state)
+            hidden_BTD = self.layer(embedded_BTD[:, -last:], window)
+        else:
+            order = RealFirst.of(inputs.mask_BT)
+            memory = self._memory(embedded_BTD, inputs, order)
+            hidden_BTD = order.undo(self.layer(order.apply(embedded_BTD), memory))
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=inputs.cache)
 
     def _memory(self, embedded_BTD: Tensor, inputs: DecoderInputs, order: RealFirst) -> Memory:
-        """What the attention is to read, real tokens first; moves the cache on."""
+        """The contexts that the attention is to read, real tokens first; moves the cache on."""
         cache, seen_B = inputs.cache, inputs.seen_B
-        entries_BTC = embedded_BTD
-        if self.config.memory == "contexts":
-            state = None if cache is None else cache.layers[-1]
-            entries_BTC = self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
-        entries_BTC = order.apply(entries_BTC)
+        state = None if cache is None else cache.layers[-1]
+        contexts_BTC = self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
+        entries_BTC = order.apply(contexts_BTC)
         if cache is None:
             return Memory(entries_BTC)
         layer, tokens = cache.layers[0], entries_BTC.shape[1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from contextlm.models.cache import RowStateLayer
+from contextlm.ops.dilated_attention import multiples_below
 
 
 class Reading(NamedTuple):
@@ -79,7 +80,7 @@ class GridLayer(RowStateLayer):
         self.advance(mask_BT, batch, tokens, new_BTE.device)
         # No row has more multiples of s among its tokens than the longest possible one.
         keep = min(self.limit, -(-self.get_seq_length() // self.interval))
-        ends_B1 = _multiples_below(seen_B + new_B, self.interval).unsqueeze(1)
+        ends_B1 = multiples_below(seen_B + new_B, self.interval).unsqueeze(1)
         multiples_BK = ends_B1 - keep + torch.arange(keep, device=new_BTE.device)
         columns_BK = self._columns(multiples_BK, seen_B, old_BKE.shape[1]).clamp(min=0)
         self.entries = both_BSE.gather(1, columns_BK.unsqueeze(-1).expand(-1, -1, width))
@@ -95,7 +96,7 @@ class GridLayer(RowStateLayer):
         """
         device = seen_B.device
         new_BT = torch.arange(tokens, device=device).expand(seen_B.shape[0], -1)
-        below_BT1 = _multiples_below(seen_B.unsqueeze(1) + new_BT, self.interval).unsqueeze(-1)
+        below_BT1 = multiples_below(seen_B.unsqueeze(1) + new_BT, self.interval).unsqueeze(-1)
         multiples_BTM = below_BT1 - 1 - torch.arange(self.limit, device=device)
         columns_BTM = self._columns(multiples_BTM.flatten(1), seen_B, kept).view_as(multiples_BTM)
         own_BT1 = (kept + new_BT).unsqueeze(-1)
@@ -106,10 +107,5 @@ class GridLayer(RowStateLayer):
         """Where the entry of position s * multiple stands among old and new entries."""
         seen_B1 = seen_B.unsqueeze(1)
         position_BN = self.interval * multiples_BN
-        old_BN = kept - _multiples_below(seen_B1, self.interval) + multiples_BN
+        old_BN = kept - multiples_below(seen_B1, self.interval) + multiples_BN
         return torch.where(position_BN >= seen_B1, kept + position_BN - seen_B1, old_BN)
-
-
-def _multiples_below(positions: Tensor, interval: int) -> Tensor:
-    """How many of 0, s, 2s, ... are strictly below each position: ceil(position / s)."""
-    return (positions + interval - 1).div(interval, rounding_mode="floor")

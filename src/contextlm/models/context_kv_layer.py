@@ -1,5 +1,7 @@
 """The attention layer of Context-KV: token embeddings read a memory of contexts (DESIGN 1.3).
 
+`ContextAttention` reads contexts, `TokenAttention` (the baseline) the last tokens themselves.
+
 Shape suffixes: B batch, T tokens, S memory entries, M entries read by a token, D embedding width,
 C an entry's width, N heads, E width of a head.
 """
@@ -12,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contextlm.models.alignment import RealFirst
+from contextlm.models.cache import RecentLayer
 from contextlm.models.context_kv_cache import Reading
 from contextlm.ops.dilated_attention import Anchor, dilated_attention, gather_attention
 
 
 class Memory(NamedTuple):
-    """What T tokens are to read.
+    """The contexts that T tokens are to read.
 
     Attributes:
         entries: ``[B, S, C]``. Without `reading` they are the tokens' own and, in front, those of
@@ -31,8 +35,23 @@ class Memory(NamedTuple):
     reading: Reading | None = None
 
 
+class TokenWindow(NamedTuple):
+    """The tokens that the last of them are to read, in the order of the input.
+
+    Attributes:
+        entries: ``[B, T, C]``, embeddings of the new tokens.
+        mask_BT: False at padding, or None.
+        state: keys and values of earlier tokens, moved on by reading; None: there are none, and no
+            later ones will come.
+    """
+
+    entries: Tensor
+    mask_BT: Tensor | None
+    state: RecentLayer | None
+
+
 class MemoryAttention(nn.Module):
-    """Attention of each token's embedding to M entries of a memory.
+    """Attention of each token's embedding to M entries of a memory; what both kinds share.
 
     Args:
         hidden_size: D.
@@ -69,31 +88,32 @@ class MemoryAttention(nn.Module):
         self.value = nn.Linear(entry_dim, hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
-        """What each token reads, ``[B, T, D]``."""
-        if memory.reading is not None and stream_BTD.shape[1] == 1:
-            memory = _only_read(memory.entries, memory.reading)
+    def _attend(
+        self,
+        stream_BTD: Tensor,
+        key_BSD: Tensor,
+        value_BSD: Tensor,
+        start_B: Tensor | None = None,
+        reading: Reading | None = None,
+    ) -> Tensor:
+        """What each token reads, ``[B, T, D]``; for the last two see `Memory`."""
         query_BNTE = self._heads(self.query(stream_BTD))
-        key_BNSE = self._heads(self.key(memory.entries))
-        value_BNSE = self._heads(self.value(memory.entries))
+        memory = (self._heads(key_BSD), self._heads(value_BSD))
         dropout = self.dropout if self.training else 0.0
         pads: dict[str, Tensor] = {}
         if self.padding == "zeros":  # the key and the value of a zero vector are the biases
             pads["pad_key_HE"] = self.key.bias.view(self.heads, -1)
             pads["pad_value_HE"] = self.value.bias.view(self.heads, -1)
-        if memory.reading is not None:
-            mixed_BNTE = gather_attention(
-                query_BNTE, key_BNSE, value_BNSE, *memory.reading, dropout=dropout, **pads
-            )
+        if reading is not None:
+            mixed_BNTE = gather_attention(query_BNTE, *memory, *reading, dropout=dropout, **pads)
         else:
             mixed_BNTE = dilated_attention(
                 query_BNTE,
-                key_BNSE,
-                value_BNSE,
+                *memory,
                 interval=self.interval,
                 size=self.size,
                 anchor=self.anchor,
-                start_B=memory.start_B,
+                start_B=start_B,
                 dropout=dropout,
                 **pads,
             )
@@ -101,6 +121,39 @@ class MemoryAttention(nn.Module):
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class ContextAttention(MemoryAttention):
+    """Reads contexts. Decoding keeps these, narrower than keys and values, and projects a few."""
+
+    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
+        """What each token reads, ``[B, T, D]``."""
+        if memory.reading is not None and stream_BTD.shape[1] == 1:
+            memory = _only_read(memory.entries, memory.reading)
+        entries_BSC, start_B, reading = memory
+        keys_BSD, values_BSD = self.key(entries_BSC), self.value(entries_BSC)
+        return self._attend(stream_BTD, keys_BSD, values_BSD, start_B, reading)
+
+
+class TokenAttention(MemoryAttention):
+    """Reads the last M tokens, side by side, as any attention with a sliding window does.
+
+    Decoding keeps keys and values, ``[B, <= M - 1, 2 D]``.
+    """
+
+    def forward(self, stream_BTD: Tensor, window: TokenWindow) -> Tensor:
+        """What the last T tokens of the window read, ``[B, T, D]``; the others only serve them."""
+        entries_BSD = torch.cat([self.key(window.entries), self.value(window.entries)], dim=-1)
+        state = RecentLayer(self.size - 1) if window.state is None else window.state
+        before = entries_BSD.shape[1] - stream_BTD.shape[1]
+        if before:
+            _append(state, entries_BSD[:, :before], window.mask_BT, slice(before))
+        start_B = state.counts
+        both_BSD, order = _append(
+            state, entries_BSD[:, before:], window.mask_BT, slice(before, None)
+        )
+        keys_BSD, values_BSD = both_BSD.chunk(2, dim=-1)
+        return order.undo(self._attend(order.apply(stream_BTD), keys_BSD, values_BSD, start_B))
 
 
 class ContextKVLayer(nn.Module):
@@ -125,12 +178,21 @@ class ContextKVLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
-        """``[B, T, D]``."""
+    def forward(self, stream_BTD: Tensor, memory: Memory | TokenWindow) -> Tensor:
+        """``[B, T, D]``; the memory is of the attention's own kind."""
         read_BTD = self.dropout(self.attention(stream_BTD, memory))
         hidden_BTD = self.attention_norm(stream_BTD + read_BTD)
         branch_BTD = self.feed_forward_norm(self.down(F.gelu(self.up(hidden_BTD))))
         return hidden_BTD + self.dropout(branch_BTD)
+
+
+def _append(
+    state: RecentLayer, new_BTE: Tensor, mask_BS: Tensor | None, columns: slice
+) -> tuple[Tensor, RealFirst]:
+    """Old and new entries, each row's real ones first among the new, and the order of these."""
+    mask_BT = None if mask_BS is None else mask_BS[:, columns]
+    order = RealFirst.of(mask_BT)
+    return state.append(order.apply(new_BTE), mask_BT), order
 
 
 def _only_read(entries_BSC: Tensor, reading: Reading) -> Memory:

@@ -120,19 +120,52 @@ def dilated_attention(
         raise ValueError(f"{entries - tokens} entries before the queries need start_B")
     if start_B is None:
         start_B = torch.zeros(1, dtype=torch.long, device=query_BHTE.device)
-    # With one entry to read there is no grid.
-    attend = _on_grid if anchor == "grid" and size > 1 else _in_phases
-    return attend(
-        query_BHTE,
-        key_BHSE,
-        value_BHSE,
-        interval,
-        size,
-        pad_key_HE,
-        pad_value_HE,
-        start_B,
-        dropout,
-    )
+    memory = (key_BHSE, value_BHSE, interval, size, pad_key_HE, pad_value_HE, start_B)
+    if anchor == "grid" and size > 1:  # with one entry to read there is no grid
+        return _on_grid(query_BHTE, *memory, dropout)
+    if tokens == 1 and dropout == 0:  # missing entries taken together are not dropped one by one
+        return _one_query(query_BHTE, *memory)
+    return _in_phases(query_BHTE, *memory, dropout)
+
+
+def multiples_below(positions: Tensor, interval: int) -> Tensor:
+    """How many of 0, s, 2s, ... are strictly below each position: ceil(position / s)."""
+    return (positions + interval - 1).div(interval, rounding_mode="floor")
+
+
+def _one_query(
+    query_BH1E: Tensor,
+    key_BHSE: Tensor,
+    value_BHSE: Tensor,
+    interval: int,
+    size: int,
+    pad_key_HE: Tensor | None,
+    pad_value_HE: Tensor | None,
+    start_B: Tensor,
+) -> Tensor:
+    """Anchor "position" for a single query: it reads every s-th entry from the end, a view.
+
+    The n missing entries of a row are one whose weight counts n times: exp(score + log n). Further
+    suffix: R entries of the view.
+    """
+    last = (key_BHSE.shape[2] - 1) % interval
+    key_BHRE = key_BHSE[:, :, last::interval][:, :, -size:]
+    value_BHRE = value_BHSE[:, :, last::interval][:, :, -size:]
+    back_R = interval * torch.arange(key_BHRE.shape[2] - 1, -1, -1, device=start_B.device)
+    missing_BR = start_B.unsqueeze(1) < back_R
+    query_BH1E = _scaled(query_BH1E)
+    scores_BH1R = query_BH1E @ key_BHRE.transpose(-1, -2)
+    scores_BH1R = scores_BH1R.masked_fill(missing_BR[:, None, None], float("-inf"))
+    if pad_key_HE is None or pad_value_HE is None:
+        return scores_BH1R.softmax(-1) @ value_BHRE
+    pads_B = (size - 1 - start_B.div(interval, rounding_mode="floor")).clamp(min=0)
+    # In bfloat16 the logarithm would misjudge n by some percent.
+    log_B = pads_B.to(torch.promote_types(scores_BH1R.dtype, torch.float32)).log()
+    pad_BH11 = query_BH1E @ pad_key_HE.to(query_BH1E.dtype).unsqueeze(-1)
+    pad_BH11 = pad_BH11 + log_B.view(-1, 1, 1, 1)
+    weights = torch.cat([pad_BH11, scores_BH1R], dim=-1).softmax(-1).to(value_BHRE.dtype)
+    pad_value_H1E = pad_value_HE.to(value_BHRE.dtype).unsqueeze(1)
+    return weights[..., 1:] @ value_BHRE + weights[..., :1] * pad_value_H1E
 
 
 def _in_phases(
@@ -200,7 +233,7 @@ def _on_grid(
     (batch, _, tokens, _), entries = query_BHTE.shape, key_BHSE.shape[2]
     device = query_BHTE.device
     groups = (tokens + interval - 2) // interval + 1
-    below_B1 = _ceil_div(start_B, interval).unsqueeze(1)  # multiples of s below the first query
+    below_B1 = multiples_below(start_B, interval).unsqueeze(1)
     offset_B1 = start_B.unsqueeze(1) - interval * (below_B1 - 1) - 1  # its place in its group
     slots_BT = (torch.arange(tokens, device=device) + offset_B1).expand(batch, -1)
     filled_BS = (torch.arange(groups * interval, device=device) - offset_B1).expand(batch, -1)
@@ -240,10 +273,6 @@ def _check_pads(pad_key_HE: Tensor | None, pad_value_HE: Tensor | None) -> None:
 
 def _scaled(query_BHTE: Tensor) -> Tensor:
     return query_BHTE * query_BHTE.shape[-1] ** -0.5
-
-
-def _ceil_div(dividend: Tensor, divisor: int) -> Tensor:
-    return (dividend + divisor - 1).div(divisor, rounding_mode="floor")
 
 
 def _take(memory_BHSE: Tensor, columns_BL: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class _Kind:
     unit: str = ""
     share: bool = False
     relative: bool = False
+    remark: Callable[[SummaryRow], str] = lambda row: ""  # beside the measured figure
 
     def reported(self, value: float) -> str:
         """The document's figure, in its own digits."""
@@ -79,6 +80,22 @@ def ratio(value: float) -> str:
 def epoch(value: float) -> str:
     """An epoch or iteration: whole where it is whole."""
     return numbers.decimal(value, 0 if value == int(value) else 1)
+
+
+def windows_of_train_ppl(row: SummaryRow) -> tuple[int, int] | None:
+    """On how many train windows the best weights were scored, and of how many; None if on all."""
+    windows, total = row.outcomes[0].result.train_ppl_windows, row.corpus.train_windows
+    return None if windows is None or windows >= total else (windows, total)
+
+
+def _part_of_windows(row: SummaryRow) -> str:
+    part = windows_of_train_ppl(row)
+    return f" (first {numbers.count(part[0])} of {numbers.count(part[1])} windows)" if part else ""
+
+
+def validation_rank_label(stored: bool) -> str:
+    """What the validation rank is measured on: a store's contexts are one stream, never reset."""
+    return f"effective rank, validation {'stream' if stored else 'windows'}"
 
 
 def _exactly(value: float) -> Stat:
@@ -144,7 +161,11 @@ _KINDS = {
         "train PPL, running", lambda r: r.train_ppl_running, numbers.perplexity, relative=True
     ),
     "train_ppl_best_weights": _Kind(
-        "train PPL, best weights", lambda r: r.train_ppl, numbers.perplexity, relative=True
+        "train PPL, best weights",
+        lambda r: r.train_ppl,
+        numbers.perplexity,
+        relative=True,
+        remark=_part_of_windows,
     ),
     "bits_per_byte": _Kind("bits per byte", lambda r: r.bits_per_byte, loss, relative=True),
     "accuracy": _Kind("accuracy", lambda r: r.accuracy, numbers.percent, share=True),
@@ -166,9 +187,6 @@ _KINDS = {
     "phase1_converged": _Kind("phase-1 convergence", _converged, numbers.percent, share=True),
     "phase1_seconds": _Kind("phase-1 seconds", lambda r: r.phase1_seconds, numbers.seconds, " s"),
     "effective_rank_train": _TRAIN_RANK,
-    "effective_rank_val": _Kind(
-        "effective rank, validation windows", _rank(True), numbers.percent, share=True
-    ),
     "train_val_gap": _Kind(
         "gap, validation / running train PPL", lambda r: r.train_validation_gap, ratio
     ),
@@ -229,7 +247,11 @@ def _canonical(key: str) -> str:
     return _ALIASES.get(key, key)
 
 
-def _kind(key: str) -> _Kind | None:
+def _kind(key: str, row: SummaryRow) -> _Kind | None:
+    """What is known of a figure; None for a name that is not."""
+    if key == "effective_rank_val":
+        label = validation_rank_label(stored=row.store is not None)
+        return _Kind(label, _rank(True), numbers.percent, share=True)
     cache = _CACHE.fullmatch(key)
     if cache is None:
         return _KINDS.get(key)
@@ -250,7 +272,7 @@ def _kind(key: str) -> _Kind | None:
 def _figure(
     row: SummaryRow, reference: SummaryRow | None, key: str, value: float
 ) -> DocumentFigure:
-    kind = _kind(_canonical(key))
+    kind = _kind(_canonical(key), row)
     if kind is None:
         label = key.replace("_", " ")
         return DocumentFigure(row.name, key, label, numbers.plain(value), None, None, None)
@@ -261,7 +283,9 @@ def _figure(
         key=key,
         label=kind.label,
         reported=kind.reported(value),
-        measured=numbers.with_deviation(measured, kind.show) if measured else None,
+        measured=(
+            numbers.with_deviation(measured, kind.show) + kind.remark(row) if measured else None
+        ),
         reported_change=(
             reported_change(row, [row, reference], _canonical(key))
             if reference and kind.relative

@@ -7,12 +7,12 @@ from typing import Any
 
 from contextlm.evaluation.result import PhaseOneFacts, Run
 from contextlm.report import numbers
+from contextlm.report.document import windows_of_train_ppl
 from contextlm.report.frontier import comparable_groups
 from contextlm.report.numbers import amount
+from contextlm.report.setting import setting_notes
 from contextlm.report.summary import SummaryRow, run_labels
 
-FULL = "full"
-SMOKE = "smoke"
 STOP_AT = 0.9  # a recipe's phase 1 stops at this converged share unless it says otherwise
 MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched
 
@@ -25,7 +25,7 @@ def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
         rows: `summarise_runs(runs)`.
     """
     return [
-        *_scale_notes(rows),
+        *setting_notes(runs, rows),
         *_phase1_notes(runs, rows),
         *_missing_notes(runs),
         *_comparison_notes(rows),
@@ -38,34 +38,14 @@ def detail_notes(rows: Sequence[SummaryRow]) -> list[str]:
     """Notes on figures that only the full report shows."""
     first: dict[tuple[int, int], list[SummaryRow]] = {}
     for row in rows:
-        windows = row.outcomes[0].result.train_ppl_windows
-        if windows is not None and windows < row.corpus.train_windows:
-            first.setdefault((windows, row.corpus.train_windows), []).append(row)
+        part = windows_of_train_ppl(row)
+        if part is not None:
+            first.setdefault(part, []).append(row)
     return [
         f"Train PPL with the best weights was measured on the first {numbers.count(windows)} of "
         f"{numbers.count(total)} train windows ({_names(measured)})."
         for (windows, total), measured in first.items()
     ]
-
-
-def _scale_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    found = []
-    for scale in dict.fromkeys(row.scale for row in rows if row.scale != FULL):
-        if scale == SMOKE:
-            sizes = {row.corpus.validation_tokens for row in rows if row.scale == scale}
-            found.append(
-                f"Scale {scale} only tests that everything runs "
-                f"({' or '.join(map(numbers.count, sorted(sizes)))} validation tokens): "
-                "draw no conclusions from these figures."
-            )
-        elif any(row.reported or row.reported_epochs for row in rows if row.scale == scale):
-            found.append(
-                f"Measured at scale {scale}; the document's figures are for its own setting, "
-                "so compare the differences from the baseline rather than the figures themselves."
-            )
-        else:
-            found.append(f"Measured at scale {scale}, not at the recipe's full setting.")
-    return found
 
 
 def _phase1_notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:

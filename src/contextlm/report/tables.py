@@ -17,6 +17,7 @@ from contextlm.report.document import (
     ratio,
     reported_change,
     reported_value,
+    validation_rank_label,
 )
 from contextlm.report.frontier import headline_length
 from contextlm.report.numbers import ABSENT, Stat, signed_percent, with_deviation
@@ -176,29 +177,29 @@ def training_table(rows: Sequence[SummaryRow]) -> Table:
 
 
 def phase1_table(rows: Sequence[SummaryRow]) -> Table | None:
-    """How context training ended; None if no contender has a phase 1."""
-    columns = (
-        "iterations",
-        "converged",
-        "effective rank, training stream",
-        "effective rank, validation windows",
-    )
-    lines = []
-    for row in rows:
-        facts = row.phase1
-        if facts is not None:
-            lines.append(
-                [
-                    row.shown_name,
-                    with_deviation(facts.iterations, epoch),
-                    with_deviation(facts.converged, numbers.percent),
-                    _rank(facts.rank_train, facts.context_dim),
-                    _rank(facts.rank_validation, facts.context_dim),
-                    with_deviation(row.phase1_seconds, numbers.seconds),
-                ]
-            )
-    if not lines:
+    """How context training ended; None if no contender has a phase 1.
+
+    Validation ranks with and without a context store have a column each.
+    """
+    trained = [(row, row.phase1) for row in rows if row.phase1 is not None]
+    if not trained:
         return None
+    kinds = sorted({row.store is not None for row, _ in trained})
+    columns = ["iterations", "converged", "effective rank, training stream"]
+    columns += map(validation_rank_label, kinds)
+    lines = []
+    for row, facts in trained:
+        validation = _rank(facts.rank_validation, facts.context_dim)
+        lines.append(
+            [
+                row.shown_name,
+                with_deviation(facts.iterations, epoch),
+                with_deviation(facts.converged, numbers.percent),
+                _rank(facts.rank_train, facts.context_dim),
+                *(validation if (row.store is not None) == kind else ABSENT for kind in kinds),
+                with_deviation(row.phase1_seconds, numbers.seconds),
+            ]
+        )
     headings = [CONTENDER, *map(Column, columns), Column("seconds")]
     return make_table("Phase 1, context training", headings, lines)
 

@@ -237,8 +237,8 @@ def _key(
     device = next(block.parameters()).device
     distinct_U = np.unique(np.asarray(tokens_P)).astype(np.int64)
     tensors = [*block.state_dict().values(), embed(torch.from_numpy(distinct_U).to(device))]
-    for tensor in [*tensors, start_PC]:
-        # As a view: a copy of all contexts would take gigabytes.
+    # The start piece by piece: a second copy of all contexts would take gigabytes.
+    for tensor in [*tensors, *start_PC.split(CHUNK)]:
         digest.update(tensor.detach().cpu().contiguous().flatten().numpy())
     digest.update(np.asarray(tokens_P, dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -76,6 +76,9 @@ class EmbeddingSettings(Settings):
     batch_size: Count = Field(32, description="learned: windows per step")
     epochs: Count = Field(1, description="learned: at most this many, stopping at the best")
     learning_rate: PositiveFloat = Field(1e-3, description="learned: at the peak, then a cosine")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="learned: of the small GPT-2; one table serves all of the recipe's seeds"
+    )
 
     @model_validator(mode="before")
     @classmethod
