@@ -126,10 +126,12 @@ def test_what_is_saved_and_what_it_costs(made, cache, ppl, said):
     assert words.answer(rows)[0].endswith(f" c {said}")
 
 
-def test_the_answer_spells_out_three_contenders(made):
-    rows = summarise([made(baseline=True), *(made(f"c{i}", ppl=90) for i in range(4))])
+def test_the_answer_spells_out_the_three_best_contenders(made):
+    ppls = (95, 94, 93, 92)
+    rows = summarise([made(baseline=True), *(made(f"c{ppl}", ppl=ppl) for ppl in ppls)])
     sentences = tradeoffs(rows, 2048)
-    assert [text.split()[0] for text in sentences] == ["c0", "c1", "c2", "..."]
+    assert [text.split()[0] for text in sentences[:3]] == ["c94", "c93", "c92"]
+    assert sentences[3:] == ["The findings below name 1 more."]
     assert len(tradeoffs(rows[:4], 2048)) == 3
 
 

@@ -13,15 +13,20 @@ AS_MUCH_PERCENT = 1.0  # caches within this of the baseline's count as equally l
 
 
 def tradeoffs(rows: Sequence[SummaryRow], length: int | None) -> list[str]:
-    """A sentence for each of the first contenders that has a baseline, then ``...`` for the rest.
+    """A sentence for each contender that has a baseline; of many, those of lowest perplexity.
+
+    How many are left out is then said at the end.
 
     Args:
         rows: contenders that may be compared with each other.
         length: the cache length to speak of, in tokens; a contender without a figure there is
             spoken of at the longest that it shares with its baseline.
     """
-    sentences = [text for row in rows if (text := _tradeoff(row, length)) is not None]
-    return sentences if len(sentences) <= SHOWN else [*sentences[:SHOWN], "..."]
+    found = [(row.ppl.mean, text) for row in rows if (text := _tradeoff(row, length)) is not None]
+    best = sorted(ppl for ppl, _ in found)[:SHOWN]
+    sentences = [text for ppl, text in found if ppl in best][:SHOWN]
+    left = len(found) - len(sentences)
+    return [*sentences, f"The findings below name {left} more."] if left else sentences
 
 
 def _tradeoff(row: SummaryRow, length: int | None) -> str | None:
