@@ -793,6 +793,7 @@ def test_eval_shows_what_was_measured(command: Command, stand_in: Any, checkpoin
         "sequence_length": None,
         "samples": 3,
         "cache_lengths": [128, 4096, 9999],
+        "input_cache": False,
     }
     lines = {
         "architecture": "gpt2",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from contextlm.errors import InputError
 
 if TYPE_CHECKING:
     from contextlm.evaluation.checkpoint import CheckpointReport
+    from contextlm.evaluation.input_cache import InputCacheReport
 
 COLDEST_TO_HOTTEST = (0.001, 1000.0)  # temperatures; logits divided by less overflow
 
@@ -55,6 +56,13 @@ def evaluate(
             help="Tokens after which the cache is measured.",
         ),
     ] = None,
+    cache: Annotated[
+        Literal["plain", "input"],
+        typer.Option(
+            help="input: also measure GPT-NeoX or GPT-2 with attention inputs kept instead of "
+            "keys and values, and what that saves and costs."
+        ),
+    ] = "plain",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -65,6 +73,7 @@ def evaluate(
     ```
     contextlm eval runs/demo-001/context-pythia/seed-0/checkpoint
     contextlm eval CHECKPOINT --corpus text:my-notes/ --cache-lengths 128,4096 --json
+    contextlm eval runs/demo-001/pythia/seed-0/checkpoint --cache input
     ```
     """
     lengths = None if cache_lengths is None else read_lengths(cache_lengths)
@@ -79,6 +88,7 @@ def evaluate(
         sequence_length=sequence_length,
         samples=samples,
         cache_lengths=lengths,
+        input_cache=cache == "input",
     )
     left_out = sorted(set(lengths or []) - {held.tokens for held in report.cache})
     if left_out:
@@ -198,6 +208,31 @@ def _in_words(report: CheckpointReport) -> dict[str, Any]:
         "cache type": report.cache_dtype,
         f"prefill {timed}": numbers.rate(report.prefill_tokens_per_second),
         f"decode {timed}": numbers.rate(report.decode_tokens_per_second),
+        **_input_cache_in_words(report.input_cache, timed),
+    }
+
+
+def _input_cache_in_words(report: InputCacheReport | None, timed: str) -> dict[str, str]:
+    from contextlm.report import numbers
+
+    if report is None:
+        return {}
+    facts = {}
+    for held, change in zip(report.cache, report.cache_change_percent, strict=True):
+        size = numbers.human_bytes(held.logical)
+        resident = numbers.human_bytes(held.resident)
+        saved = numbers.signed_percent(change)
+        facts[f"input cache at {held.tokens:,} tokens"] = f"{size}, {saved} ({resident} resident)"
+    prefill = numbers.rate(report.prefill_tokens_per_second)
+    decode = numbers.rate(report.decode_tokens_per_second)
+    return {
+        **facts,
+        f"input cache: prefill {timed}": (
+            f"{prefill}, {numbers.signed_percent(report.prefill_change_percent)}"
+        ),
+        f"input cache: decode {timed}": (
+            f"{decode}, {numbers.signed_percent(report.decode_change_percent)}"
+        ),
     }
 
 

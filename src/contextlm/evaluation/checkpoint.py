@@ -25,11 +25,13 @@ from contextlm.data.tokenizers import keeps_all_words
 from contextlm.data.windows import Windows
 from contextlm.device import resolve_device
 from contextlm.errors import InputError
+from contextlm.evaluation.input_cache import InputCacheReport, compare_input_cache
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
 from contextlm.models.build import config_class, meta_model
+from contextlm.models.input_cache import InputCache
 
 CACHE_LENGTHS = (128, 512, 2048, 8192)
 _WEIGHTS = "model.safetensors"
@@ -39,7 +41,8 @@ _INDEX = "model.safetensors.index.json"
 class CheckpointReport(BaseModel):
     """Quality on a corpus's validation split, cache bytes and speed of one checkpoint.
 
-    `bits_per_byte` is None where the tokenizer has one token for all unknown words.
+    `bits_per_byte` is None where the tokenizer has one token for all unknown words, `input_cache`
+    where it was not asked for.
     """
 
     checkpoint: str
@@ -59,6 +62,7 @@ class CheckpointReport(BaseModel):
     speed_tokens: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    input_cache: InputCacheReport | None = None
 
 
 def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -154,6 +158,7 @@ def evaluate_checkpoint(
     sequence_length: int | None,
     samples: int | None,
     cache_lengths: list[int] | None,
+    input_cache: bool = False,
 ) -> CheckpointReport:
     """Measure a checkpoint on the validation split of `corpus`, in windows with state reset.
 
@@ -165,12 +170,16 @@ def evaluate_checkpoint(
         samples: use only the first windows; None: all.
         cache_lengths: tokens at which to count the cache; those beyond the model's positions are
             left out. None: `CACHE_LENGTHS`, or the model's positions where it has fewer.
+        input_cache: also measure bytes and speed with an `InputCache`.
 
     Raises:
-        InputError: the checkpoint or the corpus is not usable, or no cache length fits.
+        InputError: the checkpoint or the corpus is not usable, no cache length fits, or the model
+            cannot have an `InputCache`.
     """
     cache = cache_folder()  # one that cannot be used is told before the work
     model, tokenizer = load_checkpoint(folder, device)
+    if input_cache:
+        _check_input_cache(model)
     where = next(model.parameters()).device
     limit = position_limit(model)
     length = sequence_length or min(128, limit or 128)
@@ -182,6 +191,7 @@ def evaluate_checkpoint(
     windows = Windows(store.tokens, length, samples=samples)
     quality = evaluate_quality(model, windows, 32, where)
     covered = windows.tokens_covered
+    held = measure_cache(model, lengths, where)
     speed = measure_speed(model, 512, where)
     return CheckpointReport(
         checkpoint=str(folder),
@@ -198,12 +208,21 @@ def evaluate_checkpoint(
         if keeps_all_words(tokenizer)
         else None,
         accuracy=quality.accuracy,
-        cache=measure_cache(model, lengths, where),
+        cache=held,
         cache_dtype=str(model.dtype).removeprefix("torch."),
         speed_tokens=speed.tokens,
         prefill_tokens_per_second=speed.prefill_tokens_per_second,
         decode_tokens_per_second=speed.decode_tokens_per_second,
+        input_cache=compare_input_cache(model, held, speed, where) if input_cache else None,
     )
+
+
+def _check_input_cache(model: PreTrainedModel) -> None:
+    """Tell before the work that the model cannot have one."""
+    try:
+        InputCache(model).remove()
+    except InputError as error:
+        raise InputError(f"--cache input: {error}") from None
 
 
 def _lengths_within(limit: int | None, wanted: list[int] | None) -> list[int]:
