@@ -444,7 +444,7 @@ def test_a_run_that_ends_early_says_where_its_folder_is(
 
     stand_in(
         "contextlm.experiment",
-        prepare=lambda recipe: None,
+        prepare=lambda recipe: SimpleNamespace(learning_text=None),
         describe_environment=lambda device, seeds: {},
         run_contender=run_contender,
     )

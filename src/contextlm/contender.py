@@ -23,6 +23,7 @@ from contextlm.evaluation.quality import (
 )
 from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.files import write_json
 from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model
@@ -73,7 +74,12 @@ def run_contender(
     stages.append(stage_memory("model initialised", device))
     trained = _train(recipe, contender, seed, model, prepared, folder, device, progress, stages)
     # Before anything is measured: a fault in a measurement must not cost the weights.
-    _save_checkpoint(model, prepared, folder / "checkpoint")
+    made = Trained(
+        target_offset=recipe.target_offset_of(contender),
+        unit=recipe.unit,
+        stream=trained.contexts.store is not None,
+    )
+    _save_checkpoint(model, prepared, made, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
@@ -212,12 +218,15 @@ def _train(
     return _Trained(outcome, precision, contexts)
 
 
-def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
-    """Weights, configuration and tokenizer, in a folder that appears whole."""
+def _save_checkpoint(
+    model: PreTrainedModel, prepared: Prepared, trained: Trained, folder: Path
+) -> None:
+    """Weights, configuration, tokenizer and a note on training, in a folder that appears whole."""
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     # For padded batches; not in the configuration, where it would freeze an embedding at zero.
-    model.generation_config.pad_token_id = prepared.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
     model.save_pretrained(partial)
     prepared.tokenizer.save_pretrained(partial)
+    write_trained(partial, trained)
     partial.rename(folder)

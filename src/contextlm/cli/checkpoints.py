@@ -209,6 +209,7 @@ def _in_words(report: CheckpointReport) -> dict[str, Any]:
         f"prefill {timed}": numbers.rate(report.prefill_tokens_per_second),
         f"decode {timed}": numbers.rate(report.decode_tokens_per_second),
         **_input_cache_in_words(report.input_cache, timed),
+        **({"note": "; ".join(report.remarks)} if report.remarks else {}),
     }
 
 

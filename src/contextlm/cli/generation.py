@@ -14,6 +14,7 @@ from contextlm.cli.streaming import TextStream
 from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import load_checkpoint
 from contextlm.evaluation.memory import cache_bytes, position_limit
+from contextlm.evaluation.trained import read_trained
 from contextlm.report.numbers import human_bytes
 
 
@@ -74,11 +75,17 @@ def continue_text(
         stream: print the text to stdout as it comes.
 
     Raises:
-        InputError: no checkpoint, or the text is longer than the model's positions.
+        InputError: no checkpoint, one that does not predict the next token, or a text that is
+            longer than the model's positions.
     """
     model: Any  # transformers leaves `generate` without types
     tokenizer: Any
     model, tokenizer = load_checkpoint(folder, device)
+    ahead = read_trained(folder).target_offset
+    if ahead > 1:
+        raise InputError(
+            f"{folder}: it predicts the token {ahead} ahead, so it cannot go on a text"
+        )
     input_ids_1T = _encode(prompt, tokenizer, folder).to(model.device)
     _check_positions(model, input_ids_1T.shape[1] + sampling.max_new_tokens, folder)
     if sampling.seed is not None:

@@ -30,6 +30,7 @@ from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.trained import read_trained
 from contextlm.models.build import config_class, meta_model
 from contextlm.models.input_cache import InputCache
 
@@ -41,8 +42,9 @@ _INDEX = "model.safetensors.index.json"
 class CheckpointReport(BaseModel):
     """Quality on a corpus's validation split, cache bytes and speed of one checkpoint.
 
-    `bits_per_byte` is None where the tokenizer has one token for all unknown words, `input_cache`
-    where it was not asked for.
+    `bits_per_byte` is None where the tokenizer has one token for all unknown words and where the
+    model predicts further ahead than the next token, `input_cache` where it was not asked for.
+    `remarks` say why these figures are others than those of the run that made the checkpoint.
     """
 
     checkpoint: str
@@ -63,6 +65,7 @@ class CheckpointReport(BaseModel):
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     input_cache: InputCacheReport | None = None
+    remarks: list[str] = []
 
 
 def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -188,7 +191,9 @@ def evaluate_checkpoint(
     lengths = _lengths_within(limit, cache_lengths)
     text = load_corpus(corpus)
     store = build_token_store(text, "validation", tokenizer, cache)
-    windows = Windows(store.tokens, length, samples=samples)
+    trained = read_trained(folder)
+    ahead = trained.target_offset
+    windows = Windows(store.tokens, length, target_offset=ahead, samples=samples)
     quality = evaluate_quality(model, windows, 32, where)
     covered = windows.tokens_covered
     held = measure_cache(model, lengths, where)
@@ -200,12 +205,12 @@ def evaluate_checkpoint(
         corpus=text.name,
         sequence_length=length,
         windows=len(windows),
-        windows_available=len(Windows(store.tokens, length)),
+        windows_available=len(Windows(store.tokens, length, target_offset=ahead)),
         tokens=quality.tokens,
         loss=quality.loss,
         ppl=quality.ppl,
         bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered))
-        if keeps_all_words(tokenizer)
+        if keeps_all_words(tokenizer) and ahead == 1
         else None,
         accuracy=quality.accuracy,
         cache=held,
@@ -214,6 +219,7 @@ def evaluate_checkpoint(
         prefill_tokens_per_second=speed.prefill_tokens_per_second,
         decode_tokens_per_second=speed.decode_tokens_per_second,
         input_cache=compare_input_cache(model, held, speed, where) if input_cache else None,
+        remarks=trained.remarks(),
     )
 
 

@@ -1,0 +1,64 @@
+"""What a checkpoint remembers of its training, because its weights mean nothing without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from contextlm.errors import InputError
+from contextlm.files import write_json
+
+NAME = "contextlm.json"
+
+
+class Trained(BaseModel):
+    """How a model was trained, as far as that decides how it may be used.
+
+    Attributes:
+        target_offset: how many tokens ahead it predicts.
+        unit: whether a sample was a window of a stream, or a line of text.
+        stream: whether its contexts ran on from window to window.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    target_offset: PositiveInt = 1
+    unit: Literal["windows", "lines"] = "windows"
+    stream: bool = False
+
+    def remarks(self) -> list[str]:
+        """What makes figures on windows, each from its beginning, others than the run's."""
+        said = []
+        if self.target_offset > 1:
+            said.append(f"it predicts the token {self.target_offset} ahead, and is scored on that")
+        if self.unit == "lines":
+            said.append("it was trained on lines, each from its beginning; here it reads windows")
+        if self.stream:
+            said.append("its contexts ran on through the text; here each window starts anew")
+        return said
+
+
+def write_trained(folder: Path, trained: Trained) -> None:
+    """Put the note into a checkpoint's folder."""
+    write_json(folder / NAME, trained.model_dump())
+
+
+def read_trained(folder: Path) -> Trained:
+    """The note in a checkpoint's folder; the defaults where another program made the checkpoint.
+
+    Raises:
+        InputError: the note is damaged; the message names the file.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        return Trained()
+    try:
+        return Trained.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "content"
+        raise InputError(f"{file}: {key}: {problem['msg']}") from None
