@@ -57,3 +57,14 @@ def test_evaluation_scores_what_was_trained(two_ahead):
 def test_such_a_model_cannot_write(two_ahead):
     with pytest.raises(InputError, match="predicts the token 2 ahead"):
         continue_text(two_ahead, "Return", Sampling(4), device="cpu", stream=False)
+
+
+def test_a_model_of_lines_begins_with_the_start_token(two_ahead):
+    (two_ahead / "contextlm.json").rename(two_ahead / "aside")
+    lengths = []
+    for unit in ("windows", "lines"):
+        write_trained(two_ahead, Trained(unit=unit))
+        made = continue_text(two_ahead, "Return", Sampling(2), device="cpu", stream=False)
+        lengths.append(made.prompt_tokens)
+    (two_ahead / "aside").replace(two_ahead / "contextlm.json")
+    assert lengths[1] == lengths[0] + 1

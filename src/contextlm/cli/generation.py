@@ -81,12 +81,15 @@ def continue_text(
     model: Any  # transformers leaves `generate` without types
     tokenizer: Any
     model, tokenizer = load_checkpoint(folder, device)
-    ahead = read_trained(folder).target_offset
-    if ahead > 1:
+    trained = read_trained(folder)
+    if trained.target_offset > 1:
         raise InputError(
-            f"{folder}: it predicts the token {ahead} ahead, so it cannot go on a text"
+            f"{folder}: it predicts the token {trained.target_offset} ahead, not the next one, and "
+            "so cannot continue a text"
         )
-    input_ids_1T = _encode(prompt, tokenizer, folder).to(model.device)
+    # Lines were trained from their start token on.
+    input_ids_1T = _encode(prompt, tokenizer, folder, begin=trained.unit == "lines")
+    input_ids_1T = input_ids_1T.to(model.device)
     _check_positions(model, input_ids_1T.shape[1] + sampling.max_new_tokens, folder)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
@@ -128,14 +131,14 @@ def _check_positions(model: Any, wanted: int, folder: Path) -> None:
         )
 
 
-def _encode(prompt: str, tokenizer: Any, folder: Path) -> torch.Tensor:
-    """Token ids ``[1, T]`` with at least one token."""
+def _encode(prompt: str, tokenizer: Any, folder: Path, *, begin: bool) -> torch.Tensor:
+    """Token ids ``[1, T]`` with at least one token; `begin` puts the start token in front."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
+    if begin or not ids:
         first = next(
             (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
         )
         if first is None:
             raise InputError(f"{folder}: the prompt is empty, and the tokenizer has no start token")
-        ids = [first]
+        ids = [first, *ids]
     return torch.tensor([ids])
