@@ -36,6 +36,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import ContextStateLayer, RecentLayer
+from contextlm.models.config_checks import check_counts, check_dropout, check_positive
 from contextlm.models.context_kv_cache import GridLayer, read_positions
 from contextlm.models.context_kv_layer import (
     ContextAttention,
@@ -105,20 +106,10 @@ class ContextKVConfig(PreTrainedConfig):
         Raises:
             ValueError: the heads do not divide the width, or a value is out of its range.
         """
-        for name in (
-            *("vocab_size", "hidden_size", "context_dim", "context_layers"),
-            *("num_attention_heads", "interval", "max_contexts"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.intermediate_size is not None and self.intermediate_size < 1:
-            raise ValueError(f"intermediate_size must be at least 1, got {self.intermediate_size}")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_counts(self, "vocab_size", "hidden_size", "context_dim", "context_layers")
+        check_counts(self, "num_attention_heads", "interval", "max_contexts", "intermediate_size")
+        check_positive(self, "initializer_range", "layer_norm_eps")
+        check_dropout(self, "attention_dropout", "hidden_dropout")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide "

@@ -33,6 +33,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import ContextStateLayer
+from contextlm.models.config_checks import check_counts, check_dropout, check_positive
 from contextlm.models.inputs import DecoderInputs, read_inputs
 from contextlm.models.layers import ContextBlock
 
@@ -116,20 +117,11 @@ class ContextPythiaConfig(PreTrainedConfig):
         Raises:
             ValueError: the heads do not divide the stream's width, or a size is not positive.
         """
-        for name in ("vocab_size", "hidden_size", "context_dim", "context_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.intermediate_size is not None and self.intermediate_size < 1:
-            raise ValueError(f"intermediate_size must be at least 1, got {self.intermediate_size}")
-        for name in ("rope_theta", "initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_counts(self, "vocab_size", "hidden_size", "context_dim", "context_layers")
+        check_counts(self, "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        check_counts(self, "intermediate_size")
+        check_positive(self, "rope_theta", "initializer_range", "layer_norm_eps")
+        check_dropout(self, "attention_dropout", "hidden_dropout")
         if not 0 <= self.rotary_pct <= 1:
             raise ValueError(f"rotary_pct must lie in [0, 1], got {self.rotary_pct}")
         if self.tie_word_embeddings and self.stream_size != self.hidden_size:

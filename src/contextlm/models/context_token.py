@@ -31,6 +31,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import ContextStateLayer
+from contextlm.models.config_checks import check_counts, check_positive
 from contextlm.models.inputs import read_inputs
 from contextlm.models.layers import ContextBlock, ContextLayer
 
@@ -76,12 +77,8 @@ class ContextTokenConfig(PreTrainedConfig):
         Raises:
             ValueError: a size is not positive.
         """
-        for name in ("vocab_size", "hidden_size", "context_dim", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_counts(self, "vocab_size", "hidden_size", "context_dim", "num_hidden_layers")
+        check_positive(self, "initializer_range", "layer_norm_eps")
 
 
 class TokenLayer(ContextLayer):

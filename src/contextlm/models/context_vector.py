@@ -44,6 +44,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import ContextStateLayer
+from contextlm.models.config_checks import check_counts, check_dropout, check_positive
 from contextlm.models.inputs import read_inputs
 from contextlm.models.positions import table_positions
 
@@ -108,13 +109,9 @@ class ContextVectorConfig(PreTrainedConfig):
                 head that is not as wide as the embedding.
         """
         sizes = ("vocab_size", "hidden_size", "context_dim", "num_contexts")
-        for name in (*sizes, "mlp_size", "mlp_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.initializer_range <= 0:
-            raise ValueError(f"initializer_range must be positive, got {self.initializer_range}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_counts(self, *sizes, "mlp_size", "mlp_layers")
+        check_positive(self, "initializer_range")
+        check_dropout(self, "dropout")
         limit = self.max_position_embeddings
         if self.positions == "none" and limit is not None:
             raise ValueError(

@@ -33,6 +33,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import RecentLayer
+from contextlm.models.config_checks import check_counts, check_dropout, check_positive
 from contextlm.models.dual_context_attention import (
     DualContextAttention,
     MaskStyle,
@@ -112,20 +113,15 @@ class DualContextConfig(PreTrainedConfig):
             ValueError: a value is out of range, or the heads do not divide the width.
         """
         sizes = ("vocab_size", "hidden_size", "base_layers", "num_attention_heads")
-        for name in (*sizes, "max_representatives"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, *sizes, "max_representatives")
         if self.window < 2 or self.window % 2:
             raise ValueError(f"window must be even and at least 2, got {self.window}")
         if self.num_positions < self.window:
             raise ValueError(
                 f"num_positions ({self.num_positions}) must be at least window ({self.window})"
             )
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_positive(self, "layer_norm_epsilon", "initializer_range")
+        check_dropout(self, "dropout")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide "

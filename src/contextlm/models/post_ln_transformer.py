@@ -34,6 +34,7 @@ from contextlm.models.base import (
     register_architecture,
 )
 from contextlm.models.cache import RowStateLayer
+from contextlm.models.config_checks import check_counts, check_dropout, check_positive
 from contextlm.models.inputs import read_inputs
 from contextlm.models.positions import table_positions
 
@@ -81,14 +82,9 @@ class PostLNTransformerConfig(PreTrainedConfig):
             ValueError: the heads do not divide the width, or a size is not positive.
         """
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_counts(self, *sizes, "intermediate_size", "max_position_embeddings")
+        check_positive(self, "initializer_range", "layer_norm_eps")
+        check_dropout(self, "dropout")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide "
