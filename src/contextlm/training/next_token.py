@@ -35,6 +35,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.errors import RunError
 from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
+from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import TrainingSettings
 
@@ -111,7 +112,8 @@ def train_next_token(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     use_cache = model.config.use_cache
     trainer = _NextTokenTrainer(model, arguments, train, settings, precision, evaluate, callbacks)
-    trainer.train()
+    with freed_memory_kept():
+        trainer.train()
     # The Trainer switches the cache off in the configuration, and a saved model would keep that.
     model.config.use_cache = use_cache
     losses = [epoch.validation_loss for epoch in recorder.epochs]

@@ -1,0 +1,53 @@
+"""Keeping large blocks of host memory between training steps.
+
+The logits of one step can take gigabytes. glibc asks the system for a block of that size at every
+step and gives it back, and the system clears each of its pages anew: up to half of a step's time
+(docs/log.md has the figures).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Names and defaults of mallopt(3).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 * 2**20}
+_DEFAULTS = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 * 2**10, _TOP_PAD: 128 * 2**10}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[bool]:
+    """Let glibc keep what is freed inside the `with` block, and give it back at its end.
+
+    Elsewhere than on glibc (macOS, Windows, musl) nothing changes.
+
+    Yields:
+        Whether the allocator could be told.
+    """
+    library = _glibc()
+    if library is None:
+        yield False
+        return
+    _tell(library, _KEEP)
+    try:
+        yield True
+    finally:
+        _tell(library, _DEFAULTS)
+        library.malloc_trim(0)
+
+
+def _tell(library: Any, values: dict[int, int]) -> None:
+    for name, value in values.items():
+        library.mallopt(name, value)
+
+
+def _glibc() -> Any:
+    """The C library of this process if it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
