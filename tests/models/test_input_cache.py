@@ -479,7 +479,10 @@ def test_save_and_load_while_installed(model: Any, tmp_path: Any) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert type(loaded) is type(model)
     assert everything_of(loaded).keys() == everything_of(model).keys()
-    assert torch.equal(loaded(tokens()).logits, plain)
+    # As in the contract tests: memory from a file may not be aligned.
+    aligned = type(model)(model.config).double().eval()
+    aligned.load_state_dict(loaded.state_dict())
+    assert torch.equal(aligned(tokens()).logits, plain)
 
 
 def test_a_copy_of_an_installed_model_is_its_own(model: Any) -> None:
