@@ -1,0 +1,67 @@
+"""Who chooses the backend of an op, and in which order."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from contextlm.ops.backends import AUTO, VARIABLE, requested_backend, use_backend
+
+KNOWN = ("eager", "numba")
+
+
+def requested(given: str = AUTO, op: str = "scan") -> str:
+    return requested_backend(op, given, KNOWN)
+
+
+@pytest.fixture(autouse=True)
+def no_choice_of_the_user(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def test_nobody_chooses():
+    assert requested() == AUTO
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("numba", "numba"),
+        ("scan=numba", "numba"),
+        ("other=numba", AUTO),
+        ("eager, scan = numba", "numba"),
+        ("scan=numba,eager", "numba"),
+        ("other=numba,eager", "eager"),
+        ("", AUTO),
+        ("scan=", AUTO),
+    ],
+)
+def test_the_user_chooses(monkeypatch, variable, expected):
+    monkeypatch.setenv(VARIABLE, variable)
+    assert requested() == expected
+
+
+def test_the_nearest_choice_counts(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "eager")
+    with use_backend("scan", "numba"):
+        assert requested() == "numba"
+        assert requested("eager") == "eager"
+        assert requested(op="other") == "eager"
+        with use_backend("other", "numba"), use_backend("scan", "eager"):
+            assert (requested(), requested(op="other")) == ("eager", "numba")
+        assert requested() == "numba"
+    assert requested() == "eager"
+
+
+@pytest.mark.parametrize("source", ["call", "program", "user"])
+def test_an_unknown_name_is_refused_whoever_gives_it(monkeypatch, source):
+    if source == "user":
+        monkeypatch.setenv(VARIABLE, "fast")
+    with (
+        use_backend("scan", "fast") if source == "program" else nullcontext(),
+        pytest.raises(
+            ValueError, match=r"unknown scan backend 'fast' \(known: auto, eager, numba\)"
+        ),
+    ):
+        requested("fast" if source == "call" else AUTO)

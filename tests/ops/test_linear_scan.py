@@ -1,0 +1,335 @@
+"""Every backend against a loop written straight from the definition, in fp64, at odd sizes."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from contextlm.ops import linear_scan as module
+from contextlm.ops.backends import use_backend
+from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+SIZES = [(1, 1, 1), (2, 7, 3), (3, 17, 5), (2, 64, 1), (5, 33, 19)]
+
+
+@pytest.fixture(params=["eager", "numba", "parallel"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return request.param
+
+
+def naive_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None, mask=None) -> Tensor:
+    """Number by number."""
+    batch, tokens, channels = inputs.shape
+    rows = []
+    for b in range(batch):
+        for c in range(channels):
+            h = torch.zeros((), dtype=inputs.dtype) if initial is None else initial[b, c]
+            for t in range(tokens):
+                if mask is None or mask[b, t]:
+                    h = gates[b, t, c] * h + inputs[b, t, c]
+                rows.append(h)
+    return torch.stack(rows).view(batch, channels, tokens).transpose(1, 2)
+
+
+def make(batch: int, tokens: int, channels: int, dtype=torch.float64, most=1.0):
+    g = torch.Generator().manual_seed(batch + tokens + channels)
+    gates = most * torch.rand(batch, tokens, channels, generator=g, dtype=torch.float64)
+    inputs = torch.randn(batch, tokens, channels, generator=g, dtype=torch.float64)
+    initial = torch.randn(batch, channels, generator=g, dtype=torch.float64)
+    return [t.to(dtype).requires_grad_() for t in (gates, inputs, initial)]
+
+
+def cotangent(like: Tensor) -> Tensor:
+    g = torch.Generator().manual_seed(99)
+    return torch.randn(like.shape, generator=g, dtype=torch.float64).to(like.dtype)
+
+
+def agree(tensors, backend: str, mask=None, tolerance: float = 1e-11) -> None:
+    """Values and all gradients of `backend` are those of the naive loop."""
+    fast = linear_scan(*tensors, mask_BT=mask, backend=backend)
+    slow = naive_scan(*tensors, mask)
+    torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
+    actual = torch.autograd.grad(fast, tensors, cotangent(fast))
+    expected = torch.autograd.grad(slow, tensors, cotangent(slow))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients_equal_the_naive_loop(backend: str, size) -> None:
+    agree(make(*size), backend)
+    agree(make(*size, most=1.5), backend, tolerance=1e-9)
+
+
+def test_gradients_equal_finite_differences(backend: str) -> None:
+    def scan(gates: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
+        return linear_scan(gates, inputs, initial, backend=backend)
+
+    assert torch.autograd.gradcheck(scan, make(2, 7, 3))
+    if backend != "numba":
+        assert torch.autograd.gradgradcheck(scan, make(2, 5, 2))
+
+
+def test_padding_passes_the_state_and_no_gradient(backend: str) -> None:
+    tensors = make(3, 11, 4)
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[0, :5], mask[1] = False, False
+    agree(tensors, backend, mask)
+    states = linear_scan(*tensors, mask_BT=mask, backend=backend)
+    torch.testing.assert_close(states[0, 4], tensors[2][0], rtol=0, atol=0)
+    gradients = torch.autograd.grad(states.square().sum(), tensors[:2])
+    assert all((gradient[~mask] == 0).all() for gradient in gradients)
+
+
+def test_what_stands_at_padding_does_not_matter(backend: str) -> None:
+    gates, inputs, initial = make(2, 9, 3)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 2:4] = False
+    states = linear_scan(gates, inputs, initial, mask_BT=mask, backend=backend)
+    nan = torch.where(mask.unsqueeze(-1), inputs, torch.nan).detach().requires_grad_()
+    again = linear_scan(gates, nan, initial, mask_BT=mask, backend=backend)
+    torch.testing.assert_close(again, states, rtol=0, atol=0)
+    gradients = torch.autograd.grad(again.sum(), (gates, nan, initial))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_without_an_initial_state_it_starts_from_zero(backend: str) -> None:
+    gates, inputs, _ = make(2, 9, 3)
+    fast = linear_scan(gates, inputs, backend=backend)
+    torch.testing.assert_close(fast, naive_scan(gates, inputs, None), rtol=1e-12, atol=1e-12)
+
+
+def test_gates_of_zero_one_and_above(backend: str) -> None:
+    gates, inputs, initial = (t.detach().clone() for t in make(2, 21, 6))
+    gates[..., 0], gates[..., 1], gates[..., 2] = 0, 1, 2.5
+    gates[:, ::3, 3], gates[:, 4::5, 4] = 0, 1e-300
+    gates[:, 3, 5], gates[:, 4, 5] = 1e200, 1e-200
+    agree([t.requires_grad_() for t in (gates, inputs, initial)], backend)
+
+
+def test_products_of_gates_may_leave_the_range_of_numbers(backend: str) -> None:
+    """Gates of 4 over 300 steps make 4^300, but a state of zero stays zero; so does 0.5^300."""
+    inputs = torch.zeros(1, 300, 2)
+    inputs[:, -2:] = 1
+    gates = torch.tensor([4.0, 0.5]).expand(1, 300, 2).contiguous().requires_grad_()
+    states = linear_scan(gates, inputs, torch.tensor([[0.0, 3.0]]), backend=backend)
+    torch.testing.assert_close(states[0, -2:], torch.tensor([[1.0, 1.0], [5.0, 1.5]]))
+    (gradient,) = torch.autograd.grad(states[:, -1].sum(), gates)
+    torch.testing.assert_close(gradient[0, -1], torch.tensor([1.0, 1.0]))
+
+
+def test_a_state_survives_thousands_of_steps(backend: str) -> None:
+    """In float32 at T = 4096, with gates near 1 and near 0, against float64."""
+    gates, inputs, initial = (t.detach() for t in make(1, 4096, 6))
+    gates[..., :2], gates[..., 2:4] = 1 - 1e-3 * gates[..., :2], 1e-6 * gates[..., 2:4]
+    exact = linear_scan(gates, inputs, initial, backend="eager")
+    rough = linear_scan(gates.float(), inputs.float(), initial.float(), backend=backend)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_one_tensor_alone_may_require_a_gradient(backend: str, which: int) -> None:
+    tensors = [t.detach().requires_grad_(i == which) for i, t in enumerate(make(2, 9, 3))]
+    fast, slow = linear_scan(*tensors, backend=backend), naive_scan(*tensors)
+    actual = torch.autograd.grad(fast.square().sum(), tensors[which])[0]
+    expected = torch.autograd.grad(slow.square().sum(), tensors[which])[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_inputs_and_gradients_need_not_be_contiguous(backend: str) -> None:
+    gates, inputs, initial = (t.detach() for t in make(2, 9, 3))
+    gates = gates.transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = torch.stack([inputs, inputs], dim=-1)[..., 1]
+    initial = initial.t().contiguous().t()
+    tensors = [t.requires_grad_() for t in (gates, inputs, initial)]
+    assert not any(t.is_contiguous() for t in tensors)
+    agree(tensors, backend)
+    expanded = torch.autograd.grad(linear_scan(*tensors, backend=backend).sum(), gates)[0]
+    expected = torch.autograd.grad(naive_scan(*tensors).sum(), gates)[0]
+    torch.testing.assert_close(expanded, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_state_is_kept_in_float32_at_least(backend: str, dtype: torch.dtype) -> None:
+    """The result is the exact one, rounded once; in bfloat16 the sum would stop at 256."""
+    ones = torch.ones(1, 300, 3, dtype=dtype, requires_grad=True)
+    states = linear_scan(ones, ones, backend=backend)
+    assert states.dtype == dtype
+    expected = torch.arange(1, 301).to(dtype)
+    torch.testing.assert_close(states[0, :, 1], expected, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(states.float().sum(), ones)
+    assert gradient.dtype == dtype
+
+
+def test_mixed_types_compute_in_the_widest(backend: str) -> None:
+    gates, inputs, _ = make(2, 9, 3)
+    states = linear_scan(gates, inputs.bfloat16(), backend=backend)
+    expected = naive_scan(gates, inputs.bfloat16().double(), None).bfloat16()
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changed", [0, 8, 16])
+def test_a_token_changes_nothing_before_it(backend: str, changed: int) -> None:
+    gates, inputs, initial = (t.detach() for t in make(2, 17, 3))
+    states = linear_scan(gates, inputs, initial, backend=backend)
+    gates, inputs = gates.clone(), inputs.clone()
+    gates[:, changed], inputs[:, changed] = 0.25, torch.nan
+    other = linear_scan(gates, inputs, initial, backend=backend)
+    torch.testing.assert_close(other[:, :changed], states[:, :changed], rtol=0, atol=0)
+    assert other[:, changed:].isnan().all()
+
+
+def test_pieces_of_any_size_give_the_same_states(backend: str) -> None:
+    gates, inputs, initial = (t.detach() for t in make(2, 13, 3))
+    whole = linear_scan(gates, inputs, initial, backend=backend)
+    state, pieces = initial, []
+    for start, end in ((0, 1), (1, 6), (6, 13)):
+        pieces.append(linear_scan(gates[:, start:end], inputs[:, start:end], state))
+        state = pieces[-1][:, -1]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_shared_out_over_threads_give_the_same() -> None:
+    """Also from two threads at once, forward and backward."""
+    pytest.importorskip("numba")
+    tensors = make(5, 700, 131)
+    expected = linear_scan(*tensors, backend="parallel")
+    gradients = torch.autograd.grad(expected, tensors, cotangent(expected))
+
+    def check(_: int) -> None:
+        states = linear_scan(*tensors, backend="numba")
+        torch.testing.assert_close(states, expected, rtol=1e-11, atol=1e-11)
+        actual = torch.autograd.grad(states, tensors, cotangent(states))
+        for a, e in zip(actual, gradients, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(check, range(4)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_traced_whole_by_torch_compile() -> None:
+    tensors = make(2, 13, 3)
+    compiled = torch.compile(linear_scan, fullgraph=True, backend="aot_eager", dynamic=False)
+    states = compiled(*tensors)
+    torch.testing.assert_close(states, naive_scan(*tensors), rtol=1e-12, atol=1e-12)
+    actual = torch.autograd.grad(states, tensors, cotangent(states))
+    slow = naive_scan(*tensors)
+    for a, e in zip(actual, torch.autograd.grad(slow, tensors, cotangent(slow)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+def test_meta_tensors_have_a_shape() -> None:
+    meta = torch.empty(2, 9, 3, device="meta", dtype=torch.bfloat16)
+    states = linear_scan(meta, meta)
+    assert (states.shape, states.dtype, states.is_meta) == (meta.shape, meta.dtype, True)
+
+
+def fake_fla(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """A package with `chunk_hgrn`'s calling convention; returns the record of its calls."""
+    calls = []
+
+    def chunk_hgrn(x, g, initial_state=None, output_final_state=False):
+        assert x.shape == g.shape
+        assert x.dtype == g.dtype == torch.float32
+        assert g.isfinite().all()
+        assert initial_state is None, "chunk_hgrn has no gradient for it"
+        assert not output_final_state
+        calls.append(tuple(x.shape))
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = g[:, t].exp() * state + x[:, t]
+            states.append(state)
+        return torch.stack(states, 1), None
+
+    hgrn = ModuleType("fla.ops.hgrn")
+    hgrn.chunk_hgrn = chunk_hgrn
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.hgrn", hgrn)
+    return calls
+
+
+def test_flash_linear_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_fla(monkeypatch)
+    monkeypatch.setattr(module, "_obstacle_to_fla", lambda *_: "")
+    gates, inputs, initial = (t.detach() for t in make(2, 9, 4, torch.float32, most=1.5))
+    gates[..., 0], gates[:, ::2, 1], gates[..., 2] = 0, 0, 1
+    tensors = [t.requires_grad_() for t in (gates, inputs, initial)]
+    agree(tensors, "fla", tolerance=1e-4)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    agree(tensors, "fla", mask, tolerance=1e-4)
+    assert calls == [(2, 9, 4)] * 2
+
+
+def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"numba"}
+    monkeypatch.setattr(module, "is_installed", lambda package: package in installed)
+    long, short = torch.ones(2, 9, 3), torch.ones(2, 1, 3)
+    meta = long.to("meta")
+    assert linear_scan_backend(long, long) == "numba"
+    assert linear_scan_backend(short, short) == "eager"
+    assert linear_scan_backend(meta, meta) == "parallel"
+    with use_backend("linear_scan", "parallel"):
+        assert linear_scan_backend(long, long) == "parallel"
+        assert linear_scan_backend(long, long, backend="eager") == "eager"
+    monkeypatch.setenv("CONTEXTLM_BACKEND", "linear_scan=eager")
+    assert linear_scan_backend(long, long) == "eager"
+    monkeypatch.delenv("CONTEXTLM_BACKEND")
+    installed.clear()
+    assert linear_scan_backend(long, long) == "eager"
+    with pytest.raises(ValueError, match="'numba' needs the package numba"):
+        linear_scan_backend(long, long, backend="numba")
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"type": "cuda"}, "fla"),
+        ({"type": "xpu"}, "parallel"),
+    ],
+)
+def test_the_choice_on_other_devices(monkeypatch: pytest.MonkeyPatch, where, expected) -> None:
+    """With stand-ins for tensors, since there may be no such device."""
+
+    class Elsewhere:
+        shape, dtype = torch.Size([2, 9, 3]), torch.float32
+        device = torch.device(where["type"])
+
+    monkeypatch.setattr(module, "_PLAIN", (Elsewhere,))
+    monkeypatch.setattr(module, "is_installed", lambda package: True)
+    assert linear_scan_backend(Elsewhere(), Elsewhere()) == expected
+    monkeypatch.setattr(module, "is_installed", lambda package: False)
+    assert linear_scan_backend(Elsewhere(), Elsewhere()) == "parallel"
+
+
+def test_bad_arguments_are_refused() -> None:
+    ones = torch.ones(2, 5, 3)
+    with pytest.raises(ValueError, match="unknown linear_scan backend 'fast'"):
+        linear_scan(ones, ones, backend="fast")
+    with pytest.raises(ValueError, match="'numba' runs on a CPU only"):
+        linear_scan(ones.to("meta"), ones.to("meta"), backend="numba")
+    with pytest.raises(ValueError, match="'fla' runs on a CUDA device only"):
+        linear_scan(ones, ones, backend="fla")
+    with pytest.raises(ValueError, match="T >= 1"):
+        linear_scan(ones[:, :0], ones[:, :0])
+    with pytest.raises(ValueError, match=r"gates as \(2, 5, 3\), got \(2, 4, 3\)"):
+        linear_scan(ones[:, :4], ones)
+    with pytest.raises(ValueError, match=r"initial state as \(2, 3\)"):
+        linear_scan(ones, ones, ones[0])
+    with pytest.raises(ValueError, match=r"mask as \(2, 5\)"):
+        linear_scan(ones, ones, mask_BT=torch.ones(5, 2, dtype=torch.bool))
