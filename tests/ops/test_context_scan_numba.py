@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from contextlm.ops.backends import VARIABLE, use_backend
+from contextlm.ops.compiled import compiled
 from contextlm.ops.context_scan import context_scan, context_scan_backend
-from contextlm.ops.context_scan_numba import _compiled, erf
+from contextlm.ops.context_scan_numba import erf
 
 
 def make(layers: int, batch: int, tokens: int, width: int, dtype=torch.float64, spread=0.1):
@@ -60,7 +61,7 @@ def test_float32_is_as_good_as_the_eager_loop_in_float32():
 
 
 def test_the_error_function_in_float32():
-    @_compiled()
+    @compiled()
     def apply(values):
         out = np.empty_like(values)
         for i in range(len(values)):
@@ -124,7 +125,7 @@ def test_asked_for_where_it_does_not_fit_it_says_why(change, message):
 
 
 def test_without_a_folder_for_the_code_it_is_compiled_all_the_same(monkeypatch):
-    import contextlm.ops.context_scan_numba as module
+    import contextlm.ops.compiled as module
 
     real = module.njit
 
@@ -135,7 +136,7 @@ def test_without_a_folder_for_the_code_it_is_compiled_all_the_same(monkeypatch):
 
     monkeypatch.setattr(module, "njit", njit)
 
-    @_compiled()
+    @compiled()
     def double(x):
         return 2 * x
 

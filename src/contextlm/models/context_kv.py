@@ -214,8 +214,8 @@ class ContextKVModel(ContextPreTrainedModel):
             contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
                 window (zeros before the stream's start) and of the window's own; the recurrence is
                 not run then.
-            last: how many hidden states are wanted, 0 for all. Token memory gives the last so many
-                only, for which the tokens before them bring no more than keys and values.
+            last: how many hidden states are wanted, 0 for all. Without padding only the last so
+                many are given; the tokens before them only bring what these read.
             **kwargs: ignored.
 
         Raises:
@@ -238,6 +238,11 @@ class ContextKVModel(ContextPreTrainedModel):
         else:
             order = RealFirst.of(inputs.mask_BT)
             memory = self._memory(embedded_BTD, inputs, order)
+            tokens = embedded_BTD.shape[1]
+            # With padding, a row's last token may stand anywhere once real ones are in front.
+            if 0 < last < tokens and inputs.mask_BT is None:
+                memory = memory.of_last(last, tokens, self.history)
+                embedded_BTD = embedded_BTD[:, -last:]
             hidden_BTD = order.undo(self.layer(order.apply(embedded_BTD), memory))
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=inputs.cache)
 

@@ -34,6 +34,15 @@ class Memory(NamedTuple):
     start_B: Tensor | None = None
     reading: Reading | None = None
 
+    def of_last(self, queries: int, tokens: int, history: int) -> Memory:
+        """The same for the last so many of the T tokens, which read so far back at most."""
+        if self.reading is not None:
+            reading = Reading(*(columns[:, -queries:] for columns in self.reading))
+            return Memory(self.entries, reading=reading)
+        start_B = torch.zeros(1, dtype=torch.long, device=self.entries.device)
+        start_B = start_B if self.start_B is None else self.start_B
+        return Memory(self.entries[:, -(history + queries) :], start_B + tokens - queries)
+
 
 class TokenWindow(NamedTuple):
     """The tokens that the last of them are to read, in the order of the input.

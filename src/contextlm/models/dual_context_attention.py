@@ -58,8 +58,8 @@ class MaskStyle:
 class Recent:
     """Attention to a token's own block, as far as the token, and to so many blocks before it.
 
-    Where nothing is kept and no row is padded, each block is attended from on its own, so that the
-    cost grows with the length and not with its square.
+    At the beginning of a text, and where no row is padded, each block is attended from on its own,
+    so that the cost grows with the length and not with its square.
 
     Attributes:
         mask: ``[B, 1, T, S]``, or of the blocks, ``[G, 1, P, J]``.

@@ -65,7 +65,7 @@ class Timeline:
         tokens: T, padding included.
         mask_BT: False at padding, or None.
         align: the order that puts real tokens first.
-        plain: one sequence from its beginning in each row, without padding, nothing to be kept.
+        plain: the beginning of a sequence in each row, without padding.
     """
 
     query_BT: Tensor
@@ -96,7 +96,7 @@ class Timeline:
             tokens=tokens,
             mask_BT=mask_BT,
             align=RealFirst.of(mask_BT),
-            plain=mask_BT is None and inputs.cache is None,
+            plain=mask_BT is None and inputs.past == 0,
         )
 
     def keys(self, limit: int) -> Tensor:

@@ -12,13 +12,14 @@ Shape suffixes: B batch, T tokens, L context layers, C context width (I in, O ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from torch import Tensor
+
+from contextlm.ops.compiled import compiled
 
 # erf(x) = x P(x^2) / Q(x^2) up to |x| = 3.919, where erf is 1 to float32's rounding. Fitted for
 # this file by iteratively reweighted least squares in 40 digits: within 1.9e-8 exactly computed,
@@ -27,22 +28,8 @@ _ERF_END = 3.9192059
 _P = (1.128379147, 0.1903551977, 0.05274242572, 0.003763535543, 2.84857789e-4, 2.050783872e-6)
 _Q = (1.0, 0.5020306503, 0.1140883566, 0.01496504928, 0.001162070201, 3.809758646e-5)
 
-
-def _compiled() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function at its first call; keep the code on disk if a folder for it is writable.
-
-    The flags let sums be reordered, hence vectorised. "fast" would also hide a NaN.
-    """
-    flags = {"reassoc", "contract", "nsz", "arcp"}
-    options: dict[str, Any] = {"nogil": True, "fastmath": flags, "error_model": "numpy"}
-
-    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:
-            return njit(**options)(function)
-
-    return compile_function
+# A layer's sums may be reordered.
+_FLAGS = ("reassoc", "contract", "nsz", "arcp")
 
 
 def erf(x):  # type: ignore[no-untyped-def]
@@ -71,7 +58,7 @@ def _choose_erf(x):  # type: ignore[no-untyped-def]
     return rational
 
 
-@_compiled()
+@compiled(*_FLAGS)
 def _add_product(weight_IO, vector_I, sum_O):  # type: ignore[no-untyped-def]
     """Add the product to `sum_O`, four inputs at a time: the sums are read and written less."""
     inputs, outputs = weight_IO.shape
@@ -86,7 +73,7 @@ def _add_product(weight_IO, vector_I, sum_O):  # type: ignore[no-untyped-def]
             sum_O[o] += vector_I[i] * weight_IO[i, o]
 
 
-@_compiled()
+@compiled(*_FLAGS)
 def _add_gelu(context_C, update_C, one):  # type: ignore[no-untyped-def]
     """Put ``c + GELU(u)`` in the place of u; returns its sum."""
     half, root = one / (one + one), one / math.sqrt(one + one)
@@ -99,7 +86,7 @@ def _add_gelu(context_C, update_C, one):  # type: ignore[no-untyped-def]
     return total
 
 
-@_compiled()
+@compiled(*_FLAGS)
 def _normalise(sum_C, mean, width, eps, scale_C, shift_C, out_C):  # type: ignore[no-untyped-def]
     """The layer norm of `sum_C`, whose mean is known."""
     squares = width - width
@@ -110,7 +97,7 @@ def _normalise(sum_C, mean, width, eps, scale_C, shift_C, out_C):  # type: ignor
         out_C[i] = (sum_C[i] - mean) / deviation * scale_C[i] + shift_C[i]
 
 
-@_compiled()
+@compiled(*_FLAGS)
 def _scan(  # type: ignore[no-untyped-def]
     projected_LBTC, weights_LIO, scale_LC, shift_LC, initial_BC, mask_BT, constants, out_LBTC
 ):

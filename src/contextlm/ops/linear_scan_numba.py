@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from contextlm.ops.compiled import compiled
 
 # Fewer numbers than this are not worth handing to another thread.
 _NUMBERS_PER_THREAD = 2**16
@@ -30,15 +31,7 @@ _NUMBERS_PER_THREAD = 2**16
 _Loop = Callable[..., None]
 
 
-def _compiled(loop: _Loop) -> Any:
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
-    try:
-        return njit(cache=True, **options)(loop)
-    except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(loop)
-
-
-@_compiled
+@compiled("contract")
 def _forward(gates_BTC, inputs_BTC, initial_BC, states_BTC):  # type: ignore[no-untyped-def]
     batch, tokens, channels = gates_BTC.shape
     state_C = np.empty(channels, gates_BTC.dtype)
@@ -52,7 +45,7 @@ def _forward(gates_BTC, inputs_BTC, initial_BC, states_BTC):  # type: ignore[no-
                 out_C[c] = state
 
 
-@_compiled
+@compiled("contract")
 def _backward(gates_BTC, states_BTC, initial_BC, grad_BTC, dgates_BTC, dinputs_BTC, dinitial_BC):  # type: ignore[no-untyped-def]
     """``g_t = grad_t + a_{t+1} g_{t+1}``; its parts for a_t, b_t and h_{-1}."""
     batch, tokens, channels = gates_BTC.shape

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contextlm.models.layers import ContextBlock
+from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.settings import PhaseOneSettings
 
 INITIAL_STD = 0.01
@@ -150,7 +151,8 @@ def train_context_block(
     frozen = {p: p.requires_grad for p in block.parameters()}
     block.requires_grad_(True)
     try:
-        return _iterate(block, embedded_UD, entries, settings, seed, device, on_iteration)
+        with freed_memory_kept():
+            return _iterate(block, embedded_UD, entries, settings, seed, device, on_iteration)
     finally:
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad_(requires_grad)

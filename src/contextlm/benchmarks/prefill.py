@@ -1,0 +1,39 @@
+"""How fast a long prompt is read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
+from contextlm.benchmarks.subjects import SUBJECTS, build, subjects
+from contextlm.evaluation.memory import feed
+
+TOKENS = 8192
+
+
+def measure(setting: Setting) -> Outcome:
+    """One prompt at once, each model in turns with its own baseline."""
+    tokens = 48 if setting.smoke else TOKENS
+    outcome = Outcome(settings={"B": 1, "T": tokens, "dtype": "float32"})
+    for baseline in [each for each in SUBJECTS if any(s.baseline == each.name for s in SUBJECTS)]:
+        family = [baseline, *(each for each in SUBJECTS if each.baseline == baseline.name)]
+        cases = {
+            each.name: partial(_read, build(each, narrow=setting.smoke), tokens) for each in family
+        }
+        times = interleaved(cases, setting.repeats or 3)
+        for each in subjects(times):
+            row = {"model": each.name, "tokens/s": tokens / times[each.name].median}
+            outcome.rows.append({**row, **milliseconds(times[each.name])})
+            if each.baseline is not None:
+                ratio = times[each.baseline].median / times[each.name].median
+                name = f"prefill_{each.name}_vs_{each.baseline}_at_{tokens}"
+                outcome.compare(name, ratio, Target(1.0))
+    return outcome
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, tokens: int) -> None:
+    feed(model, torch.ones(1, tokens, dtype=torch.long), None)
