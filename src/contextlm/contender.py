@@ -21,7 +21,7 @@ from contextlm.evaluation.quality import (
     evaluator,
     perplexity,
 )
-from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings
+from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings, TuningFacts
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.files import write_json
@@ -51,6 +51,7 @@ def run_contender(
     folder: Path,
     device: torch.device,
     progress: Progress,
+    tuning: TuningFacts | None = None,
 ) -> None:
     """Train and measure one contender; `result.json` is written last and marks it as finished.
 
@@ -62,6 +63,7 @@ def run_contender(
         folder: for this contender and seed.
         device: where to compute.
         progress: is told what happens.
+        tuning: how its learning rate was chosen, for the result.
 
     Raises:
         RunError: training broke down (a loss that is not finite).
@@ -119,6 +121,8 @@ def run_contender(
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_ppl_windows=len(again),
+        learning_rate=recipe.training_of(contender).learning_rate,
+        tuning=tuning,
         **_quality_fields(validation, train, trained.outcome, prepared, offset),
         phase1=trained.contexts.phase1,
         embedding=_embedding_facts(model, prepared),
@@ -130,6 +134,27 @@ def run_contender(
     )
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
+
+
+def try_contender(
+    recipe: Recipe,
+    contender: Contender,
+    seed: int,
+    prepared: Prepared,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+) -> float:
+    """Train one contender and keep nothing but its history; the best epoch's validation loss.
+
+    Args as in `run_contender`.
+
+    Raises:
+        RunError: training broke down (a loss that is not finite).
+    """
+    model = _model(contender, seed, prepared, device)
+    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress, [])
+    return min(epoch.validation_loss for epoch in trained.outcome.epochs)
 
 
 def _model(

@@ -22,6 +22,7 @@ from contextlm.preparation import Prepared, prepare
 from contextlm.progress import Progress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.page import write_report
+from contextlm.tuning import tune, with_rate
 
 
 def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
@@ -58,7 +59,9 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
             with _stores(recipe, folder):
                 for contender in recipe.contenders:
                     place = seed_folder(folder, contender.name, seed)
-                    run_contender(recipe, contender, seed, prepared, place, where, progress)
+                    tuning = tune(recipe, contender, prepared, folder, where, progress)
+                    tuned = contender if tuning is None else with_rate(contender, tuning.chosen)
+                    run_contender(recipe, tuned, seed, prepared, place, where, progress, tuning)
         write_report([read_run(folder)], folder)
     return folder
 

@@ -26,6 +26,7 @@ from contextlm.training.settings import (
     PhaseOneSettings,
     Settings,
     TrainingSettings,
+    TuningSettings,
 )
 
 _SUFFIXES = {".yaml", ".yml"}
@@ -103,6 +104,9 @@ class Recipe(Settings):
         None, description="the text is one stream, whose contexts are kept for phase 2"
     )
     training: TrainingSettings = TrainingSettings()
+    tuning: TuningSettings | None = Field(
+        None, description="choose each contender's training.learning_rate on a grid first"
+    )
     evaluation: EvaluationSettings = EvaluationSettings()
     contenders: list[Contender] = Field(min_length=1)
 
@@ -126,6 +130,7 @@ class Recipe(Settings):
             "stride": self.stride,
             "tokens": self.tokens,
             "context_store": self.context_store,
+            "tuning": self.tuning,
             "target_offset": self.target_offset > 1,
         }
         for contender in self.contenders:
@@ -134,6 +139,12 @@ class Recipe(Settings):
             given[f"{key}.target_offset"] = (contender.target_offset or 1) > 1
         for key in [key for key, value in given.items() if value and self.unit == "lines"]:
             raise ValueError(f"{key}: needs a stream of text, which unit 'lines' does not have")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_takes_windows(self) -> Self:
+        if self.tuning is not None and self.context_store is not None:
+            raise ValueError("tuning: takes a share of the windows, which a context_store forbids")
         return self
 
     @property

@@ -99,6 +99,21 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             item["attention_mask"] = (positions >= 0).long()
         return item
 
+    def first(self, count: int) -> Windows:
+        """The first `count` windows.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        return Windows(
+            self.tokens,
+            self.sequence_length,
+            self.stride,
+            self.target_offset,
+            count,
+            history=self.history,
+        )
+
     def start(self, index: int) -> int:
         """Where window `index` begins in the stream."""
         return index * self.stride

@@ -91,6 +91,26 @@ class StoreFacts(_Record):
     drift_validation: float
 
 
+class TuningTrial(_Record):
+    """One learning rate tried; the loss is the best epoch's, in nats per token."""
+
+    learning_rate: float
+    validation_loss: float
+
+
+class TuningFacts(_Record):
+    """How a contender's learning rate was chosen: the trials, on a share of the windows."""
+
+    share: float
+    seed: int
+    trials: list[TuningTrial]
+
+    @property
+    def chosen(self) -> float:
+        """The rate with the lowest validation loss."""
+        return min(self.trials, key=lambda trial: trial.validation_loss).learning_rate
+
+
 class Result(_Record):
     """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1.
 
@@ -121,6 +141,8 @@ class Result(_Record):
     train_ppl_windows: int | None = None
     best_epoch: int
     epochs: int
+    learning_rate: float | None = None
+    tuning: TuningFacts | None = None
     phase1: PhaseOneFacts | None
     embedding: EmbeddingFacts | None = None
     store: StoreFacts | None = None

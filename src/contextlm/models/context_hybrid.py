@@ -48,7 +48,7 @@ from contextlm.models.gated_recurrence import (
     GatedRecurrence,
     RecurrentMixer,
 )
-from contextlm.models.hybrid_cache import Steps
+from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
 from contextlm.models.inputs import read_inputs
 from contextlm.models.latent_attention import LatentAttention
 from contextlm.models.windowed_attention import WindowedAttention
@@ -172,6 +172,14 @@ def _mixer(config: ContextHybridConfig, kind: str) -> nn.Module:
     return WindowedAttention(config) if kind == "W" else LatentAttention(config)
 
 
+def _state(config: ContextHybridConfig, kind: str) -> RowStateLayer:
+    """What a mixer keeps, empty."""
+    if kind == "R":
+        return RecurrenceLayer()
+    # The token that reads its window is not kept beforehand.
+    return WindowLayer(config.window - 1) if kind == "W" else LatentLayer()
+
+
 class HybridLayer(GradientCheckpointingLayer):
     """A mixer and a feed-forward part, each behind a norm and beside a residual.
 
@@ -218,7 +226,7 @@ class ContextHybridModel(ContextPreTrainedModel):
 
     def new_cache(self) -> Cache:
         """An empty cache: what each layer's mixer keeps."""
-        return Cache(layers=[layer.mixer.new_state() for layer in self.layers])
+        return Cache(layers=[_state(self.config, kind) for kind in self.config.pattern])
 
     @merge_with_config_defaults
     @capture_outputs

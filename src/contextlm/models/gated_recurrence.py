@@ -1,7 +1,7 @@
 """R: the gated recurrent context, a real-gated linear recurrence behind a short convolution.
 
-Source: the recurrent block and RG-LRU of Griffin (De et al., arXiv:2402.19427). For each token, with
-D the width, ``*`` channel by channel::
+Source: the recurrent block and RG-LRU of Griffin (De et al., arXiv:2402.19427). For each token,
+with D the width, ``*`` channel by channel::
 
     u_t = W_u x_t,  v_t = sum_j w_j * u_{t-j} + b        j = 0 .. taps - 1, started as v = u
     r_t = sigmoid(G_r v_t + b_r),  i_t = sigmoid(G_i v_t + b_i)
@@ -164,7 +164,7 @@ class GatedRecurrence(nn.Module):
     def forward(self, inputs_BTC: Tensor, state: RecurrenceLayer | None, steps: Steps) -> Tensor:
         """h of every new token, ``[B, T, C]``, in float32 at least; moves the state on."""
         batch, tokens, width = inputs_BTC.shape
-        gates_BTC, added_BTC = self.terms(inputs_BTC, steps.first_BT(tokens, inputs_BTC.device))
+        gates_BTC, added_BTC = self.terms(inputs_BTC, steps.first(tokens, inputs_BTC.device))
         start_BC = added_BTC.new_zeros(batch, width)
         if state is not None:
             start_BC = state.continue_from(start_BC)
@@ -190,10 +190,6 @@ class RecurrentMixer(nn.Module):
         self.convolution = CausalConvolution(width, taps) if taps else None
         self.recurrence = GatedRecurrence(width, blocks)
         self.output = nn.Linear(width, width, bias=False)
-
-    def new_state(self) -> RecurrenceLayer:
-        """What decoding keeps, empty."""
-        return RecurrenceLayer()
 
     def forward(self, x_BTD: Tensor, state: RecurrenceLayer | None, steps: Steps) -> Tensor:
         """What the mixer adds, ``[B, T, D]``.

@@ -45,14 +45,14 @@ class Steps:
         real_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < new_B.unsqueeze(1)
         return cls(align, mask_BT, real_BT, new_B, inputs.seen_B)
 
-    def first_BT(self, tokens: int, device: torch.device) -> Tensor:
+    def first(self, tokens: int, device: torch.device) -> Tensor:
         """Which of the T tokens begins its row's text, ``[B, T]`` or ``[1, T]``."""
         begins_T = torch.arange(tokens, device=device) == 0
         if self.seen_B is None:
             return begins_T.unsqueeze(0)
         return begins_T & (self.seen_B == 0).unsqueeze(1)
 
-    def oldest_B(self, kept: int) -> Tensor | None:
+    def oldest(self, kept: int) -> Tensor | None:
         """The first of the columns, `kept` old ones before the new, that a row has filled.
 
         ``[B]`` int64, or None: all rows have filled all.

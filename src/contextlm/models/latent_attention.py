@@ -55,10 +55,6 @@ class LatentAttention(nn.Module):
         """Query heads for each head of keys, of which there is one where they are absorbed."""
         return self.heads
 
-    def new_state(self) -> LatentLayer:
-        """What decoding keeps, empty."""
-        return LatentLayer()
-
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, steps: Steps) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
         tokens = x_BTD.shape[1]
@@ -74,7 +70,7 @@ class LatentAttention(nn.Module):
             entries_BSK = state.append(entries_BSK, steps)
         kept = entries_BSK.shape[1] - tokens
         read = self._rebuilt if kept == 0 else self._absorbed
-        return self.output(read(plain_BHTE, turned_BHTR, entries_BSK, steps.oldest_B(kept)))
+        return self.output(read(plain_BHTE, turned_BHTR, entries_BSK, steps.oldest(kept)))
 
     def _rebuilt(
         self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSK: Tensor, oldest_B: Tensor | None

@@ -78,10 +78,6 @@ class WindowedAttention(nn.Module):
         self.key_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.heads * self.head_dim, width, bias=False)
 
-    def new_state(self) -> WindowLayer:
-        """What decoding keeps, empty: the window without the token that reads it."""
-        return WindowLayer(self.window - 1)
-
     def forward(self, x_BTD: Tensor, state: WindowLayer | None, steps: Steps) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
         inner = self.inner(x_BTD)
@@ -99,7 +95,7 @@ class WindowedAttention(nn.Module):
         theta = self.config.rope_theta
         query_BHTE = rotate(query.transpose(1, 2), columns_1S[:, kept:], theta)
         key_BMSE = rotate(key.transpose(1, 2), columns_1S, theta)
-        mixed = self._read(query_BHTE, key_BMSE, value.transpose(1, 2), steps.oldest_B(kept))
+        mixed = self._read(query_BHTE, key_BMSE, value.transpose(1, 2), steps.oldest(kept))
         return self.output(mixed)
 
     def _read(

@@ -28,6 +28,7 @@ def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
         *setting_notes(runs, rows),
         *_phase1_notes(runs, rows),
         *_missing_notes(runs),
+        *_tuning_notes(rows),
         *_comparison_notes(rows),
         *_size_notes(rows),
         *_length_notes(rows),
@@ -74,6 +75,22 @@ def _unconverged(name: str, worst: PhaseOneFacts, settings: Mapping[str, Any]) -
         f"Phase 1 of {name} stopped at its limit of {numbers.count(limit)} iterations with "
         f"{numbers.decimal(100 * worst.converged, places)} % converged "
         f"(the recipe asks for {numbers.plain(100 * wanted)} %)."
+    ]
+
+
+def _tuning_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    """How each learning rate was chosen, contenders with the same trials' settings together."""
+    found: dict[tuple[float, int], list[str]] = {}
+    for row in rows:
+        facts = row.outcomes[0].result.tuning
+        if facts is not None:
+            tried = ", ".join(f"{t.learning_rate:g}" for t in facts.trials)
+            chosen = f"{row.name} {facts.chosen:g} (tried: {tried})"
+            found.setdefault((facts.share, facts.seed), []).append(chosen)
+    return [
+        f"Learning rates were chosen by validation loss after training on "
+        f"{numbers.percent(share)} of the windows with seed {seed}: {'; '.join(chosen)}."
+        for (share, seed), chosen in found.items()
     ]
 
 

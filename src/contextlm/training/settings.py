@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -84,6 +85,23 @@ class EmbeddingSettings(Settings):
     @classmethod
     def _a_bare_word_is_the_source(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
+
+
+class TuningSettings(Settings):
+    """A learning rate for each contender, found by one rule for all, see `tuning`."""
+
+    learning_rates: list[PositiveFloat] = Field(min_length=2, description="ascending")
+    share: float = Field(0.25, gt=0, le=1, description="of the training windows, and of warmup")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    extensions: Annotated[int, Field(ge=0, le=10)] = Field(
+        3, description="further rates, each twice or half the end of the grid that was best"
+    )
+
+    @model_validator(mode="after")
+    def _rates_ascend(self) -> Self:
+        if any(b <= a for a, b in pairwise(self.learning_rates)):
+            raise ValueError("learning_rates must ascend")
+        return self
 
 
 class ParameterGroup(Settings):

@@ -1,0 +1,125 @@
+"""A learning rate for each contender, found by one rule for all.
+
+Each rate of the grid trains the contender on the first part of the windows; the lowest validation
+loss wins. Where an end of the grid wins, the grid grows by a factor of two beyond it, so that the
+rate that is taken lies between two worse ones, as far as `extensions` allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from contextlm.contender import try_contender
+from contextlm.data.windows import Windows
+from contextlm.errors import RunError
+from contextlm.evaluation.result import TuningFacts, TuningTrial
+from contextlm.files import write_json
+from contextlm.preparation import Prepared
+from contextlm.progress import Progress
+from contextlm.recipe import Contender, Recipe
+from contextlm.training.settings import TuningSettings
+
+FOLDER = "tuning"  # beside the seeds of a contender
+
+
+def with_rate(contender: Contender, rate: float) -> Contender:
+    """The contender with a learning rate of its own."""
+    training = {**contender.training, "learning_rate": rate}
+    return contender.model_copy(update={"training": training})
+
+
+def tune(
+    recipe: Recipe,
+    contender: Contender,
+    prepared: Prepared,
+    run: Path,
+    device: torch.device,
+    progress: Progress,
+) -> TuningFacts | None:
+    """The trials of a contender's learning rate; None if the recipe wants no tuning.
+
+    Trials that an earlier call left in the run folder are not repeated.
+
+    Args:
+        recipe: the comparison.
+        contender: which of its models.
+        prepared: the recipe's data and configurations.
+        run: the run folder.
+        device: where to compute.
+        progress: is told what happens.
+
+    Raises:
+        RunError: training broke down at every rate.
+    """
+    settings = recipe.tuning
+    if settings is None:
+        return None
+    part = _part(prepared, contender, settings.share)
+    warmup = round(settings.share * recipe.training_of(contender).warmup)
+    shorter = contender.model_copy(update={"training": {**contender.training, "warmup": warmup}})
+    trials: dict[float, float] = {}
+
+    def attempt(rate: float) -> None:
+        place = run / contender.name / FOLDER / f"{rate:g}"
+        progress.stage(f"{contender.name}, trying learning rate {rate:g}")
+        loss = _trial(recipe, with_rate(shorter, rate), settings, part, place, device, progress)
+        if loss is not None:
+            trials[rate] = loss
+
+    for rate in settings.learning_rates:
+        attempt(rate)
+    for _ in range(settings.extensions):
+        further = _beyond(trials)
+        if further is None:
+            break
+        attempt(further)
+        if further not in trials:  # training broke down there
+            break
+    if not trials:
+        raise RunError(f"{contender.name}: training broke down at every rate of tuning")
+    ordered = [TuningTrial(learning_rate=r, validation_loss=trials[r]) for r in sorted(trials)]
+    return TuningFacts(share=settings.share, seed=settings.seed, trials=ordered)
+
+
+def _beyond(trials: dict[float, float]) -> float | None:
+    """The rate to try next: beyond the end of the grid that was best; None if no end was."""
+    if not trials:
+        return None
+    best = min(trials, key=trials.__getitem__)
+    if best == max(trials):
+        return 2 * best
+    return best / 2 if best == min(trials) else None
+
+
+def _trial(
+    recipe: Recipe,
+    contender: Contender,
+    settings: TuningSettings,
+    part: Prepared,
+    place: Path,
+    device: torch.device,
+    progress: Progress,
+) -> float | None:
+    """The validation loss at one rate; None where training broke down."""
+    done = place / "trial.json"
+    if done.is_file():
+        return TuningTrial.model_validate_json(done.read_text("utf-8")).validation_loss
+    try:
+        loss = try_contender(recipe, contender, settings.seed, part, place, device, progress)
+    except RunError as error:
+        progress.line(f"given up: {error}")
+        return None
+    rate = recipe.training_of(contender).learning_rate
+    write_json(done, TuningTrial(learning_rate=rate, validation_loss=loss).model_dump())
+    return loss
+
+
+def _part(prepared: Prepared, contender: Contender, share: float) -> Prepared:
+    """The data with the first part of the contender's training windows."""
+    windows = prepared.train[contender.name]
+    assert isinstance(windows, Windows)  # a recipe with tuning has no lines
+    first = windows.first(max(1, round(share * len(windows))))
+    return replace(prepared, train={contender.name: first}, stream=first.stream())
