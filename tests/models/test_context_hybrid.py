@@ -1,0 +1,353 @@
+"""The hybrid's mixers against loops over tokens, written straight from their equations, in float64.
+
+Shape suffixes: T tokens, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contextlm.evaluation.memory import cache_bytes, feed
+from contextlm.models.alignment import RealFirst
+from contextlm.models.context_hybrid import ContextHybridConfig, ContextHybridForCausalLM
+from contextlm.models.gated_recurrence import GatedRecurrence, RecurrentMixer
+from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
+from contextlm.models.latent_attention import LatentAttention
+from contextlm.models.windowed_attention import WindowedAttention
+
+PLAIN = Steps(RealFirst(None), None, None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Every parameter away from its starting value: identities and zeros hide mistakes."""
+    for parameter in module.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+
+
+def config(**fields) -> ContextHybridConfig:
+    given = {"vocab_size": 53, "hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}
+    made = ContextHybridConfig(**{**given, "head_dim": 4, "pattern": "W", **fields})
+    made._attn_implementation = "sdpa"
+    return made
+
+
+# R -------------------------------------------------------------------------------------------
+
+
+def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
+    """DESIGN 2 and Griffin, one token and one channel block at a time."""
+    width = x_TD.shape[1]
+    recurrence, conv = mixer.recurrence, mixer.convolution
+    inner = [mixer.inner.weight @ x for x in x_TD]
+    h, outputs = torch.zeros(width), []
+    for t, x in enumerate(x_TD):
+        v = inner[t]
+        if conv is not None:
+            v = conv.bias.clone()
+            for j in range(conv.taps):
+                if t - j >= 0:
+                    v = v + conv.weight[j] * inner[t - j]
+        gates = []
+        for gate in (recurrence.decay_gate, recurrence.input_gate):
+            if gate is None:
+                gates.append(torch.ones(width))
+                continue
+            blocks, size, _ = gate.weight.shape
+            out = torch.empty(width)
+            for g in range(blocks):
+                part = slice(g * size, (g + 1) * size)
+                out[part] = v[part] @ gate.weight[g]
+            gates.append(1 / (1 + torch.exp(-(out + gate.bias))))
+        r, i = gates
+        softplus = torch.log(1 + torch.exp(recurrence.decay))
+        a = torch.exp(-8 * softplus * r)
+        multiplier = torch.sqrt(1 - a**2) if t else torch.ones(width)
+        h = a * h + multiplier * i * v
+        g = mixer.gate.weight @ x
+        gelu = g * 0.5 * (1 + torch.erf(g / math.sqrt(2)))
+        outputs.append(mixer.output.weight @ (gelu * h))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("taps", [0, 1, 4])
+def test_r_is_its_equations(blocks, taps):
+    mixer = RecurrentMixer(12, blocks, taps)
+    randomise(mixer)
+    x = torch.randn(1, 37, 12)
+    assert_close(mixer(x, None, PLAIN)[0], naive_recurrence(mixer, x[0]))
+
+
+def test_r_starts_with_slow_decays_and_an_identity_convolution():
+    mixer = RecurrentMixer(4096, 4, 4)
+    a = torch.exp(-8 * F.softplus(mixer.recurrence.decay))
+    assert 0.9 <= a.min() < 0.905
+    assert 0.998 < a.max() <= 0.999
+    x = torch.randn(1, 5, 4096)
+    torch.testing.assert_close(mixer.convolution(x, None, PLAIN), x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "numba", "parallel"])
+def test_the_parallel_scan_is_the_step_recurrence_with_its_gradients(backend, monkeypatch):
+    monkeypatch.setenv("CONTEXTLM_BACKEND", f"linear_scan={backend}")
+    mixer = RecurrentMixer(6, 2, 4)
+    randomise(mixer)
+    x = torch.randn(2, 63, 6, requires_grad=True)
+    leaves = [x, *mixer.parameters()]
+    results = []
+    whole = mixer(x, None, PLAIN)
+    results.append([whole, *torch.autograd.grad(whole.square().sum(), leaves)])
+    naive = torch.stack([naive_recurrence(mixer, row) for row in x])
+    results.append([naive, *torch.autograd.grad(naive.square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("extreme", [1e-6, 1 - 1e-9, 1 - 1e-6])
+def test_decays_near_0_and_near_1_over_4096_tokens_in_float32(extreme):
+    """The state and every gradient stay finite and close to float64's."""
+    gates = GatedRecurrence(8, 0)
+    # At r = 1, a = exp(-8 softplus(lambda)) is the extreme itself.
+    with torch.no_grad():
+        gates.decay.fill_(math.log(math.expm1(-math.log(extreme) / 8)))
+    x = torch.randn(1, 4096, 8)
+    outcomes = []
+    for kind in (torch.float64, torch.float32):
+        module = gates.to(kind)
+        inputs = x.to(kind).requires_grad_()
+        states = module(inputs, None, PLAIN)
+        grads = torch.autograd.grad(states.square().mean(), [inputs, module.decay])
+        outcomes.append([states.double(), *(g.double() for g in grads)])
+    for exact, single in zip(*outcomes, strict=True):
+        assert torch.isfinite(single).all()
+        torch.testing.assert_close(
+            single, exact, rtol=2e-2, atol=1e-3 * exact.detach().abs().max().item()
+        )
+
+
+def test_the_root_has_a_bounded_gradient():
+    gates = GatedRecurrence(3, 0)
+    with torch.no_grad():
+        gates.decay.fill_(-1000.0)  # a is 1 exactly: the root's derivative would be infinite
+    a, added = gates.terms(torch.ones(1, 2, 3), None)
+    assert (a == 1).all()
+    (gradient,) = torch.autograd.grad(added.sum(), gates.decay)
+    assert torch.isfinite(gradient).all()
+
+
+# W -------------------------------------------------------------------------------------------
+
+
+def turned(x_E: Tensor, position: int, theta: float = 10000.0) -> Tensor:
+    out, half = x_E.clone(), len(x_E) // 2
+    for e in range(half):
+        angle = position * theta ** (-2 * e / len(x_E))
+        out[e] = x_E[e] * math.cos(angle) - x_E[e + half] * math.sin(angle)
+        out[e + half] = x_E[e + half] * math.cos(angle) + x_E[e] * math.sin(angle)
+    return out
+
+
+def rms_norm(norm: torch.nn.Module, x_E: Tensor) -> Tensor:
+    if isinstance(norm, torch.nn.Identity):
+        return x_E
+    return norm.weight * x_E / torch.sqrt((x_E**2).mean() + norm.eps)
+
+
+def naive_window(mixer: WindowedAttention, x_TD: Tensor) -> Tensor:
+    heads, shared, size = mixer.heads, mixer.shared, mixer.head_dim
+    inner = [mixer.inner.weight @ x for x in x_TD]
+    conv = mixer.convolution
+    if conv is not None:
+        inner = [
+            conv.bias + sum(conv.weight[j] * inner[t - j] for j in range(conv.taps) if t - j >= 0)
+            for t in range(len(inner))
+        ]
+    outputs = []
+    for t in range(len(x_TD)):
+        mixed = []
+        for head in range(heads):
+            query = inner[t][head * size : (head + 1) * size]
+            query = turned(rms_norm(mixer.query_norm, query), t)
+            group = heads + head // (heads // shared)
+            scores, values = [], []
+            for s in range(max(0, t - mixer.window + 1), t + 1):
+                key = inner[s][group * size : (group + 1) * size]
+                scores.append(query @ turned(rms_norm(mixer.key_norm, key), s) / math.sqrt(size))
+                values.append(inner[s][(group + shared) * size : (group + shared + 1) * size])
+            mixed.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+        outputs.append(mixer.output.weight @ torch.cat(mixed))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"window": 1},
+        {"window": 5},
+        {"window": 5, "num_key_value_heads": 3, "attention_convolution": 3},
+        {"window": 7, "qk_norm": False},
+        {"window": 100},
+    ],
+    ids=str,
+)
+def test_w_is_its_equations(fields):
+    mixer = WindowedAttention(config(**fields))
+    randomise(mixer)
+    for tokens in (1, 4, 5, 11, 33):
+        x = torch.randn(1, tokens, 12)
+        naive = naive_window(mixer, x[0])
+        assert_close(mixer(x, None, PLAIN)[0], naive)
+        mixer.config._attn_implementation = "eager"
+        # transformers' eager attention takes its softmax in float32, whatever the type.
+        torch.testing.assert_close(mixer(x, None, PLAIN)[0], naive, rtol=1e-5, atol=1e-5)
+        mixer.config._attn_implementation = "sdpa"
+
+
+def test_w_keeps_its_window_only():
+    mixer = WindowedAttention(config(window=5))
+    state = WindowLayer(4)
+    seen = 0
+    for size in (3, 1, 20, 1):
+        mixer(torch.randn(1, size, 12), state, steps_after(seen))
+        seen += size
+        assert state.entries.shape == (1, min(4, seen), 2 * 4)
+
+
+def steps_after(seen: int) -> Steps:
+    return Steps(RealFirst(None), None, None, None, torch.tensor([seen]) if seen else None)
+
+
+# L -------------------------------------------------------------------------------------------
+
+
+def naive_latent(mixer: LatentAttention, x_TD: Tensor) -> Tensor:
+    heads, content, rotary = mixer.heads, mixer.content, mixer.rotary
+    both = [mixer.compress.weight @ x for x in x_TD]
+    latents = [rms_norm(mixer.norm, c[: mixer.latent]) for c in both]
+    shared = [turned(c[mixer.latent :], s) for s, c in enumerate(both)]
+    outputs = []
+    for t, x in enumerate(x_TD):
+        mixed = []
+        for head in range(heads):
+            size = content + rotary
+            query = (mixer.query.weight @ x)[head * size : (head + 1) * size]
+            rows = slice(head * content, (head + 1) * content)
+            scores, values = [], []
+            for s in range(t + 1):
+                score = query[:content] @ (mixer.key.weight[rows] @ latents[s])
+                score = score + turned(query[content:], t) @ shared[s]
+                scores.append(score / math.sqrt(size))
+                values.append(mixer.value.weight[rows] @ latents[s])
+            mixed.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+        outputs.append(mixer.output.weight @ torch.cat(mixed))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 23])
+def test_l_is_its_equations(tokens):
+    mixer = LatentAttention(config(pattern="L", latent_dim=7, rope_dim=6))
+    randomise(mixer)
+    x = torch.randn(1, tokens, 12)
+    assert_close(mixer(x, None, PLAIN)[0], naive_latent(mixer, x[0]))
+
+
+def test_l_keeps_one_latent_and_one_rotary_key_and_absorbs_the_rest(monkeypatch):
+    mixer = LatentAttention(config(pattern="L", latent_dim=7, rope_dim=6))
+    randomise(mixer)
+    x = torch.randn(1, 23, 12)
+    state, pieces, seen = LatentLayer(), [], 0
+    for size in (5, 1, 11, 6):
+        if seen:  # no key and no value is made again
+            monkeypatch.setattr(mixer, "_rebuilt", None)
+        pieces.append(mixer(x[:, seen : seen + size], state, steps_after(seen)))
+        seen += size
+    assert_close(torch.cat(pieces, dim=1)[0], naive_latent(mixer, x[0]))
+    assert state.entries.shape == (1, 23, 7 + 6)
+
+
+def test_a_cropped_latent_cache_goes_on_from_there():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    ids = torch.randint(0, 53, (2, 19))
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(7)
+    assert cache.get_seq_length() == 12
+    other = torch.randint(0, 53, (2, 3))
+    expected = model(torch.cat([ids[:, :12], other], dim=1)).logits[:, -3:]
+    assert_close(model(other, past_key_values=cache, use_cache=True).logits, expected)
+
+
+# The whole -----------------------------------------------------------------------------------
+
+
+def test_the_model_is_its_layers_written_out():
+    model = ContextHybridForCausalLM(config(pattern="RWL", window=5, latent_dim=7, rope_dim=6))
+    model.eval()
+    randomise(model)
+    ids = torch.randint(0, 53, (21,))
+    stream = model.model.embed_tokens.weight[ids]
+    naive = {"R": naive_recurrence, "W": naive_window, "L": naive_latent}
+    for kind, layer in zip("RWL", model.model.layers, strict=True):
+        normed = torch.stack([rms_norm(layer.mixer_norm, x) for x in stream])
+        stream = stream + naive[kind](layer.mixer, normed)
+        normed = torch.stack([rms_norm(layer.feed_forward_norm, x) for x in stream])
+        part = layer.feed_forward
+        gate, up = normed @ part.gate_proj.weight.T, normed @ part.up_proj.weight.T
+        stream = stream + (gate / (1 + torch.exp(-gate)) * up) @ part.down_proj.weight.T
+    stream = torch.stack([rms_norm(model.model.norm, x) for x in stream])
+    assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
+
+
+def test_without_an_l_memory_is_constant_and_counted():
+    model = ContextHybridForCausalLM(config(pattern="RWRW", window=6)).eval()
+    cache, sizes = None, []
+    for size in (40, 1, 500, 1):
+        cache = feed(model, torch.ones(1, size, dtype=torch.long), cache)[1]
+        sizes.append(cache_bytes(cache))
+    assert len(set(sizes)) == 1
+    # Two R: 4 D each; two W: five tokens of one key and one value of 4; four counters.
+    assert sizes[0].logical == sizes[0].resident == 8 * (2 * 4 * 12 + 2 * 5 * 2 * 4 + 4)
+
+
+def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
+    mixer = RecurrentMixer(12, 3, 4).bfloat16()
+    state = RecurrenceLayer()
+    mixer(torch.randn(1, 9, 12).bfloat16(), state, PLAIN)
+    assert state.state.dtype == torch.float32
+    assert state.taps.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"pattern": ""}, "pattern"),
+        ({"pattern": "RXW"}, "'X'"),
+        ({"pattern": "W", "head_dim": 3}, "width of a head"),
+        ({"pattern": "L", "rope_dim": 5}, "rope_dim"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"window": 0}, "window"),
+        ({"convolution": -1}, "convolution"),
+        ({"gates": "some"}, "gates"),
+        ({"pattern": "R", "hidden_size": 13}, "num_attention_heads"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_named(fields, culprit):
+    with pytest.raises(Exception, match=culprit):
+        config(**fields)
