@@ -26,113 +26,109 @@ SHORT, LONG = 256, 32_768
 
 
 class _Text:
-    """A model and its cache after some tokens, in a text that goes on."""
+    """A model and its cache after some tokens, in a text that goes on.
 
-    def __init__(self, subject: Subject, *, narrow: bool):
-        self.subject = subject
-        self.model: PreTrainedModel = build(subject, narrow=narrow)
+    Args:
+        subject: whose model it is.
+        model: that model; texts of different lengths share it.
+        tokens: that are read before anything is timed.
+    """
+
+    def __init__(self, subject: Subject, model: PreTrainedModel, tokens: int):
+        self.subject, self.model, self.tokens = subject, model, tokens
         self.cache: Cache | None = None
-        self.seen = 0
+        for start in range(0, tokens, CHUNK):
+            self._feed(min(CHUNK, tokens - start))
+        self.whole: list[float] = []
+        self.body: list[float] = []
 
-    def read(self, until: int) -> None:
-        """Feed tokens in chunks up to a length."""
-        while self.seen < until:
-            self._feed(min(CHUNK, until - self.seen))
-
-    def seconds_a_token(self, tokens: int) -> float:
-        """Mean latency over the next tokens, one at a time."""
+    def time(self, window: int) -> None:
+        """Mean latency over the next tokens one at a time, with and without the head."""
         started = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(window):
             self._feed(1)
-        return (time.perf_counter() - started) / tokens
-
-    def seconds_without_head(self, tokens: int) -> float:
-        """The same without the product with the vocabulary."""
+        self.whole.append((time.perf_counter() - started) / window)
         decoder, ids_11 = self.model.base_model, torch.ones(1, 1, dtype=torch.long)
         started = time.perf_counter()
-        for _ in range(tokens):
+        for _ in range(window):
             self.cache = decoder(ids_11, past_key_values=self.cache, use_cache=True).past_key_values
-        self.seen += tokens
-        return (time.perf_counter() - started) / tokens
+        self.body.append((time.perf_counter() - started) / window)
+
+    def row(self) -> dict[str, Any]:
+        """Of the table; the first measurement only warmed up."""
+        each = timing(self.whole[1:])
+        assert self.cache is not None
+        return {
+            "model": self.subject.name,
+            "tokens before": self.tokens,
+            "tokens/s": 1 / each.median,
+            **milliseconds(each),
+            "without head ms": 1e3 * timing(self.body[1:]).median,
+            "cache bytes": cache_bytes(self.cache).resident,
+        }
 
     def _feed(self, tokens: int) -> None:
         ids_1T = torch.ones(1, tokens, dtype=torch.long)
         self.cache = feed(self.model, ids_1T, self.cache)[1]
-        self.seen += tokens
 
 
 @torch.no_grad()
 def measure(setting: Setting) -> Outcome:
-    """Latency at several lengths; models at one length take turns.
+    """Latency at several lengths, a family at a time, all its models and lengths in turns.
 
-    Baselines are read up to `COMPARED` only: beyond, their prefill is quadratic.
+    A model that keeps everything is read up to `COMPARED` only: beyond, its prefill is quadratic.
     """
     short, compared, long = (8, 32, 64) if setting.smoke else (SHORT, COMPARED, LONG)
-    rounds, window = setting.repeats or 5, 2 if setting.smoke else WINDOW
-    texts = [_Text(subject, narrow=setting.smoke) for subject in subjects()]
+    rounds, window = setting.repeats or 7, 2 if setting.smoke else WINDOW
     outcome = Outcome(settings={"window": window, "B": 1, "dtype": "float32"})
-    latency: dict[tuple[str, int], float] = {}
-    bodies: dict[str, float] = {}
-    for length in (short, compared, long):
-        asked = [text for text in texts if length <= compared or text.subject.constant]
-        for row in _at_length(asked, length, rounds, window):
-            outcome.rows.append(row)
-            latency[row["model"], length] = row["median ms"]
-            if length == compared:
-                bodies[row["model"]] = row["without head ms"]
-    _compare(outcome, latency, bodies, (short, compared, long))
-    for text in texts:
-        rows = [row for row in outcome.rows if row["model"] == text.subject.name]
-        outcome.curves.append(
-            Curve(
-                text.subject.name,
-                [row["tokens before"] for row in rows],
-                [row["median ms"] / 1e3 for row in rows],
-                [row["cache bytes"] for row in rows],
+    for family in _families():
+        texts = []
+        for subject in family:
+            model = build(subject, narrow=setting.smoke)
+            lengths = (short, compared, long) if subject.constant else (short, compared)
+            texts += [_Text(subject, model, length) for length in lengths]
+        for _ in range(1 + rounds):
+            for text in texts:
+                text.time(window)
+        rows = {(text.subject.name, text.tokens): text.row() for text in texts}
+        outcome.rows += rows.values()
+        for subject in family:
+            _compare(outcome, subject, rows, (short, compared, long))
+            own = [row for (name, _), row in rows.items() if name == subject.name]
+            outcome.curves.append(
+                Curve(
+                    subject.name,
+                    [row["tokens before"] for row in own],
+                    [row["median ms"] / 1e3 for row in own],
+                    [row["cache bytes"] for row in own],
+                )
             )
-        )
     return outcome
 
 
-def _at_length(texts: list[_Text], length: int, rounds: int, window: int) -> list[dict[str, Any]]:
-    """One row a model: medians over several windows after so many tokens."""
-    whole: dict[str, list[float]] = {text.subject.name: [] for text in texts}
-    body: dict[str, list[float]] = {text.subject.name: [] for text in texts}
-    for text in texts:
-        text.read(length)
-        text.seconds_a_token(2)  # warm-up
-    for _ in range(rounds):
-        for text in texts:
-            whole[text.subject.name].append(text.seconds_a_token(window))
-            body[text.subject.name].append(text.seconds_without_head(window))
-    rows = []
-    for text in texts:
-        name, each = text.subject.name, timing(whole[text.subject.name])
-        assert text.cache is not None
-        row = {"model": name, "tokens before": length, "tokens/s": 1 / each.median}
-        row |= milliseconds(each)
-        row["without head ms"] = 1e3 * timing(body[name]).median
-        rows.append({**row, "cache bytes": cache_bytes(text.cache).resident})
-    return rows
+def _families() -> list[list[Subject]]:
+    """Each baseline with the models that are compared with it."""
+    known = subjects()
+    heads = [each for each in known if each.baseline is None]
+    return [[head, *(each for each in known if each.baseline == head.name)] for head in heads]
 
 
 def _compare(
     outcome: Outcome,
-    latency: dict[tuple[str, int], float],
-    bodies: dict[str, float],
+    subject: Subject,
+    rows: dict[tuple[str, int], dict[str, Any]],
     lengths: tuple[int, int, int],
 ) -> None:
     short, compared, long = lengths
-    for subject in subjects():
-        name, baseline = subject.name, subject.baseline
-        if baseline is not None:
-            ratio = latency[baseline, compared] / latency[name, compared]
-            target = Target(2.0) if subject.constant else None
-            outcome.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
-            ratio = bodies[baseline] / bodies[name]
-            outcome.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)
-    for subject in subjects():
-        if subject.constant:
-            ratio = latency[subject.name, long] / latency[subject.name, short]
-            target = Target(1.1, at_least=False)
-            outcome.compare(f"latency_{subject.name}_{long}_vs_{short}", ratio, target)
+    name, baseline = subject.name, subject.baseline
+    if baseline is not None:
+        own, other = rows[name, compared], rows[baseline, compared]
+        ratio = other["median ms"] / own["median ms"]
+        target = Target(2.0) if subject.constant else None
+        outcome.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
+        ratio = other["without head ms"] / own["without head ms"]
+        outcome.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)
+    if subject.constant:
+        ratio = rows[name, long]["median ms"] / rows[name, short]["median ms"]
+        target = Target(1.1, at_least=False)
+        outcome.compare(f"latency_{name}_{long}_vs_{short}", ratio, target)

@@ -16,7 +16,7 @@ class Question:
 QUESTIONS = {
     "scan": Question("scan", "How fast are the recurrences on each backend?"),
     "train-step": Question(
-        "train_step", "How fast does Context-Pythia train, beside Pythia-70M, at full size?"
+        "train_step", "How fast do compressed models train beside attention of their size?"
     ),
     "context-kv": Question(
         "context_kv", "What does attention in dilated windows gain over fetching each context?"

@@ -34,6 +34,15 @@ _NEOX = {
     "intermediate_size": 2048,
     "max_position_embeddings": POSITIONS,
 }
+# The recipe frontier's.
+_LLAMA = {**_NEOX, "type": "llama", "intermediate_size": 1376}
+_HYBRID = {
+    "type": "context_hybrid",
+    "hidden_size": 512,
+    "pattern": "RWRWRW",
+    "num_attention_heads": 8,
+    "intermediate_size": 1584,
+}
 _PYTHIA = {"type": "context_pythia", "max_position_embeddings": POSITIONS}
 _KV = {"type": "context_kv"}
 _DUAL = {"type": "dual_context", "num_positions": 512}
@@ -66,6 +75,8 @@ SUBJECTS = (
     Subject("pythia-70m", _NEOX, 50_304),
     Subject("context-pythia", {**_PYTHIA, "stream": "compressed"}, 50_304, "pythia-70m"),
     Subject("context-pythia-projected", {**_PYTHIA, "stream": "projected"}, 50_304, "pythia-70m"),
+    Subject("llama-70m", _LLAMA, 50_304),
+    Subject("hybrid", _HYBRID, 50_304, "llama-70m", constant=True),
 )
 
 # Widths for `stream`, where only memory is asked about, and for a smoke test.
@@ -77,6 +88,8 @@ _NARROW: dict[str, dict[str, Any]] = {
     "context_kv": {"hidden_size": 64, "context_dim": 32},
     "dual_context": {"hidden_size": 64, "base_layers": 1},
     "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
+    "llama": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
+    "context_hybrid": {"hidden_size": 32, "pattern": "RW", "intermediate_size": 32},
     "context_pythia": {"hidden_size": 32, "context_dim": 16, "num_hidden_layers": 1},
 }
 

@@ -1,7 +1,8 @@
-"""How fast Context-Pythia trains beside Pythia-70M: one whole optimiser step at full size."""
+"""How fast compressed models train beside attention: one whole optimiser step of a recipe."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,37 +11,85 @@ from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe import load_recipe
+from contextlm.recipe import Recipe, load_recipe
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
 from contextlm.training.settings import TrainingSettings
 
-TARGETS = {"compressed": Target(2.0), "projected": Target(0.95)}
-VOCABULARY = 50304
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe whose contenders train beside its baseline.
+
+    Attributes:
+        recipe: its name.
+        scale: None for full.
+        vocabulary: of the models.
+        contenders: the name in the table, by the recipe's name.
+        precisions: of autocast; the first is the recipe's.
+        targets: of ratios in the recipe's precision, by the name in the table.
+    """
+
+    recipe: str
+    scale: str | None
+    vocabulary: int
+    contenders: dict[str, str]
+    precisions: tuple[str, ...]
+    targets: dict[str, Target] = field(default_factory=dict)
+
+
+COMPARISONS = (
+    # The document trained in float32.
+    Comparison(
+        "context-pythia",
+        None,
+        50304,
+        {"context-pythia": "compressed", "context-pythia-projected": "projected"},
+        ("float32", "bfloat16"),
+        {"compressed": Target(2.0), "projected": Target(0.95)},
+    ),
+    Comparison(
+        "frontier",
+        "small",
+        4096,
+        {"hybrid": "hybrid", "mha-conv-norm": "mha-conv-norm", "latent": "latent"},
+        ("bfloat16",),
+        {"hybrid": Target(1.0)},
+    ),
+)
 
 
 def measure(setting: Setting) -> Outcome:
-    """The document's setting in float32, which it trained in, and the same in bfloat16."""
-    recipe = load_recipe("context-pythia", scale="smoke" if setting.smoke else None)
-    rows, tokens = (2, 16) if setting.smoke else (recipe.training.batch_size, 128)
-    vocabulary = recipe.vocab_size or (512 if setting.smoke else VOCABULARY)
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(vocabulary, (rows, tokens + 1), generator=generator)
-    models: dict[str, PreTrainedModel] = {}
-    for contender in recipe.contenders:
-        name = str(contender.model.get("stream", "baseline"))
-        if name in models:
-            continue
-        models[name] = create_model(build_config(contender.model, vocabulary), seed=0).train()
-    outcome = Outcome(settings={"B": rows, "T": tokens, "vocabulary": vocabulary})
-    for precision in ("float32", "bfloat16"):
-        _compare(outcome, models, recipe.training, ids_BT, precision, setting)
+    """Both comparisons, each in turns with its own baseline."""
+    outcome = Outcome()
+    for comparison in COMPARISONS:
+        recipe = load_recipe(
+            comparison.recipe, scale="smoke" if setting.smoke else comparison.scale
+        )
+        vocabulary = 512 if setting.smoke else comparison.vocabulary
+        rows, tokens = recipe.training.batch_size, recipe.sequence_length
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(vocabulary, (rows, tokens + 1), generator=generator)
+        models = _models(recipe, comparison, vocabulary)
+        outcome.settings[comparison.recipe] = {"B": rows, "T": tokens, "vocabulary": vocabulary}
+        for precision in comparison.precisions:
+            _compare(outcome, comparison, models, recipe.training, ids_BT, precision, setting)
     return outcome
+
+
+def _models(recipe: Recipe, comparison: Comparison, vocabulary: int) -> dict[str, PreTrainedModel]:
+    names = {recipe.baseline.name: recipe.baseline.name, **comparison.contenders}
+    return {
+        names[contender.name]: create_model(build_config(contender.model, vocabulary), 0).train()
+        for contender in recipe.contenders
+        if contender.name in names
+    }
 
 
 def _compare(
     outcome: Outcome,
+    comparison: Comparison,
     models: dict[str, PreTrainedModel],
     training: TrainingSettings,
     ids_BT: Tensor,
@@ -56,14 +105,17 @@ def _compare(
     tokens = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
     for name, time in times.items():
         parameters = sum(p.numel() for p in models[name].parameters())
-        row = {"model": name, "precision": precision, "parameters": parameters}
-        outcome.rows.append({**row, "tokens/s": tokens / time.median, **milliseconds(time)})
-    for name, target in TARGETS.items():
-        ratio = times["baseline"].median / times[name].median
-        if precision == "float32":
+        row = {"recipe": comparison.recipe, "model": name, "precision": precision}
+        speed = {"parameters": parameters, "tokens/s": tokens / time.median}
+        outcome.rows.append({**row, **speed, **milliseconds(time)})
+    baseline = next(iter(models))
+    for name in comparison.contenders.values():
+        ratio = times[baseline].median / times[name].median
+        if precision == comparison.precisions[0]:
+            target = comparison.targets.get(name)
             outcome.compare(f"train_step_{name}_vs_baseline", ratio, target)
         else:
-            outcome.compare(f"train_step_{name}_vs_baseline_{precision}", ratio, target)
+            outcome.compare(f"train_step_{name}_vs_baseline_{precision}", ratio)
 
 
 def _step(
