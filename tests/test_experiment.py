@@ -64,7 +64,7 @@ def test_the_run_folder_holds_what_it_should(demo):
 
 def test_every_contender_and_seed_has_a_result(demo):
     keys = [(o.result.contender, o.result.seed) for o in demo.outcomes]
-    names = ["pythia", "context-pythia", "context-pythia-projected"]
+    names = ["pythia", "context-pythia", "context-pythia-projected", "hybrid"]
     assert keys == [(name, seed) for name in names for seed in (0, 3)]
     for outcome in demo.outcomes:
         result = outcome.result
@@ -78,8 +78,13 @@ def test_every_contender_and_seed_has_a_result(demo):
 
 def test_cache_bytes_are_those_of_float32_whatever_training_computed_in(demo):
     state = 16 * 4 + 8  # a context of 16 numbers, and the row's count of tokens
+    # R: 4 x 32 numbers; W: 7 tokens of one key and one value of 16; two counters.
+    hybrid = (4 * 32 + 7 * 2 * 16) * 4 + 2 * 8
     for outcome in demo.outcomes:
         result = outcome.result
+        if result.contender == "hybrid":
+            assert {(c.logical, c.resident) for c in result.cache} == {(hybrid, hybrid)}
+            continue
         width = {"pythia": 32, "context-pythia": 16, "context-pythia-projected": 32}
         extra = 0 if result.contender == "pythia" else state
         for entry in result.cache:
@@ -213,7 +218,12 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
 def test_windows_of_all_contenders_cover_the_same_text():
     overrides = ["contenders.context-pythia.target_offset=2"]
     prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
-    assert set(prepared.train) == {"pythia", "context-pythia", "context-pythia-projected"}
+    assert set(prepared.train) == {
+        "pythia",
+        "context-pythia",
+        "context-pythia-projected",
+        "hybrid",
+    }
     two, one = prepared.train["context-pythia"], prepared.train["context-pythia-projected"]
     assert (one.target_offset, two.target_offset) == (1, 2)
     assert len(one) == len(two) == 48
@@ -429,6 +439,7 @@ def test_bits_per_byte_are_for_the_next_token_only(tmp_path):
     overrides = [
         *QUICK,
         "contenders.context-pythia=null",
+        "contenders.hybrid=null",
         "contenders.context-pythia-projected.target_offset=2",
         "contenders.context-pythia-projected.phase1.max_iterations=2",
     ]

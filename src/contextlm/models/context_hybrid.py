@@ -51,6 +51,7 @@ from contextlm.models.gated_recurrence import (
 from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
 from contextlm.models.inputs import read_inputs
 from contextlm.models.latent_attention import LatentAttention
+from contextlm.models.layers import RMSNorm
 from contextlm.models.windowed_attention import WindowedAttention
 
 _MIXERS = "RWL"
@@ -191,9 +192,9 @@ class HybridLayer(GradientCheckpointingLayer):
     def __init__(self, config: ContextHybridConfig, kind: str):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.mixer_norm = nn.RMSNorm(width, eps=eps)
+        self.mixer_norm = RMSNorm(width, eps=eps)
         self.mixer = _mixer(config, kind)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=eps)
+        self.feed_forward_norm = RMSNorm(width, eps=eps)
         self.feed_forward = LlamaMLP(config)
 
     def forward(self, x_BTD: Tensor, state: RowStateLayer | None, steps: Steps) -> Tensor:
@@ -214,7 +215,7 @@ class ContextHybridModel(ContextPreTrainedModel):
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridLayer(config, kind) for kind in config.pattern)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.hybrid_cache import LatentLayer, Steps
+from contextlm.models.layers import RMSNorm
 from contextlm.models.rotary import rotate
 from contextlm.models.windowed_attention import attend
 
@@ -45,7 +46,7 @@ class LatentAttention(nn.Module):
         self.is_causal = True
         self.query = nn.Linear(width, self.heads * (self.content + self.rotary), bias=False)
         self.compress = nn.Linear(width, self.latent + self.rotary, bias=False)
-        self.norm = nn.RMSNorm(self.latent, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(self.latent, eps=config.rms_norm_eps)
         self.key = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.output = nn.Linear(self.heads * self.content, width, bias=False)

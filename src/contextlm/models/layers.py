@@ -16,6 +16,14 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.ops.context_scan import context_scan, context_step
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm in the weights' own type: under autocast it would leave its fast path."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input over the root of its mean square, times the weights; any shape ``[..., D]``."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class ContextLayer(nn.Module):
     """One layer of the context block: ``c' = LN(c + GELU(W [c ; e] + b))`` (DESIGN 1.2).
 

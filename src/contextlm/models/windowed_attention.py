@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from contextlm.models.gated_recurrence import CausalConvolution
 from contextlm.models.hybrid_cache import Steps, WindowLayer
+from contextlm.models.layers import RMSNorm
 from contextlm.models.rotary import rotate
 
 
@@ -73,7 +74,7 @@ class WindowedAttention(nn.Module):
         self.inner = nn.Linear(width, inner, bias=False)
         taps = config.attention_convolution
         self.convolution = CausalConvolution(inner, taps) if taps else None
-        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        norm = RMSNorm if config.qk_norm else nn.Identity
         self.query_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.key_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.heads * self.head_dim, width, bias=False)
