@@ -113,7 +113,9 @@ def generate(
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", show_default=False, help="Read the prompt from a file, - for stdin."
+            metavar="FILE",
+            show_default=False,
+            help="Read the prompt, of any length, from a file; - for stdin.",
         ),
     ] = None,
     max_new_tokens: Annotated[
