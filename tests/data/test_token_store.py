@@ -11,6 +11,7 @@ from made_up_corpus import make_corpus
 
 from contextlm.data import token_store
 from contextlm.data.corpus import Corpus
+from contextlm.data.pieces import pieces
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.data.tokenizers import encode, load_tokenizer
 from contextlm.errors import InputError
@@ -211,7 +212,7 @@ def test_batches_and_pieces_change_nothing(
         corpus, "train", tokenizer, tmp_path / "store", lambda *done: seen.append(done)
     )
     assert store.tokens.tolist() == expected_ids(corpus, tokenizer)
-    assert len(list(token_store._pieces(long))) > 3
+    assert len(list(pieces(tokenizer, [long], 40))) > 3
     assert seen == sorted(seen)
     assert seen[-1] == (15, 15)
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from contextlm.cli.comparisons import AsJson, Device
+from contextlm.cli.live_line import LiveLine
 from contextlm.cli.output import print_facts, print_json
+from contextlm.cli.prompt import read_prompt
 from contextlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,7 +113,9 @@ def generate(
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", show_default=False, help="Read the prompt from a file, - for stdin."
+            metavar="FILE",
+            show_default=False,
+            help="Read the prompt, of any length, from a file; - for stdin.",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -155,8 +159,10 @@ def generate(
 ) -> None:
     """Continue a text with a checkpoint, as it is generated.
 
-    The continuation goes to stdout, tokens a second and the bytes of the cache to stderr. One
-    line break at the end of a prompt from a file or from stdin is left off.
+    The continuation goes to stdout, tokens a second and the bytes of the cache to stderr, on a
+    terminal while the text is written, too. A prompt from a file or from stdin may have any length
+    that the model has positions for: it is read piece by piece, and a model of constant memory
+    reads millions of tokens in constant memory. One line break at its end is left off.
 
     Examples:
 
@@ -164,16 +170,18 @@ def generate(
     contextlm generate CHECKPOINT "Return the" --max-new-tokens 50
     contextlm generate CHECKPOINT "Once" --temperature 0.8 --top-p 0.95 --seed 1
     echo "Return the" | contextlm generate CHECKPOINT --json
+    contextlm generate CHECKPOINT --prompt-file book.txt
     ```
     """
     check_sampling(temperature, top_p)
-    text = read_prompt(prompt, prompt_file)
+    blocks = read_prompt(prompt, prompt_file)
     folder = _existing(checkpoint)
 
     from contextlm.cli.generation import Sampling, continue_text
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    made = continue_text(folder, text, sampling, device=device, stream=not as_json)
+    with LiveLine(sys.stderr) as live:
+        made = continue_text(folder, blocks, sampling, device=device, stream=not as_json, live=live)
     if as_json:
         print_json(made)
     else:
@@ -260,29 +268,6 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
         raise InputError(f"--temperature {temperature}: expected 0, or {low} to {high}")
     if top_p is not None and not 0 <= top_p <= 1:
         raise InputError(f"--top-p {top_p}: expected 0 to 1")
-
-
-def read_prompt(prompt: str | None, file: str | None) -> str:
-    """The prompt from where the command line says: the argument, a file, or stdin.
-
-    Raises:
-        InputError: it is given twice or not at all, or cannot be read as UTF-8.
-    """
-    if prompt is not None and file is not None:
-        raise InputError("give either PROMPT or --prompt-file, not both")
-    if prompt is not None:
-        return prompt
-    from_stdin = file in (None, "-")
-    if from_stdin and (sys.stdin is None or (file is None and sys.stdin.isatty())):
-        raise InputError("no prompt: give PROMPT, --prompt-file, or text on stdin")
-    try:
-        data = sys.stdin.buffer.read() if from_stdin else Path(str(file)).read_bytes()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"the prompt in {'stdin' if from_stdin else file} is not UTF-8") from None
-    except OSError as error:
-        raise InputError(f"--prompt-file {file}: {error.strerror}") from None
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _existing(checkpoint: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Text to the terminal while it is generated, character by character."""
+"""What is generated, while it is generated: text character by character, and a count of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tokenizers.decoders import DecodeStream
@@ -48,3 +49,29 @@ class TextStream(BaseStreamer):
             self._pieces.append(piece)
             self._stream.write(piece)
             self._stream.flush()
+
+
+class TokenCount(BaseStreamer):
+    """Counts the tokens that are generated, and passes them on.
+
+    Args:
+        inner: also given what comes, or None.
+        told: called with the tokens so far, after each one.
+    """
+
+    def __init__(self, inner: BaseStreamer | None, told: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._told = told
+        self._tokens = -1  # the first call brings the prompt
+
+    def put(self, value: Any) -> None:
+        """Take new ids; the first call brings the prompt."""
+        if self._inner is not None:
+            self._inner.put(value)
+        self._tokens += 1
+        self._told(self._tokens)
+
+    def end(self) -> None:
+        """All is there."""
+        if self._inner is not None:
+            self._inner.end()

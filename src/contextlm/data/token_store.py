@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from contextlm.data.corpus import Corpus
 from contextlm.data.folders import why_not_writable
+from contextlm.data.pieces import encode_pieces
 from contextlm.data.tokenizers import encode, tokenizer_hash, vocab_entries
 from contextlm.errors import InputError
 from contextlm.files import atomic_open, write_json
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _BATCH_CHARACTERS = 1_000_000
 _LONGEST_PIECE = 4_000_000
-# A line feed between two visible characters: every pre-tokenizer in use separates there.
-_SAFE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 
 Progress = Callable[[int, int], None]
 
@@ -246,20 +245,12 @@ def _encode_documents(tokenizer: PreTrainedTokenizerFast, batch: list[str]) -> l
     """Token ids of each document; a very long one goes through the tokenizer in pieces."""
     if all(len(text) <= _LONGEST_PIECE for text in batch):
         return encode(tokenizer, batch)
-    return [[i for piece in _pieces(text) for i in encode(tokenizer, [piece])[0]] for text in batch]
+    return [
+        [i for ids in encode_pieces(tokenizer, _blocks(text), _LONGEST_PIECE) for i in ids]
+        for text in batch
+    ]
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut, where that cannot change its tokens, into pieces of about the longest length.
-
-    An encoded text takes some hundred times its size in memory, so that a file of gigabytes could
-    not be encoded whole.
-    """
-    start = 0
-    while len(text) - start > _LONGEST_PIECE:
-        border = _SAFE_BORDER.search(text, start + _LONGEST_PIECE)
-        if border is None:
-            break
-        yield text[start : border.end()]
-        start = border.end()
-    yield text[start:]
+def _blocks(text: str) -> Iterator[str]:
+    """`text` in slices, so that cutting a piece off does not copy all the rest."""
+    return (text[at : at + _LONGEST_PIECE] for at in range(0, len(text), _LONGEST_PIECE))

@@ -95,7 +95,7 @@ def measure_cache(
             # The last token of each length goes in alone: that is a decoding step.
             size = min(CHUNK, length - 1 - seen) or 1
             ids_1T = torch.ones(1, size, dtype=torch.long, device=device)
-            cache = feed(model, ids_1T, cache)[1]
+            cache = _call(model, ids_1T, cache, keep=1)[1]
             seen += size
         assert cache is not None
         measured.append(CacheBytes(tokens=length, **cache_bytes(cache)._asdict()))
@@ -103,11 +103,17 @@ def measure_cache(
     return measured
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model calls its cache.
+
+    State-space models of transformers take it as `cache_params`, all others as `past_key_values`.
+    """
+    known = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in known else "past_key_values"
+
+
 def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
     """Feed tokens to a model that decodes.
-
-    State-space models of transformers take their cache as `cache_params`, all others as
-    `past_key_values`.
 
     Args:
         model: a causal language model.
@@ -120,16 +126,42 @@ def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[T
     Raises:
         RunError: the model keeps no cache.
     """
-    name = (
-        "cache_params"
-        if "cache_params" in inspect.signature(model.forward).parameters
-        else "past_key_values"
-    )
-    outputs = model(ids_BT, use_cache=True, logits_to_keep=1, **{name: cache})
+    for piece_BT in _continuable(model, ids_BT, cache):
+        logits_BTV, cache = _call(model, piece_BT, cache, keep=1)
+    assert cache is not None
+    return logits_BTV[:, -1], cache
+
+
+def feed_all(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+    """As `feed`, with the logits of every new token, ``[B, T, V]``."""
+    found = []
+    for piece_BT in _continuable(model, ids_BT, cache):
+        logits_BTV, cache = _call(model, piece_BT, cache, keep=0)
+        found.append(logits_BTV)
+    assert cache is not None
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0], cache
+
+
+def _continuable(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, ...]:
+    """The tokens in pieces with which the model can go on from its cache.
+
+    transformers' Mamba takes up its state for a single token only: to several it gives the
+    convolution's state, but begins the scan from zeros.
+    """
+    if cache is not None and cache_argument(model) == "cache_params":
+        return ids_BT.split(1, dim=1)
+    return (ids_BT,)
+
+
+def _call(
+    model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None, keep: int
+) -> tuple[Tensor, Cache]:
+    name = cache_argument(model)
+    outputs = model(ids_BT, use_cache=True, logits_to_keep=keep, **{name: cache})
     cache = getattr(outputs, name, None)
     if cache is None:
         raise RunError(f"model type {model.config.model_type!r} returns no cache to decode with")
-    return outputs.logits[:, -1], cache
+    return outputs.logits, cache
 
 
 def memory_now(device: torch.device) -> tuple[int, int | None]:
