@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contextlm.benchmarks.harness import Outcome, Setting, Target, milliseconds, timing
-from contextlm.models.layers import ContextBlock
+from contextlm.models.layers import ContextBlock, ContextLayer
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.oacd import (
     batch_generator,
@@ -73,7 +73,8 @@ def naive_phase_one(
     Returns:
         The last contexts, ``[P, C]``, and the seconds of each iteration that learns.
     """
-    (layer,) = block.stack()
+    (layer,) = block.layers
+    assert isinstance(layer, ContextLayer)
     ids_P = torch.from_numpy(tokens_P)
     contexts_PC = initial_contexts(len(ids_P), block.context_dim, 0, CPU).to(table_VD.dtype)
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)

@@ -24,7 +24,6 @@ Shape suffixes: B batch, T new tokens, D width, V vocabulary.
 # annotations, which must then be types and not strings.
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -42,12 +41,7 @@ from contextlm.models.base import (
 )
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.config_checks import check_counts, check_positive
-from contextlm.models.gated_recurrence import (
-    BlockLinear,
-    CausalConvolution,
-    GatedRecurrence,
-    RecurrentMixer,
-)
+from contextlm.models.gated_recurrence import RecurrentMixer
 from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
 from contextlm.models.inputs import read_inputs
 from contextlm.models.latent_attention import LatentAttention
@@ -218,12 +212,6 @@ class ContextHybridModel(ContextPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (BlockLinear, CausalConvolution, GatedRecurrence)):
-            module.reset_parameters()
 
     def new_cache(self) -> Cache:
         """An empty cache: what each layer's mixer keeps."""

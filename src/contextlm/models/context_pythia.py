@@ -34,6 +34,7 @@ from contextlm.models.base import (
 )
 from contextlm.models.cache import ContextStateLayer
 from contextlm.models.config_checks import check_counts, check_dropout, check_positive
+from contextlm.models.gated_context import GatedContextBlock
 from contextlm.models.inputs import DecoderInputs, read_inputs
 from contextlm.models.layers import ContextBlock
 
@@ -46,7 +47,9 @@ class ContextPythiaConfig(PreTrainedConfig):
         vocab_size: V.
         hidden_size: D, the width of the embedding, and of the layers when projected.
         context_dim: C, the width of the context, and of the layers when compressed.
-        context_layers: layers of the context block.
+        context: what updates the context: the document's block, or a gated recurrence
+            (`models.gated_context`), which has one layer.
+        context_layers: layers of the document's context block.
         freeze_context: the block learns in phase 1 only, as in the document.
         stream: what the layers see.
         num_hidden_layers: GPT-NeoX layers.
@@ -69,6 +72,7 @@ class ContextPythiaConfig(PreTrainedConfig):
     vocab_size: int = 50304
     hidden_size: int = 512
     context_dim: int = 256
+    context: Literal["block", "gated_recurrence"] = "block"
     context_layers: int = 1
     freeze_context: bool = True
     stream: Literal["projected", "compressed"] = "compressed"
@@ -122,6 +126,11 @@ class ContextPythiaConfig(PreTrainedConfig):
         check_counts(self, "intermediate_size")
         check_positive(self, "rope_theta", "initializer_range", "layer_norm_eps")
         check_dropout(self, "attention_dropout", "hidden_dropout")
+        if self.context == "gated_recurrence" and self.context_layers > 1:
+            raise ValueError(
+                f"context_layers must be 1 with context 'gated_recurrence', "
+                f"got {self.context_layers}"
+            )
         if not 0 <= self.rotary_pct <= 1:
             raise ValueError(f"rotary_pct must lie in [0, 1], got {self.rotary_pct}")
         if self.tie_word_embeddings and self.stream_size != self.hidden_size:
@@ -135,6 +144,14 @@ class ContextPythiaConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must divide "
                 f"{width} ({self.stream_size}), the width of the {self.stream} stream"
             )
+
+
+def _context_block(config: ContextPythiaConfig) -> ContextBlock:
+    widths = config.context_dim, config.hidden_size
+    if config.context == "gated_recurrence":
+        return GatedContextBlock(*widths, frozen=config.freeze_context)
+    layers, eps = config.context_layers, config.layer_norm_eps
+    return ContextBlock(*widths, layers, eps, frozen=config.freeze_context)
 
 
 class ContextPythiaModel(ContextPreTrainedModel):
@@ -155,13 +172,7 @@ class ContextPythiaModel(ContextPreTrainedModel):
         self.layer_config = layer_config
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.context_block = ContextBlock(
-            config.context_dim,
-            config.hidden_size,
-            config.context_layers,
-            config.layer_norm_eps,
-            frozen=config.freeze_context,
-        )
+        self.context_block = _context_block(config)
         self.projection = (
             nn.Linear(config.context_dim, config.hidden_size)
             if config.stream == "projected"
@@ -242,7 +253,8 @@ class ContextPythiaModel(ContextPreTrainedModel):
         """The contexts of the new tokens, ``[B, T, C]``; moves the cached state on."""
         state = None if inputs.cache is None else inputs.cache.layers[-1]
         embedded_BTD = self.embed_norm(inputs.embeds_BTD)
-        return self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
+        contexts_BTC = self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
+        return contexts_BTC.to(self.final_layer_norm.weight.dtype)
 
 
 _TINY = {
@@ -261,6 +273,7 @@ _TINY = {
         {**_TINY, "stream": "compressed"},
         {**_TINY, "stream": "projected"},
         {**_TINY, "stream": "compressed", "context_layers": 2, "freeze_context": False},
+        {**_TINY, "context": "gated_recurrence", "freeze_context": False},
     ),
 )
 class ContextPythiaForCausalLM(ContextForCausalLM):

@@ -88,6 +88,7 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, width // blocks, width // blocks))
         self.bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start as a linear layer of a block's width does (LeCun's normal), without bias."""
@@ -137,9 +138,6 @@ class GatedRecurrence(nn.Module):
         a_C = torch.rand(self.width, device=self.decay.device)
         a_C = (a_C * (_SLOWEST**2 - _FASTEST**2) + _FASTEST**2).sqrt()
         init.copy_(self.decay, (torch.expm1(-a_C.log() / _SHARPNESS)).log())
-        for gate in (self.decay_gate, self.input_gate):
-            if gate is not None:
-                gate.reset_parameters()
 
     def terms(self, inputs_BTC: Tensor, first_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """a_t and what is added to ``a_t h_{t-1}``, in float32 at least, ``[B, T, C]`` each.

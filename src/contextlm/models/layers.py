@@ -5,7 +5,9 @@ Shape suffixes: B batch, T tokens, L layers, C context width, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,18 @@ class ContextLayer(nn.Module):
         )
 
 
+class ContextStep(Protocol):
+    """What phase 1 and a context block need of a layer."""
+
+    def project(self, embedded: Tensor) -> Tensor:
+        """All that the tokens bring, ``[..., D]`` to a width of the layer's own."""
+        ...
+
+    def step(self, context_NC: Tensor, projected_NC: Tensor) -> Tensor:
+        """Apply the layer once to N independent contexts, ``[N, C]``."""
+        ...
+
+
 class ContextBlock(nn.Module):
     """A stack of context layers, each fed the token's embedding again (DESIGN 1.2).
 
@@ -100,9 +114,17 @@ class ContextBlock(nn.Module):
             ContextLayer(context_dim, embedding_dim, eps) for _ in range(num_layers)
         )
 
-    def stack(self) -> list[ContextLayer]:
-        """The layers, in order, under their own type."""
+    def stack(self) -> Sequence[ContextStep]:
+        """The layers, in order."""
+        return self._own_layers()
+
+    def _own_layers(self) -> list[ContextLayer]:
+        """The same under their own type."""
         return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def forward(
         self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None = None
@@ -120,19 +142,20 @@ class ContextBlock(nn.Module):
         Returns:
             Every layer's output at every token, ``[L, B, T, C]``.
         """
-        layers = self.stack()
-        dtype = layers[0].weight.dtype
         with _without_autocast(embedded_BTD.device.type):
-            embedded_BTD = embedded_BTD.to(dtype)
-            return context_scan(
-                [layer.project(embedded_BTD) for layer in layers],
-                [layer.context_weight for layer in layers],
-                [layer.norm.weight for layer in layers],
-                [layer.norm.bias for layer in layers],
-                initial_BC.to(dtype),
-                mask_BT=mask_BT,
-                eps=layers[0].norm.eps,
-            )
+            return self._scan(embedded_BTD.to(self._dtype), initial_BC, mask_BT)
+
+    def _scan(self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None) -> Tensor:
+        layers = self._own_layers()
+        return context_scan(
+            [layer.project(embedded_BTD) for layer in layers],
+            [layer.context_weight for layer in layers],
+            [layer.norm.weight for layer in layers],
+            [layer.norm.bias for layer in layers],
+            initial_BC.to(self._dtype),
+            mask_BT=mask_BT,
+            eps=layers[0].norm.eps,
+        )
 
     def run(
         self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
@@ -166,13 +189,11 @@ class ContextBlock(nn.Module):
         Returns:
             As `forward`, ``[L, B, T, C]``, in the weights' own type.
         """
-        layers = self.stack()
-        dtype = layers[0].weight.dtype
         with _without_autocast(embedded_BTD.device.type):
-            embedded_ND = embedded_BTD.to(dtype).flatten(0, 1)
-            context_NC = previous_BTC.to(dtype).flatten(0, 1)
+            embedded_ND = embedded_BTD.to(self._dtype).flatten(0, 1)
+            context_NC = previous_BTC.to(self._dtype).flatten(0, 1)
             outputs = []
-            for layer in layers:
+            for layer in self.stack():
                 context_NC = layer.step(context_NC, layer.project(embedded_ND))
                 outputs.append(context_NC.view(previous_BTC.shape))
         return torch.stack(outputs)

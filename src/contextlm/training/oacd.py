@@ -89,7 +89,6 @@ class _VocabularyProjection:
         self.embedded_UD = embedded_UD
         self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Project with the current weights and forget the gradients."""
         self.tables_UC = [layer.project(self.embedded_UD) for layer in self.block.stack()]
@@ -97,7 +96,7 @@ class _VocabularyProjection:
 
     def rows(self, entries_N: Tensor) -> list[Tensor]:
         """Per layer, the rows of `entries_N` as leaves that collect gradients, ``[N, C]``."""
-        return [table_UC[entries_N].requires_grad_() for table_UC in self.tables_UC]
+        return [table_UC.detach()[entries_N].requires_grad_() for table_UC in self.tables_UC]
 
     def collect(self, entries_N: Tensor, rows_NC: list[Tensor]) -> None:
         """Sum the rows' gradients per entry."""
@@ -106,12 +105,9 @@ class _VocabularyProjection:
             gradient_UC.index_add_(0, entries_N, row_NC.grad)
 
     def backward(self) -> None:
-        """Carry the summed gradients on to the weights and biases."""
-        for layer, gradient_UC in zip(self.block.stack(), self.gradients_UC, strict=True):
-            assert layer.weight.grad is not None
-            layer.weight.grad[:, layer.context_dim :].addmm_(gradient_UC.t(), self.embedded_UD)
-            # The biases enter through the projection alone, so this is all of their gradient.
-            layer.bias.grad = gradient_UC.sum(0)
+        """Carry the summed gradients on to the weights behind the tables."""
+        for table_UC, gradient_UC in zip(self.tables_UC, self.gradients_UC, strict=True):
+            table_UC.backward(gradient_UC)
 
 
 def train_context_block(
