@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import nearest_file
 from contextlm.merging import FULL, departures, mapping, merge, own_setting, resolve, scales_of
+from contextlm.paths import is_file, is_folder
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
     ContextStoreSettings,
@@ -27,6 +28,7 @@ from contextlm.training.settings import (
     Settings,
     TrainingSettings,
 )
+from contextlm.visible import shown
 
 _SUFFIXES = {".yaml", ".yml"}
 
@@ -226,7 +228,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
         text = file.read_text("utf-8")
         where = f"recipe {name_or_path!r}"
-    elif path.suffix in _SUFFIXES or path.is_file():
+    elif path.suffix in _SUFFIXES or is_file(path):
         where = str(path)
         try:
             text = path.read_text("utf-8-sig")
@@ -238,7 +240,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
             raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
         except ValueError:  # also a name that no file can have
             raise InputError(f"{where}: the recipe is not UTF-8 text") from None
-    elif path.is_dir():
+    elif is_folder(path):
         raise InputError(f"{name_or_path}: is a folder, not a recipe")
     else:
         raise unknown_name("recipe", name_or_path, builtin_recipes())
@@ -278,8 +280,8 @@ def _first_problem(
         slip = "PATH is missing" if path is None else "no space may follow the colon"
         return f"corpus: expected {kind}:PATH, {slip}"
     message = _message(problem)
-    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool)) else ""
-    return f"{key}: {message}{shown}" if key else message
+    given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
+    return f"{key}: {message}{given}" if key else message
 
 
 def _message(problem: ErrorDetails) -> str:

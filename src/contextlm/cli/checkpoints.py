@@ -11,6 +11,8 @@ import typer
 from contextlm.cli.comparisons import AsJson, Device
 from contextlm.cli.output import print_facts, print_json
 from contextlm.errors import InputError
+from contextlm.paths import is_file, is_folder
+from contextlm.visible import shown
 
 if TYPE_CHECKING:
     from contextlm.evaluation.checkpoint import CheckpointReport
@@ -38,6 +40,7 @@ def evaluate(
         typer.Option(
             metavar="TOKENS",
             min=1,
+            max=10**9,
             show_default=False,
             help="Tokens a window; by default 128 or what the model has.",
         ),
@@ -45,7 +48,11 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, show_default=False, help="Use only the first N validation windows."
+            metavar="N",
+            min=1,
+            max=10**9,
+            show_default=False,
+            help="Use only the first N validation windows.",
         ),
     ] = None,
     cache_lengths: Annotated[
@@ -115,7 +122,7 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")
+        int, typer.Option(metavar="N", min=1, max=10**9, help="Stop after so many tokens.")
     ] = 100,
     temperature: Annotated[
         float | None,
@@ -131,7 +138,11 @@ def generate(
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="K", min=1, show_default=False, help="Sample among the K likeliest tokens."
+            metavar="K",
+            min=1,
+            max=10**9,
+            show_default=False,
+            help="Sample among the K likeliest tokens.",
         ),
     ] = None,
     top_p: Annotated[
@@ -245,7 +256,7 @@ def read_lengths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
-        raise InputError(f"--cache-lengths {text!r}: expected token counts such as 128,512")
+        raise InputError(f"--cache-lengths {shown(text)}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
 
 
@@ -271,6 +282,8 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     if prompt is not None and file is not None:
         raise InputError("give either PROMPT or --prompt-file, not both")
     if prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError("PROMPT is not UTF-8")
         return prompt
     from_stdin = file in (None, "-")
     if from_stdin and (sys.stdin is None or (file is None and sys.stdin.isatty())):
@@ -282,12 +295,14 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         raise InputError(f"the prompt in {'stdin' if from_stdin else file} is not UTF-8") from None
     except OSError as error:
         raise InputError(f"--prompt-file {file}: {error.strerror}") from None
-    return text.removesuffix("\n").removesuffix("\r")
+    except ValueError:  # a NUL in the name
+        raise InputError(f"--prompt-file {shown(file)}: no file can be named so") from None
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def _existing(checkpoint: Path) -> Path:
-    if not checkpoint.is_dir():
-        raise InputError(f"checkpoint {str(checkpoint)!r}: no such folder")
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"checkpoint {str(checkpoint)!r}: it holds no config.json")
+    if not is_folder(checkpoint):
+        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
+    if not is_file(checkpoint / "config.json"):
+        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: it holds no config.json")
     return checkpoint

@@ -34,9 +34,13 @@ _MISFITS = (
     IndexError,
     AttributeError,
     RuntimeError,
-    ZeroDivisionError,
+    ArithmeticError,
     AssertionError,
 )
+
+_PARTS = ("layer", "expert")  # of which each is a module, or several
+_MOST_PARTS = 10_000
+_LARGEST_SIZE = 2**31 - 1
 
 # Spellings that configurations accept beside their fields and turn into `rope_parameters`.
 _ROTARY_KEYS = ("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base")
@@ -80,10 +84,28 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
         if key not in known and key not in _ROTARY_KEYS:
             raise unknown_name(f"field of model type {model_type!r}:", key, sorted(known))
     values: dict[str, Any] = {"vocab_size": vocab_size, **token_ids, **given}
+    check_sizes(values)
     try:
         return kind(**values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, *_MISFITS) as error:
         raise InputError(f"model type {model_type!r}: {_reason(error)}") from None
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Refuse sizes far beyond any use, which would take minutes or all memory to turn out wrong.
+
+    Args:
+        values: fields of a configuration.
+
+    Raises:
+        InputError: it names the field.
+    """
+    for key, value in values.items():
+        if not isinstance(value, int):
+            continue
+        most = _MOST_PARTS if any(part in key for part in _PARTS) else _LARGEST_SIZE
+        if abs(value) > most:
+            raise InputError(f"{key} {value} is beyond all use: at most {most:,}")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
