@@ -228,7 +228,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
         text = file.read_text("utf-8")
         where = f"recipe {name_or_path!r}"
-    elif path.suffix in _SUFFIXES or is_file(path):
+    elif path.suffix in _SUFFIXES or is_file(path) or is_folder(path):
         where = str(path)
         try:
             text = path.read_text("utf-8-sig")
@@ -240,8 +240,6 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
             raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
         except ValueError:  # also a name that no file can have
             raise InputError(f"{where}: the recipe is not UTF-8 text") from None
-    elif is_folder(path):
-        raise InputError(f"{name_or_path}: is a folder, not a recipe")
     else:
         raise unknown_name("recipe", name_or_path, builtin_recipes())
     raw = dict(mapping(parse(text, where), where))

@@ -3,8 +3,8 @@
 A leaf module: it imports nothing of ours but other leaves. It differs from PyYAML's safe loader in
 six ways: ``3e-4`` is a number (YAML 1.1 wants a dot and a sign, and reads a string otherwise), a
 date stays a string, a repeated key is refused, and so are half of a surrogate pair, which no UTF-8
-file can hold, a whole number of more than 64 bits, and a document that would be enormous once every
-alias (``*name``) is replaced by what it stands for.
+file can hold, a whole number of more than 256 bits, and a document that would be enormous once
+every alias (``*name``) is replaced by what it stands for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBER = re.compile(
 # PyYAML lets these through for tags that do not fit their value (`!!int ""`, `!!bool maybe`), for
 # dates and numbers out of range, and for documents nested deeper than Python's stack.
 _MOST_NODES = 200_000  # values in a document, each alias counted as all that it stands for
-_LARGEST_INT = 2**63 - 1
+_LARGEST_INT = 2**256 - 1
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         value = super().construct_yaml_int(node)
         if abs(value) > _LARGEST_INT:
             raise yaml.constructor.ConstructorError(
-                None, None, "a whole number of more than 64 bits", node.start_mark
+                None, None, "a whole number of more than 256 bits", node.start_mark
             )
         return value
 

@@ -39,7 +39,7 @@ from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import read_trained
-from contextlm.models.build import check_sizes, config_class, meta_model
+from contextlm.models.build import check_values, config_class, meta_model
 from contextlm.models.input_cache import InputCache
 from contextlm.paths import is_file
 from contextlm.visible import shortened
@@ -160,7 +160,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     check_names_no_code(given, file)
     try:
         config_class(model_type)
-        check_sizes(given)
+        check_values(given)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         meta_model(config)
     except (InputError, *_UNUSABLE) as error:
