@@ -11,7 +11,7 @@ import typer
 from contextlm.cli.comparisons import AsJson, Device
 from contextlm.cli.output import print_facts, print_json
 from contextlm.errors import InputError
-from contextlm.paths import is_file, is_folder
+from contextlm.paths import is_folder
 from contextlm.visible import shown
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 def _existing(checkpoint: Path) -> Path:
     if not is_folder(checkpoint):
         raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
-    if not is_file(checkpoint / "config.json"):
-        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: it holds no config.json")
+    from contextlm.evaluation.checkpoint_files import check_parts
+
+    check_parts(checkpoint)  # here already: loading torch takes seconds
     return checkpoint

@@ -228,7 +228,13 @@ def evaluate_checkpoint(
     store = build_token_store(text, "validation", tokenizer, cache)
     trained = read_trained(folder)
     ahead = trained.target_offset
-    windows = Windows(store.tokens, length, target_offset=ahead, samples=samples)
+    windows = Windows(
+        store.tokens,
+        length,
+        target_offset=ahead,
+        samples=samples,
+        name=f"corpus {corpus!r} (validation)",
+    )
     quality = evaluate_quality(model, windows, 32, where)
     covered = windows.tokens_covered
     held = measure_cache(model, lengths, where)

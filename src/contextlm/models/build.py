@@ -174,7 +174,11 @@ def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 def _misfit(config: PreTrainedConfig, error: BaseException) -> InputError:
     reason = _reason(error)
-    if not isinstance(error, ValueError):  # not a word of a check's own, but where it all broke
+    asked = error.args[0] if isinstance(error, KeyError) and error.args else None
+    fields = [key for key, value in config.to_dict().items() if value == asked is not None]
+    if fields:  # a name that was looked up in a table, as those of activation functions are
+        reason = f"{fields[0]}: no such thing as {shown(asked)}"
+    elif not isinstance(error, ValueError):  # not a word of a check's own, but where it all broke
         reason = f"its values do not fit together: {reason}"
     return InputError(f"model type {config.model_type!r}: {reason}")
 
