@@ -264,6 +264,8 @@ def _first_problem(
     """
     problem = error.errors(include_url=False)[0]
     location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "finite_number" and location[-1] == "float":
+        location.pop()  # of JSON's types, the one that was tried
     known = _fields_at(root, location[:-1])
     if len(location) > 1 and location[0] == "contenders" and location[1].isdecimal():
         location[1] = names[int(location[1])]
@@ -273,13 +275,11 @@ def _first_problem(
         return _unknown_key(key, siblings)
     value = problem.get("input")
     if key == "corpus" and isinstance(value, dict) and list(value) in (["text"], ["jsonl"]):
-        # What YAML makes of `text:` and of `text: PATH`.
-        kind, path = next(iter(value.items()))
+        kind, path = next(iter(value.items()))  # YAML's reading of `text:` and of `text: PATH`
         slip = "PATH is missing" if path is None else "no space may follow the colon"
         return f"corpus: expected {kind}:PATH, {slip}"
-    message = _message(problem)
     given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
-    return f"{key}: {message}{given}" if key else message
+    return (f"{key}: " if key else "") + _message(problem) + given
 
 
 def _message(problem: ErrorDetails) -> str:
@@ -291,7 +291,7 @@ def _message(problem: ErrorDetails) -> str:
         return f"only letters, digits{dot}, '-' and '_' are allowed, a letter or digit first"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    return problem["msg"][:1].lower() + problem["msg"][1:]
+    return problem["msg"][:1].lower() + problem["msg"][1:].replace(" after validation", "")
 
 
 def _unknown_key(key: str, siblings: list[str]) -> str:

@@ -31,6 +31,17 @@ _LARGEST_INT = 2**256 - 1
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
+# PyYAML's words, and such as help who does not know its insides.
+_CLEARER = {
+    "could not determine a constructor for the tag": "only plain values are allowed, not the tag",
+    "found unhashable key": "a key must be text, not a list or a mapping",
+    "but found another document": "more than one document",
+    "mapping values are not allowed here": (
+        "a colon and a space may not stand here; a text that holds them needs quotes"
+    ),
+}
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the differences that the module names."""
 
@@ -64,7 +75,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_document(node)
 
     def construct_yaml_int(self, node: Any) -> int:
-        value = super().construct_yaml_int(node)
+        text = str(node.value)
+        try:
+            # Python reads thousands of decimal digits slowly, and refuses to after 4,300.
+            value = super().construct_yaml_int(node) if len(text) < 1000 else _LARGEST_INT + 1
+        except (ValueError, IndexError):  # an explicit tag on what is no number
+            raise yaml.constructor.ConstructorError(
+                None, None, f"not a whole number: {shown(text)}", node.start_mark
+            ) from None
         if abs(value) > _LARGEST_INT:
             raise yaml.constructor.ConstructorError(
                 None, None, "a whole number of more than 256 bits", node.start_mark
@@ -141,7 +159,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        return " ".join(error.problem.split()) + place
+        problem = " ".join(error.problem.split())
+        for theirs, ours in _CLEARER.items():
+            problem = problem.replace(theirs, ours)
+        return problem + place
     if isinstance(error, yaml.reader.ReaderError):
         return f"character #x{error.character:04x} is not allowed"
     if isinstance(error, RecursionError):

@@ -149,4 +149,5 @@ def normalised(message: str) -> str:
     """A message without what differs from input to input: paths, quoted values, numbers."""
     message = re.sub(r"/(?:tmp|var)/[^\s:']*", "PATH", message)
     message = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'X'", message)
+    message = re.sub(r"extra argument\(s\) \(.*\)", "extra argument(s) (X)", message)
     return re.sub(r"-?\d[\d,.e+-]*", "N", message)

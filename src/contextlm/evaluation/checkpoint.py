@@ -39,10 +39,10 @@ from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import read_trained
-from contextlm.models.build import check_values, config_class, meta_model
+from contextlm.models.build import check_values, config_class, meta_model, reason
 from contextlm.models.input_cache import InputCache
 from contextlm.paths import is_file
-from contextlm.visible import shortened
+from contextlm.visible import shown
 
 CACHE_LENGTHS = (128, 512, 2048, 8192)
 # Quantised weights are stored packed, several to a number.
@@ -121,7 +121,7 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
         raise InputError(
             f"{folder}: tokenizer.json has {vocab_entries(tokenizer)} entries, the model {entries}"
         )
-    model.generation_config = _plain_generation(model)
+    model.generation_config = _plain_generation(folder, model, entries)
     return model.to(where).eval(), tokenizer
 
 
@@ -137,18 +137,26 @@ def _load(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict
             output_loading_info=True,
         )
     except _UNUSABLE as error:
-        raise InputError(f"{folder}: cannot be loaded: {_reason(error)}") from None
+        raise InputError(f"{folder}: cannot be loaded: {reason(error)}") from None
 
 
-def _plain_generation(model: PreTrainedModel) -> GenerationConfig:
+def _plain_generation(folder: Path, model: PreTrainedModel, entries: int) -> GenerationConfig:
     """Only the special tokens of the checkpoint's generation settings.
 
     The rest, such as beams, penalties, or another model as an assistant, is asked for on the
     command line or not at all.
     """
     given = model.generation_config or GenerationConfig()
-    tokens = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id")}
-    return GenerationConfig(pad_token_id=given.pad_token_id, **tokens)
+    tokens = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(given, name, None)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in listed):
+            file = folder / "generation_config.json"
+            raise InputError(f"{file}: {name}: expected an entry's number, got {shown(value)}")
+        known = [token for token in listed if 0 <= token < entries]
+        tokens[name] = known[0] if len(known) == 1 else known or None
+    return GenerationConfig(**tokens)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -164,7 +172,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         meta_model(config)
     except (InputError, *_UNUSABLE) as error:
-        raise InputError(f"{file}: {_reason(error)}") from None
+        raise InputError(f"{file}: {reason(error)}") from None
     return config
 
 
@@ -178,14 +186,10 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exception for what is damaged
-        raise InputError(f"{file}: not a tokenizer: {_reason(error)}") from None
+        raise InputError(f"{file}: not a tokenizer: {reason(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder / 'tokenizer_config.json'}: it asks for no fast tokenizer")
     return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    return shortened(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def evaluate_checkpoint(

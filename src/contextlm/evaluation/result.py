@@ -287,6 +287,8 @@ def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
             row = json.loads(line)
             kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
             rows.append(kind.model_validate(row))
+        except ValidationError as error:
+            raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
         except (ValueError, LookupError, TypeError, RecursionError):
             raise InputError(f"{path}: line {number} is damaged") from None
     return rows

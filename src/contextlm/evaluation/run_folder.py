@@ -121,7 +121,9 @@ def first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         return f"not valid JSON: {message.removeprefix('Invalid JSON: ')}"
-    message = message[:1].lower() + message[1:]
+    if problem["type"] in {"model_type", "dict_type"}:
+        message = "expected a mapping"
+    message = message[:1].lower() + message[1:].replace(" after validation", "")
     value = problem["input"]
     given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
     return f"{key}: {message}{given}" if key else message

@@ -41,7 +41,9 @@ _MISFITS = (
 )
 
 _FIELD = re.compile(r"^Field '(\w+)' expected")
+_SEVERAL = re.compile(r"^Field '(\w+)' with value (.*?) doesn't match any type in (\([^)]*\))")
 _PARTS = ("layer", "expert")  # of which each is a module, or several
+_AT_LEAST_ONE = ("head", "embd", "hidden_size", "vocab_size", "context_dim", "positions")
 _MOST_PARTS = 10_000
 _LARGEST_SIZE = 2**31 - 1
 
@@ -91,7 +93,7 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
     try:
         return kind(**values)
     except (StrictDataclassError, *_MISFITS) as error:
-        raise InputError(f"model type {model_type!r}: {_reason(error)}") from None
+        raise InputError(f"model type {model_type!r}: {reason(error)}") from None
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -108,8 +110,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         if isinstance(value, int) and abs(value) > (_MOST_PARTS if parts else _LARGEST_SIZE):
             most = _MOST_PARTS if parts else _LARGEST_SIZE
             raise InputError(f"{key} {value} is beyond all use: at most {most:,}")
-        if isinstance(value, int) and parts and value < 0:
-            raise InputError(f"{key} {value}: expected a number from 0")
+        least = 0 if parts else 1 if any(part in key for part in _AT_LEAST_ONE) else -_LARGEST_SIZE
+        if isinstance(value, int) and value < least:
+            raise InputError(f"{key} {value}: expected at least {least}")
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             kind = getattr(torch, value.removeprefix("torch."), None)
             if value != "auto" and not isinstance(kind, torch.dtype):
@@ -173,18 +176,23 @@ def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def _misfit(config: PreTrainedConfig, error: BaseException) -> InputError:
-    reason = _reason(error)
+    said = reason(error)
     asked = error.args[0] if isinstance(error, KeyError) and error.args else None
     fields = [key for key, value in config.to_dict().items() if value == asked is not None]
     if fields:  # a name that was looked up in a table, as those of activation functions are
-        reason = f"{fields[0]}: no such thing as {shown(asked)}"
+        said = f"{fields[0]}: no such thing as {shown(asked)}"
     elif not isinstance(error, ValueError):  # not a word of a check's own, but where it all broke
-        reason = f"its values do not fit together: {reason}"
-    return InputError(f"model type {config.model_type!r}: {reason}")
+        said = f"its values do not fit together: {said}"
+    return InputError(f"model type {config.model_type!r}: {said}")
 
 
-def _reason(error: BaseException) -> str:
-    """The message on one line; a validator's name says less than the error that it raised."""
+def reason(error: BaseException) -> str:
+    """What an error of transformers says, on one line and without the name of a validator."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        return _FIELD.sub(r"\1: expected", _reason(error.__cause__))
+        said = " ".join(str(error.__cause__).split())
+        several = _SEVERAL.match(said)
+        if several:
+            kinds = re.sub(r"<class '(\w+)'>", r"\1", several[3])
+            said = f"{several[1]}: expected one of {kinds}, got {several[2]}"
+        return shortened(_FIELD.sub(r"\1: expected", said), 300)
     return shortened(" ".join(str(error).split()) or type(error).__name__, 300)
