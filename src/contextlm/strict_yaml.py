@@ -27,6 +27,7 @@ _NUMBER = re.compile(
 # PyYAML lets these through for tags that do not fit their value (`!!int ""`, `!!bool maybe`), for
 # dates and numbers out of range, and for documents nested deeper than Python's stack.
 _MOST_NODES = 200_000  # values in a document, each alias counted as all that it stands for
+_DEEPEST = 100  # brackets and braces inside one another
 _LARGEST_INT = 2**256 - 1
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
@@ -53,6 +54,12 @@ class _Loader(yaml.SafeLoader):
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        # PyYAML's time grows with the square of the brackets that are open.
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Checked before `<<` merges are applied: those may repeat a key, to override it.
