@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 ARGS ?=
 # One process per core, and one thread in each: otherwise the processes' threads fight for the cores.
 WORKERS ?= 2
+# How many times as much `make fuzz` tries as the test suite does.
+TIMES ?= 20
 
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := src tests
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test fuzz lint format clean
 
 help:
 	@echo "make demo     train and compare small models in a few minutes, and write a report"
 	@echo "              (ARGS=\"--scale smoke\" for seconds instead)"
 	@echo "make test     run the whole test suite (ARGS=\"-k recipe\" for a part of it)"
+	@echo "make fuzz     give the command line many times as much bad input, and list what it says"
 	@echo "make lint     check style, format and types"
 	@echo "make format   put the code into the common format"
 	@echo "make clean    remove the virtual environment and all caches; runs/ stays"
@@ -26,6 +29,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# The list is for a person to read: each message must name the culprit and say what would be right.
+fuzz: $(VENV)/.installed-dev
+	@rm -f fuzz-messages.txt
+	OMP_NUM_THREADS=1 CONTEXTLM_FUZZ=$(TIMES) CONTEXTLM_FUZZ_MESSAGES=fuzz-messages.txt \
+	  $(BIN)/python -m pytest tests/fuzz $(ARGS)
+	@echo; echo "how often, and what was said (fuzz-messages.txt):"; cat fuzz-messages.txt
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -19,7 +19,7 @@ import contextlm
 PACKAGE = Path(contextlm.__file__).parent
 MOST_LINES = 330
 
-LEAVES = {"errors", "files", "progress", "device", "strict_yaml", "merging"}
+LEAVES = {"errors", "files", "paths", "progress", "device", "strict_yaml", "merging", "visible"}
 RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
 EXPERIMENT = {

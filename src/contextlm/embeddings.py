@@ -36,6 +36,7 @@ from contextlm.evaluation.result import EmbeddingFacts
 from contextlm.files import atomic_open
 from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model
+from contextlm.paths import is_folder, with_home
 from contextlm.progress import Progress
 from contextlm.training.next_token import NextTokenOutcome, train_next_token
 from contextlm.training.precision import resolve_precision
@@ -91,16 +92,19 @@ def load_pretrained(
         RunError: the hub could not be reached.
     """
     where = f"embedding.path {path!r}"
-    local = Path(path).expanduser().is_dir()
+    folder = with_home(path, where)
+    local = is_folder(folder)
     if not local and (path.startswith((".", "~", os.sep)) or path.count("/") > 1):
         raise InputError(f"{where}: no such folder")
-    path = str(Path(path).expanduser()) if local else path
+    path = str(folder) if local else path
 
     def read(online: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(
             path,
             local_files_only=not online,
             trust_remote_code=False,  # else transformers would ask at the terminal
+            use_safetensors=True,  # the other formats are pickles, which can run code
+            attn_implementation="eager",  # whatever its configuration names might be code on a hub
             output_loading_info=True,
         )
 

@@ -1,12 +1,14 @@
 """The errors that a user can mend, and the wording they share.
 
-A leaf module: every room may import it, it imports nothing of ours.
+A leaf module: every room may import it, it imports `visible` only.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from contextlm.visible import shown
 
 
 class ContextLMError(Exception):
@@ -32,4 +34,4 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return InputError(f"unknown {kind} {str(name)!r} ({hint})")
+    return InputError(f"unknown {kind} {shown(str(name))} ({hint})")

@@ -12,6 +12,7 @@ from typing import Any
 
 from contextlm.errors import InputError, unknown_name
 from contextlm.strict_yaml import parse
+from contextlm.visible import shown
 
 FULL = "full"
 
@@ -162,8 +163,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise InputError(f"--set {text!r}: expected key=value, e.g. training.learning_rate=3e-4")
-    parsed = parse(value, f"--set {text!r}")
+        raise InputError(
+            f"--set {shown(text)}: expected key=value, e.g. training.learning_rate=3e-4"
+        )
+    parsed = parse(value, f"--set {shown(text)}")
     for part in reversed(parts):
         parsed = {part: parsed}
     return dict(parsed)

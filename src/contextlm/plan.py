@@ -67,7 +67,14 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
     vocab_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer)
     if vocab_size is None:
         raise InputError(f"tokenizer {recipe.tokenizer!r}: it has no tokenizer.json to count")
-    return [_count(c, meta_model(build_config(c.model, vocab_size))) for c in recipe.contenders]
+    return [_count(c, _meta(c, vocab_size)) for c in recipe.contenders]
+
+
+def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
+    try:
+        return meta_model(build_config(contender.model, vocab_size))
+    except InputError as error:
+        raise InputError(f"contenders.{contender.name}: {error}") from None
 
 
 def dry_run(recipe: Recipe, *, device: str) -> Plan:

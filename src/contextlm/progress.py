@@ -1,6 +1,6 @@
 """How long work tells what it is doing: headings, finished lines, and bars on a terminal.
 
-A leaf module: every room may import it, it imports nothing of ours, and it needs no torch.
+A leaf module: every room may import it, it imports `visible` only, and it needs no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import rich.progress as bars
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
+
+from contextlm.visible import visible
 
 
 class Bar(Protocol):
@@ -83,18 +85,18 @@ class RichProgress(AbstractContextManager["RichProgress"]):
     def stage(self, title: str) -> None:
         """Print a heading with an empty line above it."""
         self._clear()
-        self._console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
+        self._console.print(f"\n{visible(title)}", style="bold", markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """Print a line, above the bars if there are any."""
         self._clear()
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(visible(text), markup=False, soft_wrap=True)
 
     def update(self, text: str) -> None:
         """Show a remark with a spinner, unless bars are up or this is no terminal."""
         self._clear()
         if self._console.is_terminal and self._bars is None:
-            self._remark = self._console.status(escape(text))
+            self._remark = self._console.status(escape(visible(text)))
             self._remark.start()
 
     @contextmanager
@@ -106,7 +108,7 @@ class RichProgress(AbstractContextManager["RichProgress"]):
         self._clear()
         outermost = self._bars is None
         display = self._bars = self._bars or self._new_bars()
-        task = display.add_task(description, total=total)
+        task = display.add_task(visible(description), total=total)
         try:
             yield _RichBar(display, task)
         finally:

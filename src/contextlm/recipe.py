@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import nearest_file
 from contextlm.merging import FULL, departures, mapping, merge, own_setting, resolve, scales_of
+from contextlm.paths import is_file, is_folder
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
     ContextStoreSettings,
@@ -28,6 +29,7 @@ from contextlm.training.settings import (
     TrainingSettings,
     TuningSettings,
 )
+from contextlm.visible import shown
 
 _SUFFIXES = {".yaml", ".yml"}
 
@@ -237,7 +239,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
         text = file.read_text("utf-8")
         where = f"recipe {name_or_path!r}"
-    elif path.suffix in _SUFFIXES or path.is_file():
+    elif path.suffix in _SUFFIXES or is_file(path) or is_folder(path):
         where = str(path)
         try:
             text = path.read_text("utf-8-sig")
@@ -249,8 +251,6 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
             raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
         except ValueError:  # also a name that no file can have
             raise InputError(f"{where}: the recipe is not UTF-8 text") from None
-    elif path.is_dir():
-        raise InputError(f"{name_or_path}: is a folder, not a recipe")
     else:
         raise unknown_name("recipe", name_or_path, builtin_recipes())
     raw = dict(mapping(parse(text, where), where))
@@ -275,6 +275,8 @@ def _first_problem(
     """
     problem = error.errors(include_url=False)[0]
     location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "finite_number" and location[-1] == "float":
+        location.pop()  # of JSON's types, the one that was tried
     known = _fields_at(root, location[:-1])
     if len(location) > 1 and location[0] == "contenders" and location[1].isdecimal():
         location[1] = names[int(location[1])]
@@ -284,13 +286,11 @@ def _first_problem(
         return _unknown_key(key, siblings)
     value = problem.get("input")
     if key == "corpus" and isinstance(value, dict) and list(value) in (["text"], ["jsonl"]):
-        # What YAML makes of `text:` and of `text: PATH`.
-        kind, path = next(iter(value.items()))
+        kind, path = next(iter(value.items()))  # YAML's reading of `text:` and of `text: PATH`
         slip = "PATH is missing" if path is None else "no space may follow the colon"
         return f"corpus: expected {kind}:PATH, {slip}"
-    message = _message(problem)
-    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool)) else ""
-    return f"{key}: {message}{shown}" if key else message
+    given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
+    return (f"{key}: " if key else "") + _message(problem) + given
 
 
 def _message(problem: ErrorDetails) -> str:
@@ -302,7 +302,7 @@ def _message(problem: ErrorDetails) -> str:
         return f"only letters, digits{dot}, '-' and '_' are allowed, a letter or digit first"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    return problem["msg"][:1].lower() + problem["msg"][1:]
+    return problem["msg"][:1].lower() + problem["msg"][1:].replace(" after validation", "")
 
 
 def _unknown_key(key: str, siblings: list[str]) -> str:

@@ -1,9 +1,10 @@
 """YAML as recipes want it: nothing is guessed, and a key that stands twice is an error.
 
-A leaf module: it imports nothing of ours but the errors. It differs from PyYAML's safe loader in
-four ways: ``3e-4`` is a number (YAML 1.1 wants a dot and a sign, and reads a string otherwise), a
-date stays a string, a repeated key is refused, and so is half of a surrogate pair, which no UTF-8
-file can hold.
+A leaf module: it imports nothing of ours but other leaves. It differs from PyYAML's safe loader in
+six ways: ``3e-4`` is a number (YAML 1.1 wants a dot and a sign, and reads a string otherwise), a
+date stays a string, a repeated key is refused, and so are half of a surrogate pair, which no UTF-8
+file can hold, a whole number of more than 256 bits, and a document that would be enormous once
+every alias (``*name``) is replaced by what it stands for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from contextlm.errors import InputError
+from contextlm.visible import shown
 
 _NUMBER = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
@@ -24,7 +26,21 @@ _NUMBER = re.compile(
 )
 # PyYAML lets these through for tags that do not fit their value (`!!int ""`, `!!bool maybe`), for
 # dates and numbers out of range, and for documents nested deeper than Python's stack.
+_MOST_NODES = 200_000  # values in a document, each alias counted as all that it stands for
+_DEEPEST = 100  # brackets and braces inside one another
+_LARGEST_INT = 2**256 - 1
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+# PyYAML's words, and such as help who does not know its insides.
+_CLEARER = {
+    "could not determine a constructor for the tag": "only plain values are allowed, not the tag",
+    "found unhashable key": "a key must be text, not a list or a mapping",
+    "but found another document": "more than one document",
+    "mapping values are not allowed here": (
+        "a colon and a space may not stand here; a text that holds them needs quotes"
+    ),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,6 +55,12 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        # PyYAML's time grows with the square of the brackets that are open.
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Checked before `<<` merges are applied: those may repeat a key, to override it.
         node = super().compose_mapping_node(anchor)
@@ -46,10 +68,33 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if (key.tag, str(key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands twice", key.start_mark
+                    None, None, f"key {shown(key.value)} stands twice", key.start_mark
                 )
             seen.add((key.tag, str(key.value)))
         return node
+
+    def construct_document(self, node: Any) -> Any:
+        # Before anything is built: `<<` merges and all that reads the values would write them out.
+        if _unfolded(node, {}) > _MOST_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"aliases make it more than {_MOST_NODES:,} values", node.start_mark
+            )
+        return super().construct_document(node)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text = str(node.value)
+        try:
+            # Python reads thousands of decimal digits slowly, and refuses to after 4,300.
+            value = super().construct_yaml_int(node) if len(text) < 1000 else _LARGEST_INT + 1
+        except (ValueError, IndexError):  # an explicit tag on what is no number
+            raise yaml.constructor.ConstructorError(
+                None, None, f"not a whole number: {shown(text)}", node.start_mark
+            ) from None
+        if abs(value) > _LARGEST_INT:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a whole number of more than 256 bits", node.start_mark
+            )
+        return value
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
@@ -58,6 +103,27 @@ class _Loader(yaml.SafeLoader):
                 None, None, "half of a surrogate pair is not text", node.start_mark
             )
         return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node holds, each alias counted as all that it stands for.
+
+    `known` keeps what was counted. A value that contains itself counts as one where it does: those
+    who read it tell of it.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = 1
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    known[id(node)] = 1 + sum(_unfolded(part, known) for part in inner)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -100,7 +166,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        return " ".join(error.problem.split()) + place
+        problem = " ".join(error.problem.split())
+        for theirs, ours in _CLEARER.items():
+            problem = problem.replace(theirs, ours)
+        return problem + place
     if isinstance(error, yaml.reader.ReaderError):
         return f"character #x{error.character:04x} is not allowed"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return " ".join(str(error).split()) or type(error).__name__

@@ -96,7 +96,7 @@ def test_bad_text_is_named(tmp_path: Path) -> None:
     binary = write(tmp_path / "binary.txt", b"PNG\0\1")
     assert problem(f"text:{binary}").startswith(f"{binary}: holds a NUL")
     wide = write(tmp_path / "wide.txt", "text".encode("utf-16"))
-    assert problem(f"text:{wide}") == f"{wide}: line 1: not UTF-8 text"
+    assert problem(f"text:{wide}") == f"{wide}: UTF-16 text; save it as UTF-8"
     empty = write(tmp_path / "empty.txt", "")
     assert problem(f"text:{empty}") == f"{empty}: holds no text"
     single = write(tmp_path / "single.txt", "a")

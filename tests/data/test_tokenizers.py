@@ -27,6 +27,7 @@ from contextlm.data.tokenizers import (
 )
 from contextlm.data.word_level import train_word_level
 from contextlm.errors import InputError, RunError
+from contextlm.visible import shown
 
 ODD_TEXTS = [
     "",
@@ -264,7 +265,7 @@ def test_a_bad_spec_is_named(corpus: Corpus, tmp_path: Path, spec: str, reason: 
     for call in (lambda: known_vocab_size(spec), lambda: load_tokenizer(spec, corpus, tmp_path)):
         with pytest.raises(InputError) as caught:
             call()
-        assert repr(spec) in str(caught.value)
+        assert shown(spec) in str(caught.value)
         assert reason in str(caught.value)
 
 

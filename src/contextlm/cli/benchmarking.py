@@ -11,6 +11,7 @@ import typer
 from contextlm.benchmarks.questions import QUESTIONS
 from contextlm.cli.output import print_json, print_table
 from contextlm.errors import InputError, unknown_name
+from contextlm.paths import is_folder
 
 if TYPE_CHECKING:
     from contextlm.benchmarks.harness import Outcome
@@ -26,12 +27,18 @@ def bench(
     repeats: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, show_default=False, help="Timed rounds instead of the usual."
+            metavar="N",
+            min=1,
+            max=10**6,
+            show_default=False,
+            help="Timed rounds instead of the usual.",
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, show_default=False, help="Threads of each operation."),
+        typer.Option(
+            metavar="N", min=1, max=1024, show_default=False, help="Threads of each operation."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -60,7 +67,7 @@ def bench(
         return
     if question not in QUESTIONS:
         raise unknown_name("question", question, list(QUESTIONS))
-    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+    if plot is not None and (plot.suffix != ".png" or not is_folder(plot.parent)):
         raise InputError(f"--plot {plot}: expected a .png file in a folder that exists")
 
     import importlib

@@ -13,6 +13,8 @@ from contextlm.cli.live_line import LiveLine
 from contextlm.cli.output import print_facts, print_json
 from contextlm.cli.prompt import read_prompt
 from contextlm.errors import InputError
+from contextlm.paths import is_folder
+from contextlm.visible import shown
 
 if TYPE_CHECKING:
     from contextlm.evaluation.checkpoint import CheckpointReport
@@ -40,6 +42,7 @@ def evaluate(
         typer.Option(
             metavar="TOKENS",
             min=1,
+            max=10**9,
             show_default=False,
             help="Tokens a window; by default 128 or what the model has.",
         ),
@@ -47,7 +50,11 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, show_default=False, help="Use only the first N validation windows."
+            metavar="N",
+            min=1,
+            max=10**9,
+            show_default=False,
+            help="Use only the first N validation windows.",
         ),
     ] = None,
     cache_lengths: Annotated[
@@ -119,7 +126,7 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")
+        int, typer.Option(metavar="N", min=1, max=10**9, help="Stop after so many tokens.")
     ] = 100,
     temperature: Annotated[
         float | None,
@@ -135,7 +142,11 @@ def generate(
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="K", min=1, show_default=False, help="Sample among the K likeliest tokens."
+            metavar="K",
+            min=1,
+            max=10**9,
+            show_default=False,
+            help="Sample among the K likeliest tokens.",
         ),
     ] = None,
     top_p: Annotated[
@@ -253,7 +264,7 @@ def read_lengths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
-        raise InputError(f"--cache-lengths {text!r}: expected token counts such as 128,512")
+        raise InputError(f"--cache-lengths {shown(text)}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
 
 
@@ -271,8 +282,9 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 
 
 def _existing(checkpoint: Path) -> Path:
-    if not checkpoint.is_dir():
-        raise InputError(f"checkpoint {str(checkpoint)!r}: no such folder")
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"checkpoint {str(checkpoint)!r}: it holds no config.json")
+    if not is_folder(checkpoint):
+        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
+    from contextlm.evaluation.checkpoint_files import check_parts
+
+    check_parts(checkpoint)  # here already: loading torch takes seconds
     return checkpoint

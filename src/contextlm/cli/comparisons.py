@@ -18,6 +18,7 @@ from contextlm.cli.output import (
     writable_folder,
 )
 from contextlm.errors import InputError
+from contextlm.visible import shown, visible
 
 if TYPE_CHECKING:
     from contextlm.recipe import Recipe
@@ -169,12 +170,14 @@ def read_seeds(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.removesuffix(",").split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
-        raise InputError(f"--seeds {text!r}: expected a number of seeds or a list such as 0,4,7")
+        raise InputError(
+            f"--seeds {shown(text)}: expected a number of seeds or a list such as 0,4,7"
+        )
     numbers = [int(part) for part in parts]
     if "," in text:
         return numbers
     if not 1 <= numbers[0] <= MOST_SEEDS:
-        raise InputError(f"--seeds {text!r}: expected 1 to {MOST_SEEDS} seeds, or a list")
+        raise InputError(f"--seeds {shown(text)}: expected 1 to {MOST_SEEDS} seeds, or a list")
     return list(range(numbers[0]))
 
 
@@ -186,10 +189,9 @@ def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
-    print(
-        f"{plan.name}, scale {plan.scale}: {plan.corpus}, tokenizer {plan.tokenizer}, "
-        f"{plan.train_tokens:,} training and {plan.validation_tokens:,} validation tokens"
-    )
+    head = f"{plan.name}, scale {plan.scale}: {plan.corpus}, tokenizer {plan.tokenizer}, "
+    counts = f"{plan.train_tokens:,} training and {plan.validation_tokens:,} validation tokens"
+    print(visible(head + counts))
     rows = [
         (
             c.name,

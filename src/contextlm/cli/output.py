@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from contextlm.errors import InputError
+from contextlm.visible import json_visible, shown, visible
 
 if TYPE_CHECKING:
     from contextlm.evaluation.result import Run
@@ -27,7 +28,7 @@ _WIDE = 240  # columns of a table that goes into a file or a pipe
 
 def print_json(value: Any) -> None:
     """Print one JSON object on one line, valid for every reader (no NaN)."""
-    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+    print(json_visible(json.dumps(plain(value), ensure_ascii=False, allow_nan=False)))
 
 
 def plain(value: Any) -> Any:
@@ -69,11 +70,12 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    columns, *rows = _fitted([columns, *rows], text, _room())
+    seen = [[visible(cell) for cell in line] for line in (columns, *rows)]
+    columns, *rows = _fitted(seen, text, _room())
     console = Console(width=_room())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     if caption:
-        table.title = Text(caption, style="bold")
+        table.title = Text(visible(caption), style="bold")
     for number, heading in enumerate(columns):
         left = number < text
         table.add_column(
@@ -116,7 +118,7 @@ def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
     headings = [column.heading.replace(" (measured)", "") for column in table.columns]
     print_comparison(headings, table.rows)
     for kind, path in paths.items():
-        print(f"{kind}: {path}")
+        print(f"{kind}: {visible(str(path))}")
 
 
 def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def writable_folder(text: str, option: str) -> Path:
         InputError: it has no name, or nothing could be written there.
     """
     if not text.strip():
-        raise InputError(f"{option} {text!r}: expected the name of a folder")
+        raise InputError(f"{option} {shown(text)}: expected the name of a folder")
     from contextlm.data.folders import why_not_writable
 
     problem = why_not_writable(Path(text))

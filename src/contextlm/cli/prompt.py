@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from contextlm.errors import InputError
+from contextlm.visible import shown
 
 _BLOCK = 2**15  # bytes
 
@@ -27,6 +28,8 @@ def read_prompt(prompt: str | None, file: str | None) -> Iterable[str]:
     if prompt is not None and file is not None:
         raise InputError("give either PROMPT or --prompt-file, not both")
     if prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError("PROMPT is not UTF-8")
         return [prompt]
     from_stdin = file in (None, "-")
     if from_stdin and (sys.stdin is None or (file is None and sys.stdin.isatty())):
@@ -52,7 +55,9 @@ def _decoded(file: str | None) -> Iterator[str]:
         at = done - waiting + error.start
         raise InputError(f"the prompt in {name} is not UTF-8 (at byte {at:,})") from None
     except OSError as error:
-        raise InputError(f"--prompt-file {name}: {error.strerror}") from None
+        raise InputError(f"--prompt-file {shown(name)}: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        raise InputError(f"--prompt-file {shown(name)}: no file can be named so") from None
 
 
 def _without_last_break(blocks: Iterable[str]) -> Iterator[str]:
@@ -60,8 +65,10 @@ def _without_last_break(blocks: Iterable[str]) -> Iterator[str]:
 
     A block is handed on when the next one, or the end, has been seen.
     """
-    held = ""
+    held, first = "", True
     for block in blocks:
+        if first and block:
+            block, first = block.removeprefix("\ufeff"), False
         held, ready = held[-2:] + block, held[:-2]
         if ready:
             yield ready

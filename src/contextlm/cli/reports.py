@@ -11,6 +11,7 @@ import typer
 from contextlm.cli.comparisons import AsJson
 from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
 from contextlm.errors import InputError, RunError
+from contextlm.paths import is_file
 
 
 def report(
@@ -55,16 +56,18 @@ def report(
     ```
     """
     from contextlm.evaluation.result import read_run
-    from contextlm.report.embed import embed
+    from contextlm.report.embed import embed, embedded
     from contextlm.report.page import render_summary, write_report
 
-    place = _default_folder(runs) if out is None else writable_folder(out, "--out")
     _check_runs(runs)
+    place = _default_folder(runs) if out is None else writable_folder(out, "--out")
     loaded = [read_run(folder) for folder in runs]
-    if into is not None:
-        document, _, block = into.partition("#")
-        embed(Path(document), block or None, render_summary(loaded))
+    document, _, block = (into or "").partition("#")
+    if into is not None:  # asked before anything is written
+        embedded(Path(document), block or None, render_summary(loaded))
     paths = write_report(loaded, place)
+    if into is not None:
+        embed(Path(document), block or None, render_summary(loaded))
     if as_json:
         print_json(runs_json(loaded, paths))
     else:
@@ -76,7 +79,7 @@ def report(
 def _check_runs(runs: list[Path]) -> None:
     seen = set()
     for run in runs:
-        if not (run / "recipe.yaml").is_file():
+        if not is_file(run / "recipe.yaml"):
             raise InputError(f"{run}: not a run folder")
         if run.resolve() in seen:
             raise InputError(f"{run}: the same run is named twice")
@@ -85,8 +88,15 @@ def _check_runs(runs: list[Path]) -> None:
 
 def _default_folder(runs: list[Path]) -> Path:
     if len(runs) == 1:
-        return runs[0]
-    return Path(os.path.commonpath([run.resolve().parent for run in runs])) / "report"
+        place = runs[0]
+    else:
+        place = Path(os.path.commonpath([run.resolve().parent for run in runs])) / "report"
+    from contextlm.data.folders import why_not_writable
+
+    problem = why_not_writable(place)
+    if problem is not None:
+        raise InputError(f"{problem}; name another folder with --out")
+    return place
 
 
 def _show(paths: dict[str, Path]) -> None:

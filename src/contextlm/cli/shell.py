@@ -17,8 +17,11 @@ import typer
 from typer.main import get_command
 
 from contextlm.errors import InputError, RunError
+from contextlm.visible import shortened, visible
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
+
+_LONGEST_MESSAGE = 1000  # characters; some libraries' messages hold a whole file
 
 # Read by the libraries when they are imported, hence set before any command imports them.
 _QUIET = {
@@ -85,9 +88,8 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def one_line(message: str) -> str:
-    """`message` on one line, and without characters that could steer a terminal."""
-    folded = " ".join(message.split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in folded)
+    """`message` on one line that fits a screen, without characters that could steer a terminal."""
+    return visible(shortened(" ".join(message.split()), _LONGEST_MESSAGE))
 
 
 def _with_notes(message: str, error: BaseException) -> str:

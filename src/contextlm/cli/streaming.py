@@ -8,6 +8,8 @@ from typing import Any, TextIO
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
+from contextlm.visible import visible
+
 
 class TextStream(BaseStreamer):
     """Writes each character as soon as its last token is there, in time linear in the text.
@@ -47,7 +49,8 @@ class TextStream(BaseStreamer):
     def _write(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
-            self._stream.write(piece)
+            # A terminal must not obey what a model writes; a file gets the text as it is.
+            self._stream.write(visible(piece) if self._stream.isatty() else piece)
             self._stream.flush()
 
 

@@ -74,7 +74,8 @@ def text_fingerprint(version: str, *splits: Iterable[str]) -> str:
 
 def is_validation(name: str, percent: int = VALIDATION_PERCENT) -> bool:
     """Whether what is called `name` is one of the `percent` held out: its SHA-256 decides."""
-    number = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
+    data = name.encode("utf-8", "surrogateescape")  # a file's name need not be UTF-8
+    number = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
     return number % 100 < percent
 
 

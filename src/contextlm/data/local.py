@@ -5,6 +5,7 @@ A byte order mark is dropped and CRLF line ends become LF; all else is kept as i
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 
 from contextlm.data.corpus import Corpus, split_documents, text_fingerprint
 from contextlm.errors import InputError
+from contextlm.paths import is_file, is_folder, with_home
+from contextlm.visible import visible
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 
@@ -68,7 +71,7 @@ def _corpus(kind: str, path: Path, named: list[tuple[str, str]]) -> Corpus:
         raise InputError(f"{path}: holds no text")
     train, validation = split_documents(with_text, str(path))
     return Corpus(
-        name=f"{kind}:{path.resolve().name}",
+        name=f"{kind}:{visible(path.resolve().name)}",
         train=train,
         validation=validation,
         append_end_of_text=True,
@@ -79,12 +82,8 @@ def _corpus(kind: str, path: Path, named: list[tuple[str, str]]) -> Corpus:
 def _existing(kind: str, location: str) -> Path:
     if not location:
         raise InputError(f"corpus '{kind}:' needs a path, as in {kind}:PATH")
-    path = Path(location).expanduser()
-    try:
-        found = path.is_file() or path.is_dir()
-    except ValueError:  # a NUL in the path
-        found = False
-    if not found:
+    path = with_home(location, f"corpus '{kind}:{location}'")
+    if not (is_file(path) or is_folder(path)):
         raise InputError(f"{location}: no such file{' or folder' if kind == 'text' else ''}")
     return path
 
@@ -93,8 +92,12 @@ def _text_files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in TEXT_SUFFIXES:
-                yield Path(parent, name)
+            file = Path(parent, name)
+            if name.startswith(".") or file.suffix.lower() not in TEXT_SUFFIXES:
+                continue
+            # Reading a pipe or a device would not end; a link to nowhere is told when it is read.
+            if is_file(file) or not file.exists():
+                yield file
 
 
 def _read(path: Path) -> bytes:
@@ -109,6 +112,8 @@ def _decode(data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError(f"{where}: UTF-16 text; save it as UTF-8") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{where}: line {line}: not UTF-8 text") from None
     return _checked(text.replace("\r\n", "\n"), where)

@@ -15,6 +15,7 @@ from typing import Any
 from contextlm.data.corpus import Corpus, checked_counts, text_fingerprint
 from contextlm.data.hub import load_split
 from contextlm.errors import InputError
+from contextlm.paths import is_folder, with_home
 
 ULTRACHAT_VALIDATION_START = 50_000
 ULTRACHAT_DEFAULT = (2_000, 20)
@@ -31,8 +32,8 @@ def data_folder() -> Path | None:
     value = os.environ.get("CONTEXTLM_DATA")
     if not value:
         return None
-    folder = Path(value).expanduser()
-    if not folder.is_dir():
+    folder = with_home(value, "CONTEXTLM_DATA")
+    if not is_folder(folder):
         raise InputError(f"CONTEXTLM_DATA: {value} is not a folder")
     return folder
 

@@ -23,6 +23,8 @@ from contextlm.data.parallelism import parallel_tokenizers
 from contextlm.data.word_level import SMALLEST_WORD_LEVEL, WORD_LEVEL_ROLES, train_word_level
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import write_text
+from contextlm.paths import is_file, is_folder, with_home
+from contextlm.visible import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -170,7 +172,8 @@ def _kind_and_size(spec: str) -> tuple[str, int] | None:
     entry = _TRAINED[kind]
     if not colon or not (text.isascii() and text.isdigit() and len(text) <= 10):
         raise InputError(
-            f"tokenizer {spec!r}: expected {kind}:SIZE with a whole number, e.g. {entry.example}"
+            f"tokenizer {shown(spec)}: expected {kind}:SIZE with a whole number, "
+            f"e.g. {entry.example}"
         )
     size = int(text)
     if not entry.smallest <= size <= _LARGEST:
@@ -182,11 +185,11 @@ def _kind_and_size(spec: str) -> tuple[str, int] | None:
 
 
 def _folder(spec: str) -> Path:
-    path = Path(spec).expanduser()
-    if spec and path.is_dir():
+    path = with_home(spec, f"tokenizer {spec!r}")
+    if spec and is_folder(path):
         return path
-    if spec and (os.sep in spec or path.exists()):
-        raise InputError(f"tokenizer {spec!r}: no such folder")
+    if spec and (os.sep in spec or is_file(path)):
+        raise InputError(f"tokenizer {shown(spec)}: no such folder")
     kind, colon, size = spec.partition(":")
     near = difflib.get_close_matches(kind, _TRAINED, n=1, cutoff=0.5)
     slip = colon and size.isdigit() and near
@@ -222,8 +225,10 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises plain Exception for what is damaged
         reason = " ".join(str(error).split())
         raise InputError(f"tokenizer {str(folder)!r}: cannot be loaded: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -21,22 +21,47 @@ from transformers.configuration_utils import PreTrainedConfig
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store, cache_folder
-from contextlm.data.tokenizers import keeps_all_words
+from contextlm.data.tokenizers import keeps_all_words, vocab_entries
 from contextlm.data.windows import Windows
 from contextlm.device import resolve_device
 from contextlm.errors import InputError
+from contextlm.evaluation.checkpoint_files import (
+    INDEX,
+    WEIGHTS,
+    check_names_no_code,
+    check_parts,
+    check_weights,
+    read_object,
+)
 from contextlm.evaluation.input_cache import InputCacheReport, compare_input_cache
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import read_trained
-from contextlm.models.build import config_class, meta_model
+from contextlm.models.build import check_values, config_class, meta_model, reason
 from contextlm.models.input_cache import InputCache
+from contextlm.paths import is_file
+from contextlm.visible import shown
 
 CACHE_LENGTHS = (128, 512, 2048, 8192)
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+# Quantised weights are stored packed, several to a number.
+_MOST_PACKED = 16
+# What transformers raises for a folder that holds no whole model.
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    RecursionError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 class CheckpointReport(BaseModel):
@@ -78,79 +103,93 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
             the others; the message names the file.
     """
     where = resolve_device(device)
-    for name in ("config.json", _WEIGHTS, "tokenizer.json"):
-        if name == _WEIGHTS and (folder / _INDEX).is_file():
-            continue
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: not a checkpoint folder: {name} is missing")
+    check_parts(folder)
     config = _read_config(folder)
     tokenizer = _read_tokenizer(folder)
-    _check_weights(folder)
-    model, notes = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # so that the misfits are told here, by name
-        output_loading_info=True,
-    )
-    if notes["mismatched_keys"] or notes["missing_keys"]:
-        weights = _WEIGHTS if (folder / _WEIGHTS).is_file() else _INDEX
+    weights = WEIGHTS if is_file(folder / WEIGHTS) else INDEX
+    # Asked before anything is loaded: weights that a file lacks would be drawn at random, however
+    # large config.json says that they are.
+    stored = check_weights(folder)
+    wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    if wanted > _MOST_PACKED * stored:
         raise InputError(f"{folder}: {weights} does not fit config.json")
+    model, notes = _load(folder, config)
+    if notes["mismatched_keys"] or notes["missing_keys"]:
+        raise InputError(f"{folder}: {weights} does not fit config.json")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if vocab_entries(tokenizer) > entries:
+        raise InputError(
+            f"{folder}: tokenizer.json has {vocab_entries(tokenizer)} entries, the model {entries}"
+        )
+    model.generation_config = _plain_generation(folder, model, entries)
     return model.to(where).eval(), tokenizer
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _load(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{file}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a JSON object")
-    return value
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that the misfits are told by name
+            output_loading_info=True,
+        )
+    except _UNUSABLE as error:
+        raise InputError(f"{folder}: cannot be loaded: {reason(error)}") from None
+
+
+def _plain_generation(folder: Path, model: PreTrainedModel, entries: int) -> GenerationConfig:
+    """Only the special tokens of the checkpoint's generation settings.
+
+    The rest, such as beams, penalties, or another model as an assistant, is asked for on the
+    command line or not at all.
+    """
+    given = model.generation_config or GenerationConfig()
+    tokens = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(given, name, None)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in listed):
+            file = folder / "generation_config.json"
+            raise InputError(f"{file}: {name}: expected an entry's number, got {shown(value)}")
+        known = [token for token in listed if 0 <= token < entries]
+        tokens[name] = known[0] if len(known) == 1 else known or None
+    return GenerationConfig(**tokens)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
-    model_type = _read_object(file).get("model_type")
+    given = read_object(file)
+    model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{file}: it names no model_type")
+    check_names_no_code(given, file)
     try:
         config_class(model_type)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        check_values(given)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         meta_model(config)
-    except (InputError, StrictDataclassError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{file}: {' '.join(str(error).split())}") from None
+    except (InputError, *_UNUSABLE) as error:
+        raise InputError(f"{file}: {reason(error)}") from None
     return config
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     file = folder / "tokenizer.json"
-    _read_object(file)
-    if (folder / "tokenizer_config.json").is_file():
-        _read_object(folder / "tokenizer_config.json")
+    read_object(file)
+    if is_file(folder / "tokenizer_config.json"):
+        read_object(folder / "tokenizer_config.json")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises plain Exception for what is damaged
-        raise InputError(f"{file}: not a tokenizer: {' '.join(str(error).split())}") from None
-
-
-def _check_weights(folder: Path) -> None:
-    """An `InputError` that names the file, unless every file of weights is there and whole."""
-    names: Any = {_WEIGHTS}
-    if not (folder / _WEIGHTS).is_file():
-        shards = _read_object(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
-            raise InputError(f"{folder / _INDEX}: it has no weight_map")
-        names = set(shards.values())
-    for name in sorted(names):
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder / name}: damaged or missing: {error}") from None
+        raise InputError(f"{file}: not a tokenizer: {reason(error)}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: it asks for no fast tokenizer")
+    return tokenizer
 
 
 def evaluate_checkpoint(
@@ -193,7 +232,13 @@ def evaluate_checkpoint(
     store = build_token_store(text, "validation", tokenizer, cache)
     trained = read_trained(folder)
     ahead = trained.target_offset
-    windows = Windows(store.tokens, length, target_offset=ahead, samples=samples)
+    windows = Windows(
+        store.tokens,
+        length,
+        target_offset=ahead,
+        samples=samples,
+        name=f"corpus {corpus!r} (validation)",
+    )
     quality = evaluate_quality(model, windows, 32, where)
     covered = windows.tokens_covered
     held = measure_cache(model, lengths, where)

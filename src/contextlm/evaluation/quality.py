@@ -34,8 +34,8 @@ class Quality:
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, finite for any finite loss."""
-    return math.exp(min(loss, 700.0))
+    """``exp(loss)``; beyond a loss of 200, which no report can tell apart, that of 200."""
+    return math.exp(min(loss, 200.0))
 
 
 @torch.no_grad()

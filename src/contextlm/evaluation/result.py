@@ -8,13 +8,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from contextlm.errors import InputError
+from contextlm.evaluation.run_folder import first_problem, read_mapping, read_recipe, read_text
+from contextlm.paths import is_file
+from contextlm.visible import shown
 
 RESULT_VERSION: Literal[1] = 1
+_LARGEST = 1e100  # of a finite figure: sums and squares of such are finite too
+
+
+def _usable(value: float) -> float:
+    if _LARGEST < abs(value) < float("inf"):
+        raise ValueError("expected a figure of at most 1e100, or one that is not finite")
+    return value
+
+
+def _positive(value: float) -> float:
+    if value <= 0:  # not a number is neither: it says that a measurement broke down
+        raise ValueError("expected a figure above 0")
+    return value
+
+
+# Figures may be infinite or not a number, where a model broke down; the report says so.
+Figure = Annotated[float, AfterValidator(_usable)]
+Perplexity = Annotated[float, AfterValidator(_usable), AfterValidator(_positive)]
+Finite = Annotated[float, AfterValidator(_usable), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Positive = Annotated[int, Field(ge=1, lt=2**62)]
 
 
 class _Record(BaseModel):
@@ -28,9 +52,9 @@ class CacheBytes(_Record):
     is larger where a tensor is a view of, or was preallocated in, something bigger.
     """
 
-    tokens: int
-    logical: int
-    resident: int
+    tokens: Positive
+    logical: Count
+    resident: Count
 
 
 class CorpusFacts(_Record):
@@ -42,23 +66,23 @@ class CorpusFacts(_Record):
 
     name: str
     tokenizer: str
-    vocab_size: int
-    train_tokens: int
-    validation_tokens: int
-    train_windows: int
-    validation_windows: int
-    sequence_length: int
-    unigram_ppl: float | None = None
+    vocab_size: Count
+    train_tokens: Count
+    validation_tokens: Count
+    train_windows: Count
+    validation_windows: Count
+    sequence_length: Count
+    unigram_ppl: Perplexity | None = None
 
 
 class PhaseOneFacts(_Record):
     """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
 
-    iterations: int
-    converged: float
-    context_dim: int
-    effective_rank_train: float
-    effective_rank_validation: float
+    iterations: Count
+    converged: Figure
+    context_dim: Positive
+    effective_rank_train: Figure
+    effective_rank_validation: Figure
 
 
 class EmbeddingFacts(_Record):
@@ -70,9 +94,9 @@ class EmbeddingFacts(_Record):
 
     source: Literal["pretrained", "learned", "random"]
     path: str | None = None
-    tokens: int | None = None
-    epochs: int | None = None
-    validation_ppl: float | None = None
+    tokens: Count | None = None
+    epochs: Count | None = None
+    validation_ppl: Figure | None = None
     frozen: bool = False
 
 
@@ -85,25 +109,25 @@ class StoreFacts(_Record):
 
     fill: Literal["sequential", "parallel"]
     dtype: Literal["float32", "bfloat16"]
-    train_bytes: int
-    validation_bytes: int
-    drift_train: float
-    drift_validation: float
+    train_bytes: Count
+    validation_bytes: Count
+    drift_train: Figure
+    drift_validation: Figure
 
 
 class TuningTrial(_Record):
     """One learning rate tried; the loss is the best epoch's, in nats per token."""
 
-    learning_rate: float
-    validation_loss: float
+    learning_rate: Figure
+    validation_loss: Figure
 
 
 class TuningFacts(_Record):
     """How a contender's learning rate was chosen: the trials, on a share of the windows."""
 
-    share: float
-    seed: int
-    trials: list[TuningTrial]
+    share: Figure
+    seed: Count
+    trials: list[TuningTrial] = Field(min_length=1)
 
     @property
     def chosen(self) -> float:
@@ -126,30 +150,30 @@ class Result(_Record):
     contender: str
     architecture: str
     baseline: bool
-    seed: int
-    target_offset: int
+    seed: Count
+    target_offset: Positive
     precision: str
     corpus: CorpusFacts
-    parameters_total: int
-    parameters_trainable: int
-    validation_loss: float
-    validation_ppl: float
-    bits_per_byte: float | None
-    accuracy: float
-    train_ppl_running: float
-    train_ppl: float
-    train_ppl_windows: int | None = None
-    best_epoch: int
-    epochs: int
-    learning_rate: float | None = None
+    parameters_total: Count
+    parameters_trainable: Count
+    validation_loss: Figure
+    validation_ppl: Perplexity
+    bits_per_byte: Figure | None
+    accuracy: Figure
+    train_ppl_running: Perplexity
+    train_ppl: Perplexity
+    train_ppl_windows: Count | None = None
+    best_epoch: Count
+    epochs: Count
+    learning_rate: Figure | None = None
     tuning: TuningFacts | None = None
     phase1: PhaseOneFacts | None
     embedding: EmbeddingFacts | None = None
     store: StoreFacts | None = None
     cache: list[CacheBytes]
     cache_dtype: str
-    reported: dict[str, float]
-    reported_epochs: dict[str, list[float | None]] = {}
+    reported: dict[str, Finite]
+    reported_epochs: dict[str, list[Finite | None]] = {}
 
     @property
     def train_validation_ratio(self) -> float:
@@ -161,47 +185,47 @@ class StageMemory(_Record):
     """Memory in use when a stage ended: of the process (resident) and of the accelerator."""
 
     stage: str
-    host_bytes: int
-    accelerator_bytes: int | None
+    host_bytes: Count
+    accelerator_bytes: Count | None
 
 
 class Timings(_Record):
     """Seconds, rates and peak memory of one contender and seed."""
 
-    phase1_seconds: float | None
-    store_seconds: float | None = None
+    phase1_seconds: Figure | None
+    store_seconds: Figure | None = None
     stages: list[StageMemory] = []
-    epoch_seconds: list[float]
-    evaluation_seconds: float
-    total_seconds: float
-    training_tokens_per_second: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    speed_tokens: int
-    peak_host_bytes: int
-    peak_accelerator_bytes: int | None
+    epoch_seconds: list[Figure]
+    evaluation_seconds: Figure
+    total_seconds: Figure
+    training_tokens_per_second: Figure
+    prefill_tokens_per_second: Figure
+    decode_tokens_per_second: Figure
+    speed_tokens: Count
+    peak_host_bytes: Count
+    peak_accelerator_bytes: Count | None
 
 
 class PhaseOneRow(_Record):
     """One iteration of context training."""
 
     phase: Literal[1] = 1
-    iteration: int
-    converged: float
-    loss: float | None
+    iteration: Count
+    converged: Figure
+    loss: Figure | None
 
 
 class PhaseTwoRow(_Record):
     """One epoch of next-token training."""
 
     phase: Literal[2] = 2
-    epoch: int
-    train_loss: float
-    train_ppl: float
-    validation_loss: float
-    validation_ppl: float
-    accuracy: float
-    learning_rate: float
+    epoch: Count
+    train_loss: Figure
+    train_ppl: Figure
+    validation_loss: Figure
+    validation_ppl: Figure
+    accuracy: Figure
+    learning_rate: Figure
 
 
 class Outcome(_Record):
@@ -226,16 +250,28 @@ def seed_folder(run: Path, contender: str, seed: int) -> Path:
     return run / contender / f"seed-{seed}"
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """Read one contender-and-seed folder.
+def read_outcome(run: Path, contender: str, seed: int) -> Outcome:
+    """Read what one contender and seed left in the folder `run`.
 
     Raises:
-        InputError: a file is missing, damaged or of another version; the message names it.
+        InputError: a file is missing, damaged, of another version or of another contender or seed,
+            or leads out of the run folder; the message names it.
     """
+    folder = seed_folder(run, contender, seed)
+    file = folder / "result.json"
+    result = _read_record(Result, run, file)
+    for key, value, place in (
+        ("contender", result.contender, contender),
+        ("seed", result.seed, seed),
+    ):
+        if value != place:
+            raise InputError(
+                f"{file}: {key}: expected {place!r} in this folder, got {shown(value)}"
+            )
     return Outcome(
-        result=_read_record(Result, folder / "result.json"),
-        timings=_read_record(Timings, folder / "timings.json"),
-        history=_read_history(folder / "history.jsonl"),
+        result=result,
+        timings=_read_record(Timings, run, folder / "timings.json"),
+        history=_read_history(run, folder / "history.jsonl"),
     )
 
 
@@ -245,58 +281,36 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: it is not a run folder, or one of its files is damaged.
     """
-    import yaml
-
-    recipe_file = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(_read_text(recipe_file))
-    except yaml.YAMLError:
-        raise InputError(f"{recipe_file}: not valid YAML") from None
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("contenders"), list):
-        raise InputError(f"{recipe_file}: not a resolved recipe")
-    try:
-        environment = json.loads(_read_text(folder / "environment.json"))
-    except ValueError:
-        raise InputError(f"{folder / 'environment.json'}: not valid JSON") from None
-    if not isinstance(environment, dict):
-        raise InputError(f"{folder / 'environment.json'}: not a mapping")
-    outcomes = []
-    for contender in recipe["contenders"]:
-        for seed in recipe.get("seeds", [0]):
-            place = seed_folder(folder, str(contender.get("name")), seed)
-            if (place / "result.json").exists():
-                outcomes.append(read_outcome(place))
+    recipe = read_recipe(folder)
+    environment = read_mapping(folder, folder / "environment.json")
+    outcomes = [
+        read_outcome(folder, contender["name"], seed)
+        for contender in recipe["contenders"]
+        for seed in recipe.get("seeds", [0])
+        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
+    ]
     return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
 
 
 R = TypeVar("R", bound=_Record)
 
 
-def _read_record(kind: type[R], path: Path) -> R:
+def _read_record(kind: type[R], run: Path, file: Path) -> R:
     try:
-        return kind.model_validate_json(_read_text(path))
+        return kind.model_validate_json(read_text(run, file))
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "content"
-        raise InputError(f"{path}: {key}: {problem['msg']}") from None
+        raise InputError(f"{file}: {first_problem(error)}") from None
 
 
-def _read_history(path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
+def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
     rows: list[PhaseOneRow | PhaseTwoRow] = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(run, path).splitlines(), start=1):
         try:
             row = json.loads(line)
             kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
             rows.append(kind.model_validate(row))
-        except (ValueError, KeyError, TypeError):
+        except ValidationError as error:
+            raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise InputError(f"{path}: line {number} is damaged") from None
     return rows

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from contextlm.errors import InputError
+from contextlm.evaluation.run_folder import first_problem
 from contextlm.files import write_json
 
 NAME = "contextlm.json"
@@ -59,6 +60,4 @@ def read_trained(folder: Path) -> Trained:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "content"
-        raise InputError(f"{file}: {key}: {problem['msg']}") from None
+        raise InputError(f"{file}: {first_problem(error)}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from contextlm.errors import InputError, unknown_name
 from contextlm.models.base import registry
+from contextlm.visible import shortened, shown
 
 # transformers' own architectures that the documentation and the tests speak of; any other causal
 # language model of transformers can be named too.
@@ -34,9 +36,16 @@ _MISFITS = (
     IndexError,
     AttributeError,
     RuntimeError,
-    ZeroDivisionError,
+    ArithmeticError,
     AssertionError,
 )
+
+_FIELD = re.compile(r"^Field '(\w+)' expected")
+_SEVERAL = re.compile(r"^Field '(\w+)' with value (.*?) doesn't match any type in (\([^)]*\))")
+_PARTS = ("layer", "expert")  # of which each is a module, or several
+_AT_LEAST_ONE = ("head", "embd", "hidden_size", "vocab_size", "context_dim", "positions")
+_MOST_PARTS = 10_000
+_LARGEST_SIZE = 2**31 - 1
 
 # Spellings that configurations accept beside their fields and turn into `rope_parameters`.
 _ROTARY_KEYS = ("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base")
@@ -80,10 +89,34 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
         if key not in known and key not in _ROTARY_KEYS:
             raise unknown_name(f"field of model type {model_type!r}:", key, sorted(known))
     values: dict[str, Any] = {"vocab_size": vocab_size, **token_ids, **given}
+    check_values(values)
     try:
         return kind(**values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"model type {model_type!r}: {_reason(error)}") from None
+    except (StrictDataclassError, *_MISFITS) as error:
+        raise InputError(f"model type {model_type!r}: {reason(error)}") from None
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse what would take minutes or all memory to turn out wrong, or turn out wrong unclearly.
+
+    Args:
+        values: fields of a configuration.
+
+    Raises:
+        InputError: it names the field.
+    """
+    for key, value in values.items():
+        parts = any(part in key for part in _PARTS)
+        if isinstance(value, int) and abs(value) > (_MOST_PARTS if parts else _LARGEST_SIZE):
+            most = _MOST_PARTS if parts else _LARGEST_SIZE
+            raise InputError(f"{key} {value} is beyond all use: at most {most:,}")
+        least = 0 if parts else 1 if any(part in key for part in _AT_LEAST_ONE) else -_LARGEST_SIZE
+        if isinstance(value, int) and value < least:
+            raise InputError(f"{key} {value}: expected at least {least}")
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            kind = getattr(torch, value.removeprefix("torch."), None)
+            if value != "auto" and not isinstance(kind, torch.dtype):
+                raise InputError(f"{key}: no type of torch is called {shown(value)}")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -96,7 +129,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except _MISFITS as error:
-        raise InputError(f"model type {config.model_type!r}: {_reason(error)}") from None
+        raise _misfit(config, error) from None
 
 
 def check_forward(model: PreTrainedModel) -> None:
@@ -118,7 +151,7 @@ def check_forward(model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(torch.zeros(2, 3, dtype=torch.long, device="meta"), use_cache=True)
     except _MISFITS as error:
-        raise InputError(f"model type {config.model_type!r}: {_reason(error)}") from None
+        raise _misfit(config, error) from None
     if config.model_type not in registry() and config.model_type not in _BASELINES:
         _check_causal(AutoModelForCausalLM.from_config(config).eval())
 
@@ -142,8 +175,24 @@ def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _reason(error: BaseException) -> str:
-    """The message on one line; a validator's name says less than the error that it raised."""
-    if isinstance(error, StrictDataclassClassValidationError) and error.__cause__ is not None:
-        return _reason(error.__cause__)
-    return " ".join(str(error).split()) or type(error).__name__
+def _misfit(config: PreTrainedConfig, error: BaseException) -> InputError:
+    said = reason(error)
+    asked = error.args[0] if isinstance(error, KeyError) and error.args else None
+    fields = [key for key, value in config.to_dict().items() if value == asked is not None]
+    if fields:  # a name that was looked up in a table, as those of activation functions are
+        said = f"{fields[0]}: no such thing as {shown(asked)}"
+    elif not isinstance(error, ValueError):  # not a word of a check's own, but where it all broke
+        said = f"its values do not fit together: {said}"
+    return InputError(f"model type {config.model_type!r}: {said}")
+
+
+def reason(error: BaseException) -> str:
+    """What an error of transformers says, on one line and without the name of a validator."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        said = " ".join(str(error.__cause__).split())
+        several = _SEVERAL.match(said)
+        if several:
+            kinds = re.sub(r"<class '(\w+)'>", r"\1", several[3])
+            said = f"{several[1]}: expected one of {kinds}, got {several[2]}"
+        return shortened(_FIELD.sub(r"\1: expected", said), 300)
+    return shortened(" ".join(str(error).split()) or type(error).__name__, 300)

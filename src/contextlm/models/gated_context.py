@@ -64,8 +64,7 @@ class GatedContextBlock(ContextBlock):
         """The one layer."""
         return [self.layer]
 
-    # The contexts are in float32 at least, whatever the weights are: their state goes on from call to
-    # call.
+    # In float32 at least, whatever the weights are: the state goes on from call to call.
     def _scan(self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None) -> Tensor:
         gates_BTC, added_BTC = self.layer.project(embedded_BTD).chunk(2, dim=-1)
         states_BTC = linear_scan(gates_BTC, added_BTC, initial_BC, mask_BT=mask_BT)

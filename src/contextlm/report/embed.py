@@ -10,11 +10,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from contextlm.errors import InputError
-from contextlm.files import write_text
+from contextlm.files import atomic_open
 
 
 def embed(document: Path, block: str | None, text: str) -> None:
-    """Replace one block of a document by `text`; the rest stays as it is.
+    """Replace one block of a document by `text`; the rest stays as it is, to the byte.
+
+    Raises:
+        InputError: as `embedded`.
+    """
+    content = embedded(document, block, text)
+    with atomic_open(document, "wb") as stream:
+        stream.write(content)
+
+
+def embedded(document: Path, block: str | None, text: str) -> bytes:
+    """What `embed` would write: the document with its line ends, one block of it replaced.
 
     Args:
         document: a UTF-8 text file.
@@ -27,10 +38,10 @@ def embed(document: Path, block: str | None, text: str) -> None:
     name = f" {block}" if block else ""
     begin, end = f"<!-- results:begin{name} -->", f"<!-- results:end{name} -->"
     try:
-        content = document.read_text("utf-8")
+        content = document.read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(f"{document}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
+    except ValueError:  # also a name that no file can have
         raise InputError(f"{document}: not UTF-8 text") from None
     if content.count(begin) != 1 or content.count(end) != 1:
         raise InputError(f"{document}: expected the marks {begin} and {end} once each")
@@ -38,4 +49,6 @@ def embed(document: Path, block: str | None, text: str) -> None:
     if end not in rest:
         raise InputError(f"{document}: {end} stands before {begin}")
     after = rest.partition(end)[2]
-    write_text(document, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+    lines = "\r\n" if "\r\n" in content else "\n"
+    block_text = lines.join(["", *text.strip().split("\n"), ""])
+    return f"{before}{begin}{block_text}{end}{after}".encode()

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from contextlm.errors import InputError
 from contextlm.evaluation.result import Run
 from contextlm.files import atomic_open, write_text
+from contextlm.paths import is_folder
 from contextlm.report import details, plots, resource_tables, tables, words
 from contextlm.report.epoch_tables import epoch_tables
 from contextlm.report.notes import detail_notes, notes
@@ -25,6 +26,9 @@ from contextlm.report.remarks import data_remarks, unigram_remarks
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
 from contextlm.report.terms import terms
+from contextlm.visible import visible
+
+FILES = ("report.md", "report.html", "curves.png", "frontier.png")
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,13 @@ def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
         The paths by file name: ``report.md``, ``report.html``, ``curves.png``, ``frontier.png``.
 
     Raises:
-        InputError: there is no run, or a run in which no contender has finished.
+        InputError: there is no run, a run in which no contender has finished, or a folder where a
+            file of the report should go.
     """
     _check(runs)
+    for name in FILES:  # before the first of them is written
+        if is_folder(folder / name):
+            raise InputError(f"{folder / name}: is a folder, the report needs that name for a file")
     rows = summarise_runs(runs)
     pictures = {
         "curves.png": plots.png(plots.curves_figure(rows)),
@@ -73,7 +81,8 @@ def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
 
 def render_html(facts: dict[str, Any]) -> str:
     """The HTML page; whatever is not marked up by the template itself is escaped."""
-    return _environment(autoescape=True).get_template("report.html.j2").render(facts)
+    environment = _environment(autoescape=True, finalize=_visible_unless_marked)
+    return environment.get_template("report.html.j2").render(facts)
 
 
 def render_markdown(facts: dict[str, Any], template: str = "report.md.j2") -> str:
@@ -101,9 +110,7 @@ def _check(runs: Sequence[Run]) -> None:
             raise InputError(f"{run.folder}: no contender has finished, nothing to report")
 
 
-def _environment(
-    *, autoescape: bool, finalize: Callable[[object], object] | None = None
-) -> Environment:
+def _environment(*, autoescape: bool, finalize: Callable[[object], object]) -> Environment:
     return Environment(
         loader=PackageLoader("contextlm.report"),
         autoescape=autoescape,
@@ -113,6 +120,10 @@ def _environment(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def _visible_unless_marked(value: object) -> object:
+    return value if isinstance(value, Markup) else visible(str(value))
 
 
 def _escape_unless_marked(value: object) -> object:

@@ -31,6 +31,7 @@ from contextlm.report.axes import (
 )
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.summary import SummaryRow
+from contextlm.visible import visible
 
 
 def png(figure: Figure) -> bytes:
@@ -67,7 +68,11 @@ def curves_figure(rows: Sequence[SummaryRow]) -> Figure:
     series = [_series(o, name) for row in rows for o in row.outcomes for name in names]
     perplexity_axis(bottom, [value for values in series for value in values.values()])
     entries = _legend(rows, looks)
-    figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False)
+    legend = figure.legend(
+        handles=entries, loc="outside lower center", ncols=columns, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar sign in a name begins no formula
     return figure
 
 
@@ -95,7 +100,7 @@ def frontier_figure(rows: Sequence[SummaryRow]) -> Figure:
         if len(groups) > 1 and group:
             data, ahead = group[0].corpus, group[0].target_offset
             suffix = "" if ahead == 1 else f", {ahead} tokens ahead"
-            title = textwrap.shorten(f"{data.name}{suffix}", 60, placeholder=" …")
+            title = textwrap.shorten(visible(f"{data.name}{suffix}"), 60, placeholder=" …")
             axes.set_title(title, fontsize=FONT, loc="left", pad=20, parse_math=False)
     panels[-1].set_xlabel("cache of one sequence, logical bytes (log scale)")
     return figure
@@ -143,7 +148,11 @@ def _legend(rows: Sequence[SummaryRow], looks: Sequence[Style]) -> list[Line2D]:
     handles = [
         # A leading underscore would hide the entry.
         Line2D(
-            [], [], color=style.colour, marker=style.marker, label=_shorten(row.name).lstrip("_")
+            [],
+            [],
+            color=style.colour,
+            marker=style.marker,
+            label=_shorten(visible(row.name)).lstrip("_"),
         )
         for row, style in zip(rows, looks, strict=True)
     ]
@@ -280,7 +289,7 @@ def _label_width(figure: Figure, groups: Sequence[Sequence[SummaryRow]]) -> floa
 
 
 def _label(row: SummaryRow, length: int) -> str:
-    lines = textwrap.wrap(row.name, 20, break_on_hyphens=True)
+    lines = textwrap.wrap(visible(row.name), 20, break_on_hyphens=True)
     if len(lines) > 2:
         lines = [lines[0], f"{lines[1][:19]}…"]
     cache = row.cache_at(length)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from contextlm.visible import visible
+
 Kind = Literal["text", "measured", "reported"]
 
 
@@ -50,7 +52,7 @@ def markdown_table(table: Table) -> str:
 
 def escape_markdown(text: object) -> str:
     """Text that GitHub Markdown shows as it is, on one line, in a table too."""
-    flat = " ".join(str(text).split())
+    flat = visible(" ".join(str(text).split()))
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     flat = re.sub(r"([\\`*|\[\]~$])", r"\\\1", flat)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", flat)  # inside a word it means nothing
