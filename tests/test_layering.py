@@ -19,7 +19,16 @@ import contextlm
 PACKAGE = Path(contextlm.__file__).parent
 MOST_LINES = 330
 
-LEAVES = {"errors", "files", "progress", "device", "strict_yaml", "merging"}
+LEAVES = {
+    "errors",
+    "files",
+    "progress",
+    "device",
+    "strict_yaml",
+    "merging",
+    "locks",
+    "interrupts",
+}
 RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
 EXPERIMENT = {
@@ -31,6 +40,8 @@ EXPERIMENT = {
     "contender",
     "live",
     "environment",
+    "run_folder",
+    "resume",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly
