@@ -11,12 +11,14 @@ WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := src tests
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test survive lint format clean
 
 help:
 	@echo "make demo     train and compare small models in a few minutes, and write a report"
 	@echo "              (ARGS=\"--scale smoke\" for seconds instead)"
 	@echo "make test     run the whole test suite (ARGS=\"-k recipe\" for a part of it)"
+	@echo "make survive  kill a run 20 times, resume it, and compare it with an undisturbed one"
+	@echo "              (some minutes; ARGS=\"--kills 3\" for fewer)"
 	@echo "make lint     check style, format and types"
 	@echo "make format   put the code into the common format"
 	@echo "make clean    remove the virtual environment and all caches; runs/ stays"
@@ -26,6 +28,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+survive: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/survive.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
