@@ -115,6 +115,7 @@ def train_next_token(
         KeyboardInterrupt: the process was told to stop, and has written a checkpoint.
     """
     recorder = EpochRecorder(watcher)
+    use_cache = model.config.use_cache
     described = [settings.model_dump(mode="json"), seed, precision, _shapes(model, train)]
     with deferred() as asked, freed_memory_kept():
         keeper = CheckpointKeeper(folder, described, recorder, asked, tell)
@@ -129,7 +130,6 @@ def train_next_token(
             trainer = _NextTokenTrainer(
                 model, arguments, train, settings, precision, evaluate, callbacks, keeper
             )
-            use_cache = model.config.use_cache
             try:
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             except RunError as error:
