@@ -13,12 +13,14 @@ TIMES ?= 20
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SOURCES := src tests
 
-.PHONY: help demo test fuzz lint format clean
+.PHONY: help demo test fuzz survive lint format clean
 
 help:
 	@echo "make demo     train and compare small models in a few minutes, and write a report"
 	@echo "              (ARGS=\"--scale smoke\" for seconds instead)"
 	@echo "make test     run the whole test suite (ARGS=\"-k recipe\" for a part of it)"
+	@echo "make survive  kill a run 20 times, resume it, and compare it with an undisturbed one"
+	@echo "              (some minutes; ARGS=\"--kills 3\" for fewer)"
 	@echo "make fuzz     give the command line many times as much bad input, and list what it says"
 	@echo "make lint     check style, format and types"
 	@echo "make format   put the code into the common format"
@@ -36,6 +38,9 @@ fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 CONTEXTLM_FUZZ=$(TIMES) CONTEXTLM_FUZZ_MESSAGES=fuzz-messages.txt \
 	  $(BIN)/python -m pytest tests/fuzz $(ARGS)
 	@echo; echo "how often, and what was said (fuzz-messages.txt):"; cat fuzz-messages.txt
+
+survive: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/survive.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

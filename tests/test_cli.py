@@ -26,6 +26,7 @@ from contextlm.cli.output import duration, plain, print_comparison, print_json
 from contextlm.cli.shell import execute, explain, one_line
 from contextlm.device import resolve_device
 from contextlm.errors import InputError, RunError
+from contextlm.interrupts import Terminated
 from contextlm.plan import ContenderPlan, ParameterCount, Plan
 from contextlm.recipe import Recipe
 
@@ -291,6 +292,11 @@ def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "contextlm: interrupted\n"
 
 
+def test_sigterm_is_one_line_and_143(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(failing(Terminated()), ["fail"]) == 143
+    assert capsys.readouterr().err == "contextlm: terminated\n"
+
+
 def test_a_message_without_text_still_says_what_happened() -> None:
     assert explain(ValueError())[1].startswith("ValueError")
     assert one_line(" a \r\n\t b\u2028c ") == "a b c"
@@ -445,14 +451,16 @@ def test_a_run_that_ends_early_says_where_its_folder_is(
     stand_in(
         "contextlm.experiment",
         prepare=lambda recipe: SimpleNamespace(learning_text=None),
-        describe_environment=lambda device, seeds: {},
+        describe_environment=lambda device, seeds: {"device": str(device)},
+        data_fingerprint=lambda prepared: {},
         run_contender=run_contender,
     )
     out = tmp_path / "runs"
     code = execute(app, ["run", str(recipe_file), "--out", str(out), "--device", "cpu"])
     last = capsys.readouterr().err.splitlines()[-1]
     said = "what finished is in" if finished else "nothing had finished in"
-    assert last.endswith(f"; {said} {out / 'toy-001'}")
+    folder = out / "toy-001"
+    assert last.endswith(f"; {said} {folder}; to go on: contextlm run --resume {folder}")
     what = {130: "contextlm: interrupted;", 1: "contextlm: error: the loss is not finite;"}
     assert last.startswith(what[code])
 

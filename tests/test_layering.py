@@ -19,7 +19,18 @@ import contextlm
 PACKAGE = Path(contextlm.__file__).parent
 MOST_LINES = 330
 
-LEAVES = {"errors", "files", "paths", "progress", "device", "strict_yaml", "merging", "visible"}
+LEAVES = {
+    "errors",
+    "files",
+    "paths",
+    "progress",
+    "device",
+    "strict_yaml",
+    "merging",
+    "locks",
+    "interrupts",
+    "visible",
+}
 RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
 EXPERIMENT = {
@@ -31,6 +42,9 @@ EXPERIMENT = {
     "contender",
     "live",
     "environment",
+    "run_folder",
+    "resume",
+    "tuning",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly

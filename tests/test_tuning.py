@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contextlm import tuning
-from contextlm.errors import InputError, RunError
+from contextlm.errors import InputError, NotFiniteError, RunError
 from contextlm.evaluation.result import read_run
 from contextlm.experiment import run
 from contextlm.preparation import prepare
@@ -36,13 +36,13 @@ def tuned(monkeypatch, tmp_path, losses, made=None):
     made = made or recipe()
     tried = []
 
-    def attempt(given, contender, seed, prepared, folder, device, progress):
+    def attempt(given, contender, seed, prepared, folder, device, progress, working):
         training = given.training_of(contender)
         windows = prepared.train[contender.name]
         tried.append((training.learning_rate, training.warmup, len(windows), seed))
         loss = losses(training.learning_rate)
         if loss is None:
-            raise RunError("the training loss is nan at step 3")
+            raise NotFiniteError("the training loss is nan at step 3")
         return loss
 
     monkeypatch.setattr(tuning, "try_contender", attempt)

@@ -24,13 +24,14 @@ from contextlm.evaluation.quality import (
 from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings, TuningFacts
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import Trained, write_trained
-from contextlm.files import write_json
+from contextlm.files import atomic_folder, write_json
 from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.preparation import Prepared, windows_per_epoch
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.next_token import NextTokenOutcome, train_next_token
+from contextlm.training.phase_one_state import PhaseOneState
 from contextlm.training.precision import resolve_precision
 
 
@@ -51,6 +52,7 @@ def run_contender(
     folder: Path,
     device: torch.device,
     progress: Progress,
+    working: Path,
     tuning: TuningFacts | None = None,
 ) -> None:
     """Train and measure one contender; `result.json` is written last and marks it as finished.
@@ -63,10 +65,11 @@ def run_contender(
         folder: for this contender and seed.
         device: where to compute.
         progress: is told what happens.
+        working: for what a killed process goes on from; removed when all is done.
         tuning: how its learning rate was chosen, for the result.
 
     Raises:
-        RunError: training broke down (a loss that is not finite).
+        RunError: training broke down (a loss that is not finite), or the disk is full.
     """
     started = time.perf_counter()
     peak = PeakMemory(device)
@@ -74,7 +77,9 @@ def run_contender(
     stages = [stage_memory("data loaded", device)]
     model = _model(contender, seed, prepared, device)
     stages.append(stage_memory("model initialised", device))
-    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress, stages)
+    trained = _train(
+        recipe, contender, seed, model, prepared, folder, device, progress, stages, working
+    )
     # Before anything is measured: a fault in a measurement must not cost the weights.
     made = Trained(
         target_offset=recipe.target_offset_of(contender),
@@ -134,6 +139,7 @@ def run_contender(
     )
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
+    shutil.rmtree(working, ignore_errors=True)
 
 
 def try_contender(
@@ -144,16 +150,20 @@ def try_contender(
     folder: Path,
     device: torch.device,
     progress: Progress,
+    working: Path,
 ) -> float:
     """Train one contender and keep nothing but its history; the best epoch's validation loss.
 
-    Args as in `run_contender`.
+    Args as in `run_contender`; what is in `working` is left for the caller to remove.
 
     Raises:
-        RunError: training broke down (a loss that is not finite).
+        RunError: training broke down (a loss that is not finite), or the disk is full.
     """
     model = _model(contender, seed, prepared, device)
-    trained = _train(recipe, contender, seed, model, prepared, folder, device, progress, [])
+    stages: list[StageMemory] = []
+    trained = _train(
+        recipe, contender, seed, model, prepared, folder, device, progress, stages, working
+    )
     return min(epoch.validation_loss for epoch in trained.outcome.epochs)
 
 
@@ -215,30 +225,29 @@ def _train(
     device: torch.device,
     progress: Progress,
     stages: list[StageMemory],
+    working: Path,
 ) -> _Trained:
     history = History(folder / "history.jsonl")
     training = recipe.training_of(contender)
     precision = resolve_precision(training.precision, device)
     # Beside the contenders' folders, so that contenders with the same block share a store.
     stores = folder.parents[1] / STORES
+    state = PhaseOneState(working / "phase1", progress.line)
     contexts = make_contexts(
-        recipe, contender, seed, model, prepared, stores, device, history, progress, stages
+        recipe, contender, seed, model, prepared, stores, device, history, progress, stages, state
     )
-    work = folder / "phase2"
-    try:
-        outcome = train_next_token(
-            model,
-            contexts.train,
-            training,
-            evaluator(contexts.validation, recipe.evaluation.batch_size, device),
-            seed=seed,
-            device=device,
-            precision=precision,
-            folder=work,
-            watcher=EpochWatcher(progress, history),
-        )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # working checkpoints, nothing else reads them
+    outcome = train_next_token(
+        model,
+        contexts.train,
+        training,
+        evaluator(contexts.validation, recipe.evaluation.batch_size, device),
+        seed=seed,
+        device=device,
+        precision=precision,
+        folder=working / "phase2",
+        watcher=EpochWatcher(progress, history),
+        tell=progress.line,
+    )
     stages.append(stage_memory("trained", device))
     return _Trained(outcome, precision, contexts)
 
@@ -247,11 +256,9 @@ def _save_checkpoint(
     model: PreTrainedModel, prepared: Prepared, trained: Trained, folder: Path
 ) -> None:
     """Weights, configuration, tokenizer and a note on training, in a folder that appears whole."""
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
     # For padded batches; not in the configuration, where it would freeze an embedding at zero.
     model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
-    model.save_pretrained(partial)
-    prepared.tokenizer.save_pretrained(partial)
-    write_trained(partial, trained)
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        prepared.tokenizer.save_pretrained(partial)
+        write_trained(partial, trained)

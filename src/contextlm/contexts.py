@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contextlm.data.windows import Windows
-from contextlm.errors import RunError
+from contextlm.errors import NotFiniteError
 from contextlm.evaluation.memory import memory_now
 from contextlm.evaluation.quality import effective_rank, sample_rows, window_contexts
 from contextlm.evaluation.result import PhaseOneFacts, StageMemory, StoreFacts
@@ -23,6 +23,7 @@ from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
 from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
+from contextlm.training.phase_one_state import PhaseOneState
 
 STORES = "_contexts"  # folder of a run; no contender can be named so
 
@@ -58,6 +59,7 @@ def make_contexts(
     history: History,
     progress: Progress,
     stages: list[StageMemory],
+    state: PhaseOneState | None = None,
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
 
@@ -72,15 +74,15 @@ def make_contexts(
         history: takes phase 1's iterations.
         progress: is told what happens.
         stages: takes the memory in use after each step.
+        state: keeps on disk where phase 1 is, and brings that back.
 
     Raises:
-        RunError: phase 1's loss is not finite.
+        NotFiniteError: phase 1's loss is not finite.
     """
     train, validation = prepared.train[contender.name], prepared.validation[contender.name]
     decoder = model.base_model
     if not isinstance(decoder, HasContextBlock):
         return Contexts(train, validation)
-    started = time.perf_counter()
     outcome = None
     if contender.phase1 is not None:
         try:
@@ -92,9 +94,11 @@ def make_contexts(
                 seed=seed,
                 device=device,
                 on_iteration=IterationWatcher(progress, history),
+                state=state,
             )
         except FloatingPointError as error:
-            raise RunError(str(error)) from None
+            kept = "" if state is None else f"; {state.last()}"
+            raise NotFiniteError(f"{error}{kept}") from None
         stages.append(stage_memory("after phase 1", device))
     elif decoder.context_block.frozen:
         progress.line("the context block stays as it was drawn: it is frozen and has no phase1")
@@ -108,7 +112,8 @@ def make_contexts(
     facts, phase1_seconds = None, None
     if outcome is not None:
         facts = _phase_one_facts(decoder, outcome, stores, validation, seed, device)
-        phase1_seconds = filling - started
+        # Those before a kill count too.
+        phase1_seconds = sum(iteration.seconds for iteration in outcome.iterations)
     if stores is None:
         return Contexts(train, validation, facts, phase1_seconds)
     assert isinstance(decoder, ReadsStoredContexts)

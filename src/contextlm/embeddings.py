@@ -182,7 +182,7 @@ def learn_embedding(
         settings: size and training of the small GPT-2.
         text: what it reads, as `check_learning_text` gives it.
         device: where to compute.
-        folder: for working files; removed afterwards.
+        folder: for working files, from which it goes on; removed when it is done.
         progress: is told what happens.
 
     Raises:
@@ -206,6 +206,7 @@ def learn_embedding(
     )
     embedding = Embedding(model.get_input_embeddings().weight.detach().cpu().clone(), facts)
     _write(file, embedding)
+    shutil.rmtree(folder, ignore_errors=True)
     progress.line(f"embeddings: {_described(facts)}")
     return embedding
 
@@ -234,20 +235,18 @@ def _train(
         minimum_ratio=0.1,
         clip=1.0,
     )
-    try:
-        return train_next_token(
-            model,
-            Windows(text.train, length, name="the training split"),
-            training,
-            evaluator(validation, settings.batch_size, device),
-            seed=settings.seed,
-            device=device,
-            precision=precision,
-            folder=folder,
-            watcher=EpochWatcher(progress, History(folder / "history.jsonl")),
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return train_next_token(
+        model,
+        Windows(text.train, length, name="the training split"),
+        training,
+        evaluator(validation, settings.batch_size, device),
+        seed=settings.seed,
+        device=device,
+        precision=precision,
+        folder=folder,
+        watcher=EpochWatcher(progress, History(folder / "history.jsonl")),
+        tell=progress.line,
+    )
 
 
 def _small_gpt2(settings: EmbeddingSettings, text: LearningText) -> GPT2Config:

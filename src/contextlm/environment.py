@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 
 import contextlm
+from contextlm.errors import InputError
+from contextlm.files import write_json
+from contextlm.progress import Progress
 
 _PACKAGES = (
     "torch",
@@ -22,7 +26,12 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "numba",
+    "huggingface_hub",
     "pydantic",
+    "pyyaml",
+    "matplotlib",
+    "jinja2",
 )
 
 
@@ -44,6 +53,38 @@ def describe_environment(device: torch.device, seeds: list[int]) -> dict[str, An
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def note_changes(file: Path, now: dict[str, Any], progress: Progress) -> None:
+    """Add what differs now to an ``environment.json``, and tell it.
+
+    Args:
+        file: of a run that is resumed.
+        now: as `describe_environment` gives it.
+        progress: takes a line.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        begun = json.loads(file.read_text("utf-8"))
+        before, after = _flat(begun), _flat(now)
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"{file}: cannot be read") from None
+    changes = {key: value for key, value in after.items() if before.get(key) != value}
+    if not changes:
+        return
+    told = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in changes.items())
+    progress.line(
+        f"not as when the run began: {told}; figures may differ from an undisturbed run's"
+    )
+    write_json(file, {**begun, "resumed_under": {**begun.get("resumed_under", {}), **changes}})
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    packages = environment.get("packages", {})
+    rest = {k: v for k, v in environment.items() if k not in ("packages", "resumed_under")}
+    return {**rest, **packages}
 
 
 def _commit() -> str | None:

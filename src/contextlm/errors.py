@@ -23,6 +23,22 @@ class RunError(ContextLMError):
     """A fault while running: no network, a loss that is not finite, a full disk (exit code 1)."""
 
 
+class NotFiniteError(RunError):
+    """A loss or a weight became NaN or infinite: the same again would end the same way."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of an accelerator.
+
+    torch's own class is known by name, since a leaf must not import torch. Its CPU allocator and
+    some libraries of CUDA raise a plain `RuntimeError`.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not among `known`, with the nearest one suggested.
 

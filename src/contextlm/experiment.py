@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,21 @@ from contextlm.contender import run_contender
 from contextlm.contexts import STORES
 from contextlm.device import resolve_device
 from contextlm.embeddings import learn_embedding
-from contextlm.environment import describe_environment
-from contextlm.errors import InputError
-from contextlm.evaluation.result import read_run, seed_folder
-from contextlm.files import write_json, write_text
+from contextlm.environment import describe_environment, note_changes
+from contextlm.errors import InputError, NotFiniteError, is_out_of_memory
+from contextlm.evaluation.result import read_outcome, read_run, seed_folder
 from contextlm.preparation import Prepared, prepare
 from contextlm.progress import Progress
-from contextlm.recipe import Recipe, dump_recipe
+from contextlm.recipe import Contender, Recipe, dump_recipe, load_recipe
 from contextlm.report.page import write_report
+from contextlm.run_folder import (
+    check_data,
+    data_fingerprint,
+    finish,
+    held_run,
+    new_run,
+    working_folder,
+)
 from contextlm.tuning import tune, with_rate
 
 
@@ -41,29 +49,109 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
         InputError: the recipe, its corpus or the device is not usable; nothing was written.
         RunError: a fault while running; what had finished stays.
     """
-    where = resolve_device(device)
+    where = _usable_device(device)
+    progress.update(f"preparing corpus {recipe.corpus}")
+    prepared = prepare(recipe)
+    environment = describe_environment(where, recipe.seeds)
+    data = data_fingerprint(prepared)
+    with new_run(out, recipe.name, dump_recipe(recipe), environment, data) as folder:
+        _complete(recipe, prepared, folder, where, progress)
+    return folder
+
+
+def resume(folder: Path, *, device: str, progress: Progress) -> Path:
+    """Go on with a run that was killed, interrupted or stopped by a fault, until it is finished.
+
+    It ends as it would have without that, to the bit, on the same machine with the same versions.
+
+    Args:
+        folder: the run's.
+        device: ``auto`` or the kind of device that it began on.
+        progress: is told what happens.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: no unfinished run is there, another process is at work on it, or the recipe, the
+            data or the kind of device is not what it began with.
+        RunError: a fault while running; what had finished stays.
+    """
+    where = _usable_device(device)
+    with held_run(folder) as state:
+        if str(state["device"]).partition(":")[0] != where.type:
+            raise InputError(
+                f"{folder}: began on {state['device']}, and is resumed there only: "
+                f"name it with --device"
+            )
+        recipe = load_recipe(str(folder / "recipe.yaml"))
+        progress.line(f"resuming {folder}")
+        progress.update(f"preparing corpus {recipe.corpus}")
+        prepared = prepare(recipe)
+        check_data(folder, state, data_fingerprint(prepared))
+        note_changes(
+            folder / "environment.json", describe_environment(where, recipe.seeds), progress
+        )
+        _complete(recipe, prepared, folder, where, progress)
+    return folder
+
+
+def _usable_device(name: str) -> torch.device:
+    where = resolve_device(name)
     if where.index:
         # The Trainer takes the first visible device; a model elsewhere would be trained on another.
         raise InputError(
-            f"--device {device}: choose the accelerator from outside, with "
+            f"--device {name}: choose the accelerator from outside, with "
             f"CUDA_VISIBLE_DEVICES={where.index} and --device {where.type}"
         )
-    progress.update(f"preparing corpus {recipe.corpus}")
-    prepared = prepare(recipe)
-    folder = _new_folder(out, recipe.name)
+    return where
+
+
+def _complete(
+    recipe: Recipe, prepared: Prepared, folder: Path, where: torch.device, progress: Progress
+) -> None:
+    """Whatever of the run is not done yet, then the report."""
     with _noting(folder):
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
         prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
         for seed in recipe.seeds:
-            with _stores(recipe, folder):
-                for contender in recipe.contenders:
-                    place = seed_folder(folder, contender.name, seed)
-                    tuning = tune(recipe, contender, prepared, folder, where, progress)
-                    tuned = contender if tuning is None else with_rate(contender, tuning.chosen)
-                    run_contender(recipe, tuned, seed, prepared, place, where, progress, tuning)
+            for contender in recipe.contenders:
+                if not _has_finished(folder, contender.name, seed, progress):
+                    _run(recipe, contender, seed, prepared, folder, where, progress)
+            if recipe.context_store is None or not recipe.context_store.keep:
+                # They are large. Contenders share them where their blocks are the same, never
+                # between seeds. A run that ends early keeps them to go on with.
+                shutil.rmtree(folder / STORES, ignore_errors=True)
         write_report([read_run(folder)], folder)
-    return folder
+        finish(folder)
+
+
+def _run(
+    recipe: Recipe,
+    contender: Contender,
+    seed: int,
+    prepared: Prepared,
+    folder: Path,
+    where: torch.device,
+    progress: Progress,
+) -> None:
+    """One contender and seed, at the learning rate that tuning gives where the recipe asks."""
+    tuning = tune(recipe, contender, prepared, folder, where, progress)
+    tuned = contender if tuning is None else with_rate(contender, tuning.chosen)
+    place = seed_folder(folder, contender.name, seed)
+    working = working_folder(folder, contender.name, f"seed-{seed}")
+    run_contender(recipe, tuned, seed, prepared, place, where, progress, working, tuning)
+
+
+def _has_finished(run: Path, contender: str, seed: int, progress: Progress) -> bool:
+    """Whether a contender and seed has its result; a damaged one is told and made again."""
+    if not (seed_folder(run, contender, seed) / "result.json").exists():
+        return False
+    try:
+        read_outcome(run, contender, seed)
+    except InputError as error:
+        progress.line(f"made again: {error}")
+        return False
+    return True
 
 
 def with_learned_embedding(
@@ -76,45 +164,30 @@ def with_learned_embedding(
     if prepared.learning_text is None:
         return prepared
     learned = learn_embedding(
-        recipe.embedding, prepared.learning_text, device, folder / "embedding", progress
+        recipe.embedding,
+        prepared.learning_text,
+        device,
+        working_folder(folder, "embedding"),
+        progress,
     )
     return replace(prepared, embedding=learned)
 
 
 @contextmanager
-def _stores(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Remove a seed's context stores at the end, however it comes, unless they are to be kept.
-
-    They are large. Contenders share them where their blocks are the same, never between seeds.
-    """
-    try:
-        yield
-    finally:
-        if recipe.context_store is None or not recipe.context_store.keep:
-            shutil.rmtree(folder / STORES, ignore_errors=True)
-
-
-@contextmanager
 def _noting(folder: Path) -> Iterator[None]:
-    """Note on whatever ends the run, an interrupt too, where that which had finished is."""
+    """Note on whatever ends the run, an interrupt too, what there is and how to go on."""
     try:
         yield
-    except BaseException as error:  # passed on as it is, with the note
+    except BaseException as error:  # passed on as it is, with the notes
         finished = any(folder.glob("*/*/result.json"))
         error.add_note(
             f"what finished is in {folder}" if finished else f"nothing had finished in {folder}"
         )
+        if is_out_of_memory(error):
+            error.add_note(
+                "a lower training.batch_size (and evaluation.batch_size), a higher "
+                "training.accumulation or a lower sequence_length needs less"
+            )
+        if not isinstance(error, (InputError, NotFiniteError)):
+            error.add_note(f"to go on: contextlm run --resume {shlex.quote(str(folder))}")
         raise
-
-
-def _new_folder(out: Path, name: str) -> Path:
-    """Make the next free ``name-001``; `mkdir` decides when two runs start at once."""
-    out.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = out / f"{name}-{number:03d}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1

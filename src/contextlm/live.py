@@ -10,7 +10,7 @@ from contextlm.evaluation.result import PhaseOneRow, PhaseTwoRow
 from contextlm.files import write_text
 from contextlm.progress import Bar, Progress
 from contextlm.training.epochs import Epoch
-from contextlm.training.oacd import Iteration
+from contextlm.training.phase_one_state import Iteration
 
 
 class History:

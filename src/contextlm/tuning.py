@@ -7,6 +7,7 @@ rate that is taken lies between two worse ones, as far as `extensions` allows.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 
 from contextlm.contender import try_contender
 from contextlm.data.windows import Windows
-from contextlm.errors import RunError
+from contextlm.errors import NotFiniteError, RunError
 from contextlm.evaluation.result import TuningFacts, TuningTrial
 from contextlm.files import write_json
 from contextlm.preparation import Prepared
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
+from contextlm.run_folder import working_folder
 from contextlm.training.settings import TuningSettings
 
 FOLDER = "tuning"  # beside the seeds of a contender
@@ -107,13 +109,17 @@ def _trial(
     done = place / "trial.json"
     if done.is_file():
         return TuningTrial.model_validate_json(done.read_text("utf-8")).validation_loss
+    working = working_folder(place.parents[2], contender.name, f"{FOLDER}-{place.name}")
     try:
-        loss = try_contender(recipe, contender, settings.seed, part, place, device, progress)
-    except RunError as error:
+        loss = try_contender(
+            recipe, contender, settings.seed, part, place, device, progress, working
+        )
+    except NotFiniteError as error:
         progress.line(f"given up: {error}")
         return None
     rate = recipe.training_of(contender).learning_rate
     write_json(done, TuningTrial(learning_rate=rate, validation_loss=loss).model_dump())
+    shutil.rmtree(working, ignore_errors=True)
     return loss
 
 

@@ -199,6 +199,25 @@ def test_passing_faults_are_tried_three_times(
         load_corpus("pile", (1, 1))
 
 
+def test_a_network_that_goes_away_midway_may_come_back(
+    deliver: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = iter([True, False, True])
+    monkeypatch.setattr(hub, "hub_reachable", lambda: next(there))
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path))
+
+    def breaks_off_twice(path: str, split: str, streaming: bool) -> Any:
+        yield {"text": "a"}
+        if len(fake.calls) < 3:
+            raise ConnectionError("reset")
+        yield {"text": "b"}
+
+    fake = deliver(breaks_off_twice)
+    corpus = load_corpus("pile", (1, 1))
+    assert (list(corpus.train), list(corpus.validation)) == (["a"], ["b"])
+    assert list(tmp_path.iterdir()) == []  # nothing of the two halves
+
+
 def test_titles_stand_alone() -> None:
     assert named.articles(["text\n", " = Not alone = \n", "", "x"]) == [
         "text\n = Not alone = \nx\n"

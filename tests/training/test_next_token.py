@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from contextlm.data.windows import Windows
-from contextlm.errors import InputError, RunError
+from contextlm.errors import InputError, NotFiniteError, RunError
 from contextlm.models.build import build_config, create_model
+from contextlm.training import phase_two_state
+from contextlm.training.checkpoints import damage
 from contextlm.training.epochs import Epoch
 from contextlm.training.next_token import next_token_loss, train_next_token
 from contextlm.training.optimisation import build_optimizer, build_schedule
@@ -281,3 +286,141 @@ def test_a_group_that_matches_nothing_is_an_error():
     settings = TrainingSettings(parameter_groups=[ParameterGroup(match="nowhere.*")])
     with pytest.raises(InputError, match=r"'nowhere\.\*' matches no trainable parameter"):
         build_optimizer(nn.Linear(2, 2), settings)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may handle it."""
+
+
+class KillingWatcher(Watcher):
+    """Calls a function at one step."""
+
+    def __init__(self, step: int, what):
+        super().__init__()
+        self.step, self.what = step, what
+
+    def on_step(self) -> None:
+        super().on_step()
+        if self.steps == self.step:
+            self.what()
+
+
+DROPPING = {**NEOX, "attention_dropout": 0.1, "hidden_dropout": 0.1}
+RESUMED = TrainingSettings(
+    batch_size=4, accumulation=2, epochs=4, learning_rate=1e-2, patience=2, schedule="cosine"
+)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def resumable(folder, watcher=None, settings=RESUMED):
+    """12 windows make 3 steps an epoch. The second of four epochs is the best, the last is left."""
+    model = create_model(build_config(DROPPING, VOCABULARY), 0)
+    script = {3: 3.0, 6: 2.0, 9: 2.5, 12: 2.6}
+    told: list[str] = []
+
+    def evaluate(model: nn.Module):
+        # By a count of steps, which a resumed run has not made itself.
+        return {"loss": script[3 * (len(watcher.epochs) + 1)], "accuracy": 0.5}
+
+    watcher = watcher or Watcher()
+    outcome = train_next_token(
+        model, make_windows(), settings, evaluate, seed=0, device=CPU, precision="float32",
+        folder=folder, watcher=watcher, tell=told.append,
+    )  # fmt: skip
+    epochs = [dataclasses.replace(epoch, seconds=0) for epoch in outcome.epochs]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return (epochs, outcome.best_epoch, weights), told
+
+
+def same(one, other) -> bool:
+    return one[:2] == other[:2] and torch.equal(one[2], other[2])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return resumable(tmp_path_factory.mktemp("whole"))[0]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 12])
+def test_a_killed_training_ends_bitwise_as_it_would_have(
+    tmp_path, monkeypatch, whole, step, inside
+):
+    """Weights, epochs, stopping rule; inside epochs too, whose running loss is carried over."""
+    monkeypatch.setattr(phase_two_state, "SAVE_SECONDS", 0.0 if inside else 600.0)
+    with pytest.raises(Killed):
+        resumable(tmp_path, KillingWatcher(step, kill))
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    saved = step - 1 if inside else (step - 1) // 3 * 3
+    assert told == ([f"going on from {tmp_path / f'checkpoint-{saved}'}"] if saved else [])
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path, whole):
+    resumable(tmp_path)
+    watcher = Watcher()
+    again, _ = resumable(tmp_path, watcher)
+    assert same(again, whole)
+    assert watcher.steps == 0
+    assert watcher.best == [True, True, False, False]
+
+
+def test_checkpoints_of_another_training_are_not_used(tmp_path, whole):
+    resumable(tmp_path, settings=RESUMED.model_copy(update={"learning_rate": 1e-3}))
+    again, told = resumable(tmp_path)
+    assert same(again, whole)
+    assert told == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole):
+    with pytest.raises(Killed):
+        resumable(tmp_path, KillingWatcher(8, kill))
+    file = tmp_path / "checkpoint-6" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    assert str(file) in told[0]
+    assert told[1] == f"going on from {tmp_path / 'checkpoint-3'}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_writes_a_checkpoint_first(tmp_path, whole, number):
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, KillingWatcher(4, lambda: os.kill(os.getpid(), number)))
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    assert told[-1] == f"going on from {tmp_path / 'checkpoint-4'}"
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
+    def spoil(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.fill_(math.nan)
+
+    losses = iter([1.0])
+
+    def evaluate(model: nn.Module):
+        return {"loss": next(losses), "accuracy": 0.5}
+
+    model = create_model(build_config(NEOX, VOCABULARY), 0)
+    with pytest.raises(NotFiniteError, match="training loss is nan at step 6") as caught:
+        train_next_token(
+            model, make_windows(), RESUMED, evaluate, seed=0, device=CPU, precision="float32",
+            folder=tmp_path, watcher=KillingWatcher(5, lambda: spoil(model)),
+        )  # fmt: skip
+    assert caught.value.__notes__ == [f"the last good checkpoint is {tmp_path / 'checkpoint-3'}"]
+    assert damage(tmp_path / "checkpoint-3") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_of_itself(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(RunError, match=r"checkpoint-3: the checkpoint could not be written") as e:
+        resumable(tmp_path)
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.glob("checkpoint-*")) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from contextlm.models.layers import ContextBlock
+from contextlm.training.checkpoints import checkpoints
+from contextlm.training.checkpoints import number as number_of
 from contextlm.training.oacd import batch_generator, oacd_loss, train_context_block
+from contextlm.training.phase_one_state import PhaseOneState
 from contextlm.training.settings import PhaseOneSettings
 
 CPU = torch.device("cpu")
@@ -281,3 +285,77 @@ def test_an_empty_stream_is_refused():
         train_context_block(
             block, lambda ids: table[ids], np.array([]), PhaseOneSettings(), seed=0, device=CPU
         )
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may handle it."""
+
+
+def resumable(folder, kill_after=None, tell=print):
+    """Twelve iterations, their states kept in `folder`; killed after one of them or not."""
+    block, table, tokens = make(layers=2)
+    seen = []
+
+    def on_iteration(iteration):
+        seen.append((iteration.number, iteration.converged, iteration.loss))
+        if iteration.number - 1 == kill_after:
+            raise Killed
+
+    settings = PhaseOneSettings(batch_size=10, max_iterations=12, stop_at=1.0, threshold=1e-9)
+    outcome = train_context_block(
+        block, lambda ids: table[ids], tokens, settings, seed=3, device=CPU,
+        on_iteration=on_iteration, state=PhaseOneState(folder, tell),
+    )  # fmt: skip
+    return seen, outcome.contexts_PC, [p.detach() for p in block.parameters()]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert torch.equal(one[1], other[1])
+    assert all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+
+
+@pytest.fixture
+def every_state_is_written(monkeypatch):
+    monkeypatch.setattr("contextlm.training.phase_one_state._SHARE", math.inf)
+
+
+@pytest.mark.parametrize("kill_after", [1, 2, 7, 11])
+def test_a_killed_phase_one_ends_bitwise_as_it_would_have(
+    tmp_path, every_state_is_written, kill_after
+):
+    whole = resumable(tmp_path / "whole")
+    with pytest.raises(Killed):
+        resumable(tmp_path / "killed", kill_after)
+    assert checkpoints(tmp_path / "killed", "iteration")[0].name == f"iteration-{kill_after}"
+    assert_same(resumable(tmp_path / "killed"), whole)
+    assert_same(resumable(tmp_path / "killed"), whole)  # its end is kept too
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, every_state_is_written):
+    whole = resumable(tmp_path / "whole")
+    with pytest.raises(Killed):
+        resumable(tmp_path / "killed", 7)
+    file = tmp_path / "killed" / "iteration-7" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    told = []
+    assert_same(resumable(tmp_path / "killed", tell=told.append), whole)
+    assert len(told) == 1
+    assert str(file) in told[0]
+
+
+def test_states_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """Time here goes on by one second a reading: a state takes 1, and 20 pass before the next."""
+    now = iter(range(10_000))
+    clock = types.SimpleNamespace(monotonic=lambda: float(next(now)))
+    monkeypatch.setattr("contextlm.training.phase_one_state.time", clock)
+    monkeypatch.setattr("contextlm.training.phase_one_state.prune", lambda folder, prefix: None)
+    resumable(tmp_path)
+    numbers = sorted(number_of(place) for place in checkpoints(tmp_path, "iteration"))
+    assert numbers == [1, 12]  # the first, and in any case the last
+
+
+def test_no_state_is_pickled(tmp_path, every_state_is_written):
+    resumable(tmp_path)
+    names = {path.name for path in (tmp_path / "iteration-12").iterdir()}
+    assert names == {"state.safetensors", "iterations.json", "manifest.json"}

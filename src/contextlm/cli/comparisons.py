@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,7 +63,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 
 def run(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            show_default=False,
+            help="A recipe's name (`contextlm list recipes`) or the path of a YAML file; with "
+            "--resume it may be a run folder, or left out.",
+        ),
+    ] = None,
     scale: Scale = None,
     overrides: Overrides = None,
     out: Annotated[
@@ -77,6 +87,15 @@ def run(
         ),
     ] = None,
     device: Device = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a run that was killed or stopped: the named run folder, or the newest "
+            "unfinished run of RECIPE below --out (a new one if there is none); without RECIPE the "
+            "newest of all.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -92,6 +111,9 @@ def run(
     seed (results, history, checkpoint), and the report: report.md, report.html and plots.
     Progress goes to stderr, the table and the report's paths to stdout.
 
+    A run that ends early, whatever ended it, goes on with --resume and ends as it would have
+    without that, to the bit. It keeps its recipe and data; what differs is refused.
+
     Examples:
 
     ```
@@ -99,8 +121,21 @@ def run(
     contextlm run context-pythia --scale small --set training.learning_rate=3e-4
     contextlm run my-comparison.yaml --set corpus=text:my-notes/ --seeds 3
     contextlm run context-pythia --scale small --dry-run
+    contextlm run --resume runs/demo-001
+    contextlm run demo --resume
     ```
     """
+    if resume and dry_run:
+        raise InputError("--dry-run: goes with a new run, not with --resume")
+    if resume and (recipe is None or _is_run(recipe)):
+        _no_changes({"--scale": scale, "--set": overrides, "--seeds": seeds})
+        from contextlm.resume import newest_unfinished
+
+        folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
+        _resume(folder, device, as_json)
+        return
+    if recipe is None:
+        raise InputError("missing argument 'RECIPE'")
     from contextlm.recipe import load_recipe
 
     resolved = load_recipe(
@@ -117,12 +152,54 @@ def run(
         _show_plan(resolved, device, as_json)
         return
 
+    found = None
+    if resume:
+        from contextlm.resume import unfinished_run_of
+
+        found = unfinished_run_of(resolved, place)
+        if found is None:
+            print(f"no unfinished run of {resolved.name} below {place}: a new one", file=sys.stderr)
+    if found is not None:
+        _resume(found, device, as_json)
+        return
+
     from contextlm import experiment
-    from contextlm.evaluation.result import read_run
+    from contextlm.interrupts import termination_raises
     from contextlm.progress import RichProgress
 
-    with RichProgress() as progress:
+    with RichProgress() as progress, termination_raises():
         folder = experiment.run(resolved, place, device=device, progress=progress)
+    _show_run(folder, as_json)
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "recipe.yaml").is_file()
+
+
+def _no_changes(options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value:
+            raise InputError(f"{option}: a run is resumed with the recipe that it began with")
+
+
+def _resume(folder: Path, device: str, as_json: bool) -> None:
+    """Go on with an unfinished run; of a finished one only the table is shown."""
+    from contextlm import experiment
+    from contextlm.interrupts import termination_raises
+    from contextlm.progress import RichProgress
+    from contextlm.run_folder import is_unfinished
+
+    if is_unfinished(folder):
+        with RichProgress() as progress, termination_raises():
+            experiment.resume(folder, device=device, progress=progress)
+    else:
+        print(f"{folder} has finished: nothing to resume", file=sys.stderr)
+    _show_run(folder, as_json)
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
+    from contextlm.evaluation.result import read_run
+
     runs = [read_run(folder)]
     paths = {name: folder / name for name in REPORT_FILES}
     if as_json:

@@ -1,6 +1,7 @@
 """What stands between a command and the user's shell: exit codes, one-line errors, silence.
 
-Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted.
+Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted by Ctrl-C, 143
+by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from contextlib import contextmanager, nullcontext, suppress
 import typer
 from typer.main import get_command
 
-from contextlm.errors import InputError, RunError
+from contextlm.errors import InputError, RunError, is_out_of_memory
+from contextlm.interrupts import Terminated
 from contextlm.visible import shortened, visible
 
-FAULT, USAGE, INTERRUPTED = 1, 2, 130
+FAULT, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 _LONGEST_MESSAGE = 1000  # characters; some libraries' messages hold a whole file
 
@@ -54,8 +56,10 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         return code
     except KeyboardInterrupt as error:
         _settle_stdout()
-        _say(one_line(_with_notes("contextlm: interrupted", error)))
-        return INTERRUPTED
+        terminated = isinstance(error, Terminated)
+        word = "terminated" if terminated else "interrupted"
+        _say(one_line(_with_notes(f"contextlm: {word}", error)))
+        return TERMINATED if terminated else INTERRUPTED
     except Exception as error:  # the command's outermost frame: no traceback may escape it
         _settle_stdout()
         if debug:
@@ -78,7 +82,7 @@ def explain(error: Exception) -> tuple[int, str]:
         # pydantic's words for a value that typer's own check has refused
         message = message.replace("Value error, ", "")
         return error.exit_code, message[:1].lower() + message[1:]
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return FAULT, f"out of memory: {error} (smaller batches or sequences need less)"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename is not None else ""
@@ -137,15 +141,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
         for name in absent:
             os.environ.pop(name, None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's own class is known by name: this module must not import torch. Its CPU allocator
-    # raises a plain RuntimeError.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool({"MemoryError", "OutOfMemoryError"} & names) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _settle_stdout() -> None:

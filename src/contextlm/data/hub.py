@@ -58,16 +58,18 @@ def from_hub(what: str, instead: str, load: Callable[[bool], T]) -> T:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    seen = False
     for attempt in range(TRIES):
         if attempt:
             time.sleep(BACK_OFF_SECONDS * 2 ** (attempt - 1))
         online = hub_reachable()
+        seen = seen or online
         try:
             return load(online)
         # The libraries raise ValueError where an earlier download lacks the asked configuration.
         except (OSError, DatasetsError, HfHubHTTPError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if not online:
+            if not seen:  # a network that went away midway may come back
                 raise RunError(
                     f"{what}: the hub ({constants.ENDPOINT}) could not be reached; {instead}"
                 ) from None

@@ -45,6 +45,7 @@ class StoreFacts:
         fill, dtype: how it was filled, and the type on disk.
         key: hash of the block and the embeddings that made it, and of the stream.
         drift: mean-square difference between the two ways of filling, per number.
+        sha256: of the file.
     """
 
     positions: int
@@ -53,6 +54,7 @@ class StoreFacts:
     dtype: str
     key: str
     drift: float
+    sha256: str
 
 
 class ContextStore:
@@ -181,7 +183,7 @@ def _fill(
 ) -> StoreFacts:
     parallel_PC = parallel_contexts(block, embed, tokens_P, start_PC, passes)
     state_1C = torch.zeros_like(start_PC[:1])
-    squares = 0.0
+    squares, digest = 0.0, hashlib.sha256()
     with atomic_open(path, "wb") as stream:
         for rows, embedded_1ND in _chunks(block, embed, tokens_P):
             exact_NC = block(embedded_1ND, state_1C)[-1, 0]
@@ -189,7 +191,9 @@ def _fill(
             squares += F.mse_loss(exact_NC, parallel_PC[rows], reduction="sum").item()
             chosen_NC = exact_NC if settings.fill == "sequential" else parallel_PC[rows]
             stored_NC = chosen_NC.to("cpu", _DTYPES[settings.dtype]).contiguous()
-            stream.write(stored_NC.view(torch.uint8).numpy().tobytes())
+            data = stored_NC.view(torch.uint8).numpy().tobytes()
+            digest.update(data)
+            stream.write(data)
     facts = StoreFacts(
         positions=len(tokens_P),
         context_dim=block.context_dim,
@@ -197,6 +201,7 @@ def _fill(
         dtype=settings.dtype,
         key=key,
         drift=squares / (len(tokens_P) * block.context_dim),
+        sha256=digest.hexdigest(),
     )
     write_json(path.with_suffix(".json"), asdict(facts))
     return facts
@@ -219,9 +224,13 @@ def _reusable(path: Path, key: str) -> StoreFacts | None:
         facts = StoreFacts(**json.loads(path.with_suffix(".json").read_text("utf-8")))
         size = path.stat().st_size
         expected = facts.positions * facts.context_dim * _DTYPES[facts.dtype].itemsize
+        if facts.key != key or size != expected:
+            return None
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return facts if facts.key == key and size == expected else None
+    return facts if digest == facts.sha256 else None
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 What differs from the Trainer's defaults, and why: targets come shifted from the data, so that all T
 positions of a window are trained and `target_offset` is a matter of data; evaluation is a function
 that the caller supplies, exact over tokens; optimiser groups and schedules are the recipe's; a
-loss that is not finite stops the run instead of being hidden.
+loss that is not finite stops the run instead of being hidden; checkpoints are checked, and training
+goes on from the newest whole one in its folder.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from contextlm.data.windows import IGNORED, model_inputs
-from contextlm.errors import RunError
+from contextlm.errors import NotFiniteError, RunError
+from contextlm.interrupts import deferred
+from contextlm.training.checkpoints import Tell, silent
 from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.optimisation import build_optimizer, build_schedule
+from contextlm.training.phase_two_state import CheckpointKeeper
 from contextlm.training.settings import TrainingSettings
 
 
@@ -86,6 +90,7 @@ def train_next_token(
     precision: str,
     folder: Path,
     watcher: Watcher,
+    tell: Tell = silent,
 ) -> NextTokenOutcome:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
 
@@ -98,26 +103,48 @@ def train_next_token(
         seed: of shuffling and dropout.
         device: where to compute.
         precision: ``float32`` or ``bfloat16`` (autocast).
-        folder: for the working checkpoints.
+        folder: for the working checkpoints. Training goes on from the newest whole one of the same
+            training that is in there. They stay: the caller removes them.
         watcher: is told about progress.
+        tell: takes a line about checkpoints.
 
     Raises:
-        RunError: the loss is not finite; the message names the step.
+        RunError: the loss is not finite (`NotFiniteError`), or a checkpoint cannot be written; the
+            message names the step or the file, a note the last good checkpoint.
         InputError: a parameter group matches nothing.
+        KeyboardInterrupt: the process was told to stop, and has written a checkpoint.
     """
-    arguments = _arguments(settings, seed, device, folder)
     recorder = EpochRecorder(watcher)
-    callbacks: list[TrainerCallback] = [recorder]
-    if settings.patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     use_cache = model.config.use_cache
-    trainer = _NextTokenTrainer(model, arguments, train, settings, precision, evaluate, callbacks)
-    with freed_memory_kept():
-        trainer.train()
-    # The Trainer switches the cache off in the configuration, and a saved model would keep that.
-    model.config.use_cache = use_cache
+    described = [settings.model_dump(mode="json"), seed, precision, _shapes(model, train)]
+    with deferred() as asked, freed_memory_kept():
+        keeper = CheckpointKeeper(folder, described, recorder, asked, tell)
+        checkpoint = keeper.latest()
+        if checkpoint is not None and keeper.ended(checkpoint):
+            keeper.load_best(checkpoint, model)
+        else:
+            arguments = _arguments(settings, seed, device, folder)
+            callbacks: list[TrainerCallback] = [recorder]
+            if settings.patience is not None:
+                callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+            trainer = _NextTokenTrainer(
+                model, arguments, train, settings, precision, evaluate, callbacks, keeper
+            )
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            except RunError as error:
+                error.add_note(keeper.last())
+                raise
+            # The Trainer switches the cache off, and a saved model would keep that.
+            model.config.use_cache = use_cache
     losses = [epoch.validation_loss for epoch in recorder.epochs]
     return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
+
+
+def _shapes(model: PreTrainedModel, train: Dataset[dict[str, Tensor]]) -> list[Any]:
+    """What of the model and its data tells one training from another."""
+    named = {name: [*p.shape, p.requires_grad] for name, p in model.named_parameters()}
+    return [named, len(train)]  # type: ignore[arg-type]  # datasets with a length
 
 
 def _arguments(
@@ -140,7 +167,7 @@ def _arguments(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -170,6 +197,7 @@ class _NextTokenTrainer(Trainer):
         precision: str,
         evaluate: Evaluate,
         callbacks: list[TrainerCallback],
+        keeper: CheckpointKeeper,
     ):
         super().__init__(
             model,
@@ -187,6 +215,8 @@ class _NextTokenTrainer(Trainer):
         self.settings = settings
         self.precision = precision
         self.evaluate_model = evaluate
+        self.keeper = keeper
+        keeper.attach(self)
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
@@ -233,6 +263,11 @@ class _NextTokenTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does it, then completed and sealed."""
+        with self.keeper.writing(self.state.global_step):
+            super()._save_checkpoint(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -244,7 +279,7 @@ class _NextTokenTrainer(Trainer):
         """One micro-batch; a loss that is not finite ends the run before it spoils the weights."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise RunError(
+            raise NotFiniteError(
                 f"the training loss is {loss.item()} at step {self.state.global_step + 1}: "
                 "lower training.learning_rate or set training.clip"
             )

@@ -22,19 +22,10 @@ from torch import Tensor
 
 from contextlm.models.layers import ContextBlock
 from contextlm.training.host_memory import freed_memory_kept
+from contextlm.training.phase_one_state import Iteration, PhaseOneState
 from contextlm.training.settings import PhaseOneSettings
 
 INITIAL_STD = 0.01
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One iteration: its number from 1, share of converged positions, mean loss, seconds."""
-
-    number: int
-    converged: float
-    loss: float | None
-    seconds: float
 
 
 @dataclass
@@ -119,6 +110,7 @@ def train_context_block(
     seed: int,
     device: torch.device,
     on_iteration: Callable[[Iteration], None] = lambda iteration: None,
+    state: PhaseOneState | None = None,
 ) -> PhaseOne:
     """Train `block` in place on one token stream; nothing else learns.
 
@@ -129,7 +121,8 @@ def train_context_block(
         settings: learning rate, noise, batch size, when to stop.
         seed: of the random start and the noise.
         device: where to compute.
-        on_iteration: called after every iteration.
+        on_iteration: called after every iteration, and first for those that `state` brings back.
+        state: keeps on disk where training is, and brings that back; None: nothing is kept.
 
     Returns:
         The last contexts and a record of every iteration.
@@ -148,7 +141,9 @@ def train_context_block(
     block.requires_grad_(True)
     try:
         with freed_memory_kept():
-            return _iterate(block, embedded_UD, entries, settings, seed, device, on_iteration)
+            return _iterate(
+                block, embedded_UD, entries, settings, seed, device, on_iteration, state
+            )
     finally:
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad_(requires_grad)
@@ -163,27 +158,44 @@ def _iterate(
     seed: int,
     device: torch.device,
     on_iteration: Callable[[Iteration], None],
+    state: PhaseOneState | None,
 ) -> PhaseOne:
     started = time.perf_counter()
     contexts_PC = initial_contexts(len(entries_P), block.context_dim, seed, device)
-    outcome = PhaseOne(contexts_PC)
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
+    known = [] if state is None else state.restore(block, optimizer, contexts_PC)
+    outcome = PhaseOne(contexts_PC, known)
+    for iteration in known:
+        on_iteration(iteration)
     projection = _VocabularyProjection(block, embedded_UD)
-    number, loss, converged = 1, None, 0.0
-    while True:
+
+    def record(loss: float | None, converged: float) -> None:
+        nonlocal started
         now = time.perf_counter()
-        iteration = Iteration(number, converged, loss, now - started)
+        iteration = Iteration(len(outcome.iterations) + 1, converged, loss, now - started)
+        started = now
         outcome.iterations.append(iteration)
         on_iteration(iteration)
-        if converged >= settings.stop_at or number == settings.max_iterations:
-            return outcome
-        started, number = now, number + 1
+        if state is not None:
+            last = _ended(iteration, settings)
+            state.save(block, optimizer, contexts_PC, outcome.iterations, last=last)
+
+    if not known:
+        record(None, 0.0)
+    while not _ended(outcome.iterations[-1], settings):
+        number = outcome.iterations[-1].number + 1
         loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number)
         if not np.isfinite(loss):
             raise FloatingPointError(f"phase 1: the loss of iteration {number} is {loss}")
         torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
         optimizer.step()
         projection.refresh()
+        record(loss, converged)
+    return outcome
+
+
+def _ended(iteration: Iteration, settings: PhaseOneSettings) -> bool:
+    return iteration.converged >= settings.stop_at or iteration.number == settings.max_iterations
 
 
 def refine(
