@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,3 +144,23 @@ def test_without_a_folder_for_the_code_it_is_compiled_all_the_same(monkeypatch):
         return 2 * x
 
     assert double(3) == 6
+
+
+def test_code_loaded_from_disk_rounds_like_code_just_compiled(tmp_path):
+    """In processes of their own: in one process the names are resolved once."""
+    script = (
+        "import torch; from contextlm.ops.context_scan import context_scan; "
+        "torch.manual_seed(0); rand = torch.randn; C = 16; "
+        "out = context_scan([rand(1, 300, C)], [0.3 * rand(C, C)], [rand(C)], [rand(C)], "
+        "rand(1, C), backend='numba'); "
+        "print(hash(out.numpy().tobytes()))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))
+    assert outputs[0] == outputs[1]

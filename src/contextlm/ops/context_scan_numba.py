@@ -58,7 +58,7 @@ def _choose_erf(x):  # type: ignore[no-untyped-def]
     return rational
 
 
-@compiled(*_FLAGS)
+@compiled(*_FLAGS, inlined=True)
 def _add_product(weight_IO, vector_I, sum_O):  # type: ignore[no-untyped-def]
     """Add the product to `sum_O`, four inputs at a time: the sums are read and written less."""
     inputs, outputs = weight_IO.shape
@@ -73,7 +73,7 @@ def _add_product(weight_IO, vector_I, sum_O):  # type: ignore[no-untyped-def]
             sum_O[o] += vector_I[i] * weight_IO[i, o]
 
 
-@compiled(*_FLAGS)
+@compiled(*_FLAGS, inlined=True)
 def _add_gelu(context_C, update_C, one):  # type: ignore[no-untyped-def]
     """Put ``c + GELU(u)`` in the place of u; returns its sum."""
     half, root = one / (one + one), one / math.sqrt(one + one)
@@ -86,7 +86,7 @@ def _add_gelu(context_C, update_C, one):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled(*_FLAGS)
+@compiled(*_FLAGS, inlined=True)
 def _normalise(sum_C, mean, width, eps, scale_C, shift_C, out_C):  # type: ignore[no-untyped-def]
     """The layer norm of `sum_C`, whose mean is known."""
     squares = width - width
