@@ -19,7 +19,7 @@ import contextlm
 PACKAGE = Path(contextlm.__file__).parent
 MOST_LINES = 330
 
-LEAVES = {"errors", "files", "progress", "device", "strict_yaml", "merging"}
+LEAVES = {"errors", "files", "progress", "device", "strict_yaml", "merging", "distribution"}
 RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
 EXPERIMENT = {
@@ -31,6 +31,7 @@ EXPERIMENT = {
     "contender",
     "live",
     "environment",
+    "processes",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
+from contextlm import distribution
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
@@ -54,6 +55,8 @@ def run_contender(
 ) -> None:
     """Train and measure one contender; `result.json` is written last and marks it as finished.
 
+    With several processes all call this; rank 0 alone writes, and measures cache and speed.
+
     Args:
         recipe: the comparison.
         contender: which of its models.
@@ -79,13 +82,16 @@ def run_contender(
         unit=recipe.unit,
         stream=trained.contexts.store is not None,
     )
-    _save_checkpoint(model, prepared, made, folder / "checkpoint")
+    if distribution.is_main():
+        _save_checkpoint(model, prepared, made, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
     validation = evaluate_quality(model, trained.contexts.validation, size, device)
     again = _first(trained.contexts.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
+    if not distribution.is_main():
+        return
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -213,7 +219,8 @@ def _train(
             watcher=EpochWatcher(progress, history),
         )
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # working checkpoints, nothing else reads them
+        if distribution.is_main():
+            shutil.rmtree(work, ignore_errors=True)  # working checkpoints, nothing else reads them
     stages.append(stage_memory("trained", device))
     return _Trained(outcome, precision, contexts)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from contextlm import distribution
 from contextlm.contender import run_contender
 from contextlm.contexts import STORES
 from contextlm.device import resolve_device
@@ -19,13 +20,17 @@ from contextlm.errors import InputError
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.files import write_json, write_text
 from contextlm.preparation import Prepared, prepare
-from contextlm.progress import Progress
+from contextlm.processes import check_recipe, check_same_data, shared_folder
+from contextlm.progress import Progress, SilentProgress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.page import write_report
 
 
 def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     """Train and measure every contender with every seed, and write the report.
+
+    Where a launcher (torchrun, accelerate) started several processes, all call this and share the
+    work; the first alone writes and tells `progress`.
 
     Args:
         recipe: the comparison.
@@ -47,19 +52,34 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
             f"--device {device}: choose the accelerator from outside, with "
             f"CUDA_VISIBLE_DEVICES={where.index} and --device {where.type}"
         )
+    with distribution.joined(where) as own:
+        return _run(recipe, out, own, progress if distribution.is_main() else SilentProgress())
+
+
+def _run(recipe: Recipe, out: Path, where: torch.device, progress: Progress) -> Path:
+    check_recipe(recipe, where)
     progress.update(f"preparing corpus {recipe.corpus}")
-    prepared = prepare(recipe)
-    folder = _new_folder(out, recipe.name)
+    prepared = distribution.main_first(lambda: prepare(recipe))
+    check_same_data(prepared)
+    folder = shared_folder(lambda: _begin(recipe, out, where))
     with _noting(folder):
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
         prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
         for seed in recipe.seeds:
             with _stores(recipe, folder):
                 for contender in recipe.contenders:
                     place = seed_folder(folder, contender.name, seed)
                     run_contender(recipe, contender, seed, prepared, place, where, progress)
-        write_report([read_run(folder)], folder)
+        if distribution.is_main():
+            write_report([read_run(folder)], folder)
+    return folder
+
+
+def _begin(recipe: Recipe, out: Path, device: torch.device) -> Path:
+    """A new run folder with what is known before anything is trained."""
+    folder = _new_folder(out, recipe.name)
+    with _noting(folder):
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_json(folder / "environment.json", describe_environment(device, recipe.seeds))
     return folder
 
 
@@ -87,7 +107,8 @@ def _stores(recipe: Recipe, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if recipe.context_store is None or not recipe.context_store.keep:
+        kept = recipe.context_store is not None and recipe.context_store.keep
+        if distribution.is_main() and not kept:
             shutil.rmtree(folder / STORES, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from contextlm.cli.output import (
     scientific,
     writable_folder,
 )
+from contextlm.distribution import launched_rank
 from contextlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def run(
 
     with RichProgress() as progress:
         folder = experiment.run(resolved, place, device=device, progress=progress)
+    if launched_rank():
+        return  # one of several processes, of which the first speaks
     runs = [read_run(folder)]
     paths = {name: folder / name for name in REPORT_FILES}
     if as_json:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import typer
 from typer.main import get_command
 
+from contextlm.distribution import ToldByMainError, launched_rank
 from contextlm.errors import InputError, RunError
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
@@ -57,10 +58,12 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         _settle_stdout()
         if debug:
             traceback.print_exc()
-        if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
+        # The reader of our output has left, or another process tells: nobody to tell here.
+        if isinstance(error, (BrokenPipeError, ToldByMainError)):
             return FAULT
         code, message = explain(error)
-        _say(f"contextlm: error: {one_line(_with_notes(message, error))}")
+        who = f"rank {launched_rank()}: " if launched_rank() else ""
+        _say(f"contextlm: error: {who}{one_line(_with_notes(message, error))}")
         return code
 
 

@@ -32,12 +32,15 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from contextlm import distribution
 from contextlm.data.windows import IGNORED, model_inputs
-from contextlm.errors import RunError
+from contextlm.errors import InputError, RunError
 from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
+from contextlm.training.fully_sharded import copy_to_shard, sharding_arguments, take_weights
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import TrainingSettings
+from contextlm.training.sharing import SharedLoader, check_processes
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def train_next_token(
 ) -> NextTokenOutcome:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
 
+    With several processes all call this with the same arguments; each batch is shared out among
+    them, and all end with the same weights.
+
     Args:
         model: to train in place; only parameters that require gradients change.
         train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
@@ -103,17 +109,29 @@ def train_next_token(
 
     Raises:
         RunError: the loss is not finite; the message names the step.
-        InputError: a parameter group matches nothing.
+        InputError: a parameter group matches nothing, or the processes cannot train like this.
     """
-    arguments = _arguments(settings, seed, device, folder)
+    check_processes(settings, device)
+    sharded = settings.distributed == "fsdp2"
+    arguments = _arguments(
+        settings, seed, device, folder, sharding_arguments(model) if sharded else {}
+    )
     recorder = EpochRecorder(watcher)
     callbacks: list[TrainerCallback] = [recorder]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     use_cache = model.config.use_cache
-    trainer = _NextTokenTrainer(model, arguments, train, settings, precision, evaluate, callbacks)
+    trained = copy_to_shard(model) if sharded else model
+    trainer = _NextTokenTrainer(trained, arguments, train, settings, precision, evaluate, callbacks)
+    if sharded and not trainer.accelerator.is_fsdp2:
+        raise InputError("training.distributed fsdp2: accelerate does not shard here: use ddp")
+    if distribution.rank() > 0:
+        torch.manual_seed(seed + distribution.rank())  # else all would draw the same dropout
     with freed_memory_kept():
         trainer.train()
+    if sharded:
+        take_weights(model, trained, device)
+    distribution.barrier()  # until then the others may read rank 0's working checkpoints
     # The Trainer switches the cache off in the configuration, and a saved model would keep that.
     model.config.use_cache = use_cache
     losses = [epoch.validation_loss for epoch in recorder.epochs]
@@ -121,11 +139,17 @@ def train_next_token(
 
 
 def _arguments(
-    settings: TrainingSettings, seed: int, device: torch.device, folder: Path
+    settings: TrainingSettings,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    sharding: Mapping[str, Any],
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size // settings.accumulation,
+        per_device_train_batch_size=settings.batch_size
+        // settings.accumulation
+        // distribution.world(),
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
@@ -147,6 +171,7 @@ def _arguments(
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
+        **sharding,
     )
     # One process trains on one device; several GPUs are used by several processes, never by
     # DataParallel inside one.
@@ -187,6 +212,18 @@ class _NextTokenTrainer(Trainer):
         self.settings = settings
         self.precision = precision
         self.evaluate_model = evaluate
+
+    def get_train_dataloader(self) -> Any:
+        """One process's batches, or this rank's share of each."""
+        if distribution.world() == 1:
+            return super().get_train_dataloader()
+        return SharedLoader(
+            self.train_dataset,
+            self.settings,
+            self.args.seed,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
@@ -229,6 +266,8 @@ class _NextTokenTrainer(Trainer):
         Trainer reads its checkpoints back without translating, and would leave those weights as the
         last epoch left them.
         """
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
