@@ -257,6 +257,12 @@ class _NextTokenTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer does it; a sharded model's folder is there when it looks for the best."""
+        if self.is_fsdp_enabled:
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
