@@ -32,6 +32,7 @@ EXPERIMENT = {
     "live",
     "environment",
     "processes",
+    "sweep",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly

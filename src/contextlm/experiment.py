@@ -74,6 +74,38 @@ def _run(recipe: Recipe, out: Path, where: torch.device, progress: Progress) -> 
     return folder
 
 
+def run_one(
+    recipe: Recipe, contender: str, seed: int, folder: Path, *, device: str, progress: Progress
+) -> Path:
+    """Train and measure one contender with one seed, as `run` would among all others.
+
+    Args:
+        recipe: with all contenders, which decide the text together.
+        contender: the one to train.
+        seed: the only one.
+        folder: for this alone; it is laid out like a run's.
+        device: ``auto``, ``cpu``, ``cuda``.
+        progress: is told what happens.
+
+    Returns:
+        The contender and seed's own folder in it.
+
+    Raises:
+        InputError: the recipe or the device is not usable.
+        RunError: a fault while running.
+    """
+    where = resolve_device(device)
+    prepared = prepare(recipe)
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
+    prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
+    (chosen,) = (entry for entry in recipe.contenders if entry.name == contender)
+    place = seed_folder(folder, contender, seed)
+    with _stores(recipe, folder):
+        run_contender(recipe, chosen, seed, prepared, place, where, progress)
+    return place
+
+
 def _begin(recipe: Recipe, out: Path, device: torch.device) -> Path:
     """A new run folder with what is known before anything is trained."""
     folder = _new_folder(out, recipe.name)
