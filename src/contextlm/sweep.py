@@ -274,6 +274,7 @@ def _reason(error: Exception) -> str:
 def _start_ray() -> None:
     import ray
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if os.environ.get("RAY_ADDRESS"):

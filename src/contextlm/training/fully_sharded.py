@@ -24,15 +24,16 @@ def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
 
     Layers are those that the model says must not be split; what is left is sharded as one.
     """
-    layers = sorted(set(getattr(model, "_no_split_modules", None) or ()) - _WHOLE)
-    present = {type(module).__name__ for module in model.modules()}
+    named = set(getattr(model, "_no_split_modules", None) or ()) - _WHOLE
+    layers = sorted(named & {type(module).__name__ for module in model.modules()})
+    by_layer = {"transformer_layer_cls_to_wrap": layers}
     return {
         "fsdp": True,
         "fsdp_config": {
             "version": 2,
-            "transformer_layer_cls_to_wrap": [name for name in layers if name in present],
             # Working checkpoints in shares: the whole model need never be in one place.
             "state_dict_type": "SHARDED_STATE_DICT",
+            **(by_layer if layers else {"auto_wrap_policy": "NO_WRAP"}),
         },
     }
 
