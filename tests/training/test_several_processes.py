@@ -106,7 +106,7 @@ def test_a_run_by_two_processes_is_one_run(folder, two):
     assert execute(app, [str(argument) for argument in arguments]) == 0
     (ours,) = [read_run(path) for path in (folder / "one").glob("tiny-*")]
     (theirs,) = [read_run(path) for path in (folder / "runs").iterdir()]
-    assert two["out"].count("report.md") == 1
+    assert two["out"].count("validation PPL") == 1
     assert (theirs.folder / "report.html").is_file()
     assert (theirs.environment["processes"], ours.environment["processes"]) == (2, 1)
     assert [path.name for path in theirs.folder.rglob("*.part")] == []
@@ -127,6 +127,7 @@ def test_a_rank_that_fails_ends_the_others_at_once(tmp_path):
     """The other waits for it in a barrier, which alone would take hours to give up."""
     script = tmp_path / "fails.py"
     script.write_text(
+        "import contextlm_script\n"  # so that no models are imported
         "import torch\n"
         "from contextlm import distribution\n"
         "with distribution.joined(torch.device('cpu')):\n"
