@@ -87,6 +87,8 @@ def test_a_grid_is_yaml():
         (["training.clip=1.0,"], [], "a value is missing"),
         (["training.clip=1.0,,2.0"], [], "not valid YAML"),
         (["training.clip=[1.0"], [], "not valid YAML"),
+        (["training.clip=!!binary aGk="], [], "expected numbers, text, lists or mappings"),
+        (["training.clip=&a [*a]"], [], "expected numbers, text, lists or mappings"),
         (["training.clip=1.0,2.0,1.0"], [], "1.0 stands twice"),
         (["training.clip=1.0", "training.clip=2.0"], [], "training.clip stands twice"),
         (["training.clip=1.0"], ["training.clip=3.0"], "also given with --set"),

@@ -109,7 +109,10 @@ def read_grid(texts: Sequence[str], fixed: Sequence[str] = ()) -> dict[str, list
         values = parse(f"[{listed}]", where)
         if not isinstance(values, list) or not values or listed.rstrip().endswith(","):
             raise InputError(f"{where}: a value is missing")
-        known = [json.dumps(value, sort_keys=True) for value in values]
+        try:
+            known = [json.dumps(value, sort_keys=True) for value in values]
+        except (TypeError, ValueError, RecursionError):  # !!binary, !!set, a list in itself
+            raise InputError(f"{where}: expected numbers, text, lists or mappings") from None
         twice = next((value for value in known if known.count(value) > 1), None)
         if twice is not None:
             raise InputError(f"{where}: {twice} stands twice")
