@@ -33,6 +33,7 @@ EXPERIMENT = {
     "environment",
     "processes",
     "sweep",
+    "sweep_grid",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly

@@ -16,7 +16,7 @@ from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.experiment import run
 from contextlm.progress import SilentProgress
 from contextlm.recipe import load_recipe
-from contextlm.sweep import read_grid, settings_of
+from contextlm.sweep_grid import read_grid, settings_of, tasks_of
 
 RECIPE = """
 name: toy
@@ -115,7 +115,7 @@ def test_settings_are_all_combinations_and_have_folders_of_their_own(folder, tmp
     }
     more = settings_of(str(folder / "toy.yaml"), grid, tmp_path, seeds=[0, 1, 2])
     assert [s.folder for s in more] == [s.folder for s in settings]
-    assert len(sweep.tasks_of(more)) == 4 * 3 * 2
+    assert len(tasks_of(more)) == 4 * 3 * 2
 
 
 def test_a_value_cannot_leave_the_sweeps_folder(folder, tmp_path):
@@ -173,6 +173,8 @@ def test_a_sweep_gives_the_figures_of_separate_runs_and_goes_on(command, folder,
     """Two settings, two seeds; then one of the settings again, and one whose every task fails."""
     import ray
 
+    # Once for the three commands, which would each start it.
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         code, out, _ = command("--grid", f"{RATE}=1e-3,2e-3", "--seeds", "2", "--json")
         assert code == 0

@@ -80,7 +80,8 @@ def sweep(
     contextlm sweep my.yaml --grid training.batch_size=8,16 --grid training.schedule=linear,cosine
     ```
     """
-    from contextlm.sweep import Resources, check_ray, read_grid, run_sweep, settings_of
+    from contextlm.sweep import Resources, check_ray, run_sweep
+    from contextlm.sweep_grid import read_grid, settings_of
 
     check_ray()
     values = read_grid(grid or [], overrides or [])
