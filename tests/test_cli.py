@@ -112,7 +112,10 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
         ["--help"],
         ["-h"],
         ["--version"],
-        *([name, "--help"] for name in ("run", "params", "report", "eval", "generate", "list")),
+        *(
+            [name, "--help"]
+            for name in ("run", "sweep", "params", "report", "eval", "generate", "list")
+        ),
         ["list", "recipes"],
         ["list", "corpora"],
     ],
@@ -153,7 +156,7 @@ def test_no_arguments_print_the_help(command: Command) -> None:
 
 
 def test_every_command_explains_itself_with_an_example(command: Command) -> None:
-    for name in ("run", "params", "report", "eval", "generate", "list"):
+    for name in ("run", "sweep", "params", "report", "eval", "generate", "list"):
         shown = command(name, "-h")
         assert shown.code == 0
         assert f"contextlm {name}" in shown.out.partition("Examples:")[2]
@@ -171,9 +174,11 @@ def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> No
 
     known = set(builtin_recipes())
     names = {c.name for name in known for c in load_recipe(name).contenders}
-    for name in ("run", "params", "report", "eval", "generate"):
+    for name in ("run", "sweep", "params", "report", "eval", "generate"):
         shown = command(name, "-h").out
-        assert set(re.findall(r"contextlm (?:run|params) ([a-z-]+)(?![\w.-])", shown)) <= known
+        assert (
+            set(re.findall(r"contextlm (?:run|sweep|params) ([a-z-]+)(?![\w.-])", shown)) <= known
+        )
         assert set(re.findall(r"runs/([a-z-]+)-\d+", shown)) <= known
         assert set(re.findall(r"runs/demo-001/([a-z-]+)/", shown)) <= names
 

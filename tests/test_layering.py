@@ -25,13 +25,14 @@ LEAVES = {
     "paths",
     "progress",
     "device",
+    "distribution",
     "strict_yaml",
     "merging",
     "locks",
     "interrupts",
     "visible",
 }
-RECIPE = {"recipe"}  # the schema of a comparison; it checks, it does nothing
+RECIPE = {"recipe", "recipe_parts"}  # the schema of a comparison; it checks, it does nothing
 # What turns a recipe into a run.
 EXPERIMENT = {
     "experiment",
@@ -45,6 +46,9 @@ EXPERIMENT = {
     "run_folder",
     "resume",
     "tuning",
+    "processes",
+    "sweep",
+    "sweep_grid",
 }
 
 # What each room may import besides itself and the leaves. A room is a folder or a module directly
@@ -57,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"ops", "models", "data"},
     "evaluation": {"ops", "models", "data"},
     "report": {"evaluation.result"},
-    "recipe": {"training.settings"},
+    "recipe": {"recipe_parts", "training.settings"},
+    "recipe_parts": {"training.settings"},
     "benchmarks": {"ops", "models", "data", "training", "evaluation", *RECIPE},
     **{
         module: {"models", "data", "training", "evaluation", "report", *RECIPE, *EXPERIMENT}

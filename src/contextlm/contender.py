@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
+from contextlm import distribution
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
@@ -57,6 +58,8 @@ def run_contender(
 ) -> None:
     """Train and measure one contender; `result.json` is written last and marks it as finished.
 
+    With several processes all call this; rank 0 alone writes, and measures cache and speed.
+
     Args:
         recipe: the comparison.
         contender: which of its models.
@@ -86,13 +89,16 @@ def run_contender(
         unit=recipe.unit,
         stream=trained.contexts.store is not None,
     )
-    _save_checkpoint(model, prepared, made, folder / "checkpoint")
+    if distribution.is_main():
+        _save_checkpoint(model, prepared, made, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
     validation = evaluate_quality(model, trained.contexts.validation, size, device)
     again = _first(trained.contexts.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
+    if not distribution.is_main():
+        return
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -232,7 +238,8 @@ def _train(
     precision = resolve_precision(training.precision, device)
     # Beside the contenders' folders, so that contenders with the same block share a store.
     stores = folder.parents[1] / STORES
-    state = PhaseOneState(working / "phase1", progress.line)
+    alone = distribution.world() == 1  # several processes begin anew
+    state = PhaseOneState(working / "phase1", progress.line) if alone else None
     contexts = make_contexts(
         recipe, contender, seed, model, prepared, stores, device, history, progress, stages, state
     )

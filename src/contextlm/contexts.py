@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from contextlm import distribution
 from contextlm.data.windows import Windows
 from contextlm.errors import NotFiniteError
 from contextlm.evaluation.memory import memory_now
@@ -21,7 +22,12 @@ from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.preparation import Prepared, Samples, reads_store
 from contextlm.progress import Progress
 from contextlm.recipe import Contender, Recipe
-from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
+from contextlm.training.context_store import (
+    ContextStore,
+    StoredWindows,
+    fill_context_store,
+    open_context_store,
+)
 from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
 from contextlm.training.phase_one_state import PhaseOneState
 
@@ -62,6 +68,8 @@ def make_contexts(
     state: PhaseOneState | None = None,
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
+
+    With several processes all call this: they share phase 1, and rank 0 fills the stores.
 
     Args:
         recipe: the comparison.
@@ -111,7 +119,9 @@ def make_contexts(
     filled = time.perf_counter()
     facts, phase1_seconds = None, None
     if outcome is not None:
-        facts = _phase_one_facts(decoder, outcome, stores, validation, seed, device)
+        if distribution.is_main():  # who has all contexts
+            facts = _phase_one_facts(decoder, outcome, stores, validation, seed, device)
+        facts = distribution.from_main(facts)
         # Those before a kill count too.
         phase1_seconds = sum(iteration.seconds for iteration in outcome.iterations)
     if stores is None:
@@ -148,7 +158,12 @@ def _fill(
     block, embed = decoder.context_block, decoder.embed_normalised
 
     def fill(tokens: np.ndarray, start_PC: Tensor, passes: int) -> ContextStore:
-        return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
+        def make() -> ContextStore:
+            return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
+
+        if distribution.world() == 1:
+            return make()
+        return open_context_store(distribution.by_main(lambda: make().path))
 
     fresh_PC = initial_contexts(len(prepared.validation_stream), block.context_dim, seed, device)
     if outcome is None:

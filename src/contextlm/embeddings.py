@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.utils import cached_file
 
+from contextlm import distribution
 from contextlm.data.hub import from_hub
 from contextlm.data.token_store import cache_folder
 from contextlm.data.windows import Windows
@@ -190,7 +191,7 @@ def learn_embedding(
     """
     precision = resolve_precision("auto", device)
     file = cache_folder() / "embeddings" / f"{_key(settings, text, precision)}.safetensors"
-    known = _read(file)
+    known = distribution.from_main(_read(file))
     if known is not None:
         progress.line(f"embeddings: learned before, {_described(known.facts)}")
         return known
@@ -205,8 +206,9 @@ def learn_embedding(
         validation_ppl=perplexity(best.validation_loss),
     )
     embedding = Embedding(model.get_input_embeddings().weight.detach().cpu().clone(), facts)
-    _write(file, embedding)
-    shutil.rmtree(folder, ignore_errors=True)
+    if distribution.is_main():
+        _write(file, embedding)
+        shutil.rmtree(folder, ignore_errors=True)
     progress.line(f"embeddings: {_described(facts)}")
     return embedding
 
@@ -273,9 +275,10 @@ def _described(facts: EmbeddingFacts) -> str:
 
 def _key(settings: EmbeddingSettings, text: LearningText, precision: str) -> str:
     """A hash of all that decides the weights, but for the machine's rounding."""
-    described = json.dumps(
-        [_VERSION, settings.model_dump(), text.vocab_size, text.width, precision]
-    )
+    parts: list[object] = [_VERSION, settings.model_dump(), text.vocab_size, text.width, precision]
+    if distribution.world() > 1:  # several processes round otherwise than one
+        parts.append(distribution.world())
+    described = json.dumps(parts)
     digest = hashlib.sha256(described.encode())
     for tokens in (text.train, text.validation):
         digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())

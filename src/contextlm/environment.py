@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import contextlm
+from contextlm import distribution
 from contextlm.errors import InputError
 from contextlm.files import write_json
 from contextlm.progress import Progress
@@ -50,6 +51,7 @@ def describe_environment(device: torch.device, seeds: list[int]) -> dict[str, An
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
+        "processes": distribution.world(),
         "device": str(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from contextlm import distribution
 from contextlm.contender import run_contender
 from contextlm.contexts import STORES
 from contextlm.device import resolve_device
@@ -18,8 +20,10 @@ from contextlm.embeddings import learn_embedding
 from contextlm.environment import describe_environment, note_changes
 from contextlm.errors import InputError, NotFiniteError, is_out_of_memory
 from contextlm.evaluation.result import read_outcome, read_run, seed_folder
+from contextlm.files import write_json, write_text
 from contextlm.preparation import Prepared, prepare
-from contextlm.progress import Progress
+from contextlm.processes import check_recipe, check_same_data, shared_folder
+from contextlm.progress import Progress, SilentProgress
 from contextlm.recipe import Contender, Recipe, dump_recipe, load_recipe
 from contextlm.report.page import write_report
 from contextlm.run_folder import (
@@ -36,6 +40,9 @@ from contextlm.tuning import tune, with_rate
 def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
+    Where a launcher (torchrun, accelerate) started several processes, all call this and share the
+    work; the first alone writes and tells `progress`.
+
     Args:
         recipe: the comparison.
         out: where run folders go; this run gets a new numbered one.
@@ -49,14 +56,56 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
         InputError: the recipe, its corpus or the device is not usable; nothing was written.
         RunError: a fault while running; what had finished stays.
     """
-    where = _usable_device(device)
-    progress.update(f"preparing corpus {recipe.corpus}")
-    prepared = prepare(recipe)
-    environment = describe_environment(where, recipe.seeds)
-    data = data_fingerprint(prepared)
-    with new_run(out, recipe.name, dump_recipe(recipe), environment, data) as folder:
-        _complete(recipe, prepared, folder, where, progress)
+    with distribution.joined(_usable_device(device)) as where:
+        if not distribution.is_main():
+            progress = SilentProgress()
+        check_recipe(recipe, where)
+        progress.update(f"preparing corpus {recipe.corpus}")
+        prepared = distribution.main_first(lambda: prepare(recipe))
+        check_same_data(prepared)
+        environment = describe_environment(where, recipe.seeds)
+        with ExitStack() as stack:  # of rank 0, which holds the folder for all
+
+            def begin() -> Path:
+                data = data_fingerprint(prepared)
+                made = new_run(out, recipe.name, dump_recipe(recipe), environment, data)
+                return stack.enter_context(made)
+
+            folder = shared_folder(begin)
+            _complete(recipe, prepared, folder, where, progress)
     return folder
+
+
+def run_one(
+    recipe: Recipe, contender: str, seed: int, folder: Path, *, device: str, progress: Progress
+) -> Path:
+    """Train and measure one contender with one seed, as `run` would among all others.
+
+    Args:
+        recipe: with all contenders, which decide the text together.
+        contender: the one to train.
+        seed: the only one.
+        folder: for this alone; it is laid out like a run's.
+        device: ``auto``, ``cpu``, ``cuda``.
+        progress: is told what happens.
+
+    Returns:
+        The contender and seed's own folder in it.
+
+    Raises:
+        InputError: the recipe or the device is not usable.
+        RunError: a fault while running.
+    """
+    where = resolve_device(device)
+    prepared = prepare(recipe)
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
+    prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
+    (chosen,) = (entry for entry in recipe.contenders if entry.name == contender)
+    _run(recipe, chosen, seed, prepared, folder, where, progress)
+    _drop_stores(recipe, folder)
+    shutil.rmtree(working_folder(folder), ignore_errors=True)
+    return seed_folder(folder, contender, seed)
 
 
 def resume(folder: Path, *, device: str, progress: Progress) -> Path:
@@ -77,6 +126,8 @@ def resume(folder: Path, *, device: str, progress: Progress) -> Path:
             data or the kind of device is not what it began with.
         RunError: a fault while running; what had finished stays.
     """
+    if "LOCAL_RANK" in os.environ:
+        raise InputError("--resume: a run is resumed by one process, not by several")
     where = _usable_device(device)
     with held_run(folder) as state:
         if str(state["device"]).partition(":")[0] != where.type:
@@ -117,12 +168,21 @@ def _complete(
             for contender in recipe.contenders:
                 if not _has_finished(folder, contender.name, seed, progress):
                     _run(recipe, contender, seed, prepared, folder, where, progress)
-            if recipe.context_store is None or not recipe.context_store.keep:
-                # They are large. Contenders share them where their blocks are the same, never
-                # between seeds. A run that ends early keeps them to go on with.
-                shutil.rmtree(folder / STORES, ignore_errors=True)
-        write_report([read_run(folder)], folder)
-        finish(folder)
+            _drop_stores(recipe, folder)
+        if distribution.is_main():
+            write_report([read_run(folder)], folder)
+            finish(folder)
+
+
+def _drop_stores(recipe: Recipe, folder: Path) -> None:
+    """Remove a seed's context stores, unless they are to be kept.
+
+    They are large. Contenders share them where their blocks are the same, never between seeds. A
+    run that ends early keeps them to go on with.
+    """
+    kept = recipe.context_store is not None and recipe.context_store.keep
+    if distribution.is_main() and not kept:
+        shutil.rmtree(folder / STORES, ignore_errors=True)
 
 
 def _run(
@@ -144,14 +204,18 @@ def _run(
 
 def _has_finished(run: Path, contender: str, seed: int, progress: Progress) -> bool:
     """Whether a contender and seed has its result; a damaged one is told and made again."""
-    if not (seed_folder(run, contender, seed) / "result.json").exists():
-        return False
-    try:
-        read_outcome(run, contender, seed)
-    except InputError as error:
-        progress.line(f"made again: {error}")
-        return False
-    return True
+
+    def look() -> bool:
+        if not (seed_folder(run, contender, seed) / "result.json").exists():
+            return False
+        try:
+            read_outcome(run, contender, seed)
+        except InputError as error:
+            progress.line(f"made again: {error}")
+            return False
+        return True
+
+    return distribution.by_main(look)
 
 
 def with_learned_embedding(

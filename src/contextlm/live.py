@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from contextlm import distribution
 from contextlm.evaluation.quality import perplexity
 from contextlm.evaluation.result import PhaseOneRow, PhaseTwoRow
 from contextlm.files import write_text
@@ -22,7 +23,8 @@ class History:
 
     def add(self, row: PhaseOneRow | PhaseTwoRow) -> None:
         self.lines.append(row.model_dump_json())
-        write_text(self.path, "\n".join(self.lines) + "\n")
+        if distribution.is_main():
+            write_text(self.path, "\n".join(self.lines) + "\n")
 
 
 class EpochWatcher:

@@ -20,6 +20,7 @@ from contextlm.errors import InputError, unknown_name
 from contextlm.files import nearest_file
 from contextlm.merging import FULL, departures, mapping, merge, own_setting, resolve, scales_of
 from contextlm.paths import is_file, is_folder
+from contextlm.recipe_parts import EvaluationSettings, Split
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
     ContextStoreSettings,
@@ -34,24 +35,6 @@ from contextlm.visible import shown
 _SUFFIXES = {".yaml", ".yml"}
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
-
-
-class Split(Settings):
-    """Two counts, one for each split."""
-
-    train: PositiveInt
-    validation: PositiveInt
-
-
-class EvaluationSettings(Settings):
-    """What is measured after training."""
-
-    batch_size: PositiveInt = Field(32, description="windows per batch")
-    cache_lengths: list[PositiveInt] = Field([128, 512, 2048, 8192], min_length=1)
-    speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
-    train_samples: PositiveInt | None = Field(
-        None, description="training windows on which the best weights are scored again; null: all"
-    )
 
 
 class Contender(Settings):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from contextlm import distribution
 from contextlm.contender import try_contender
 from contextlm.data.windows import Windows
 from contextlm.errors import NotFiniteError, RunError
@@ -107,8 +108,9 @@ def _trial(
 ) -> float | None:
     """The validation loss at one rate; None where training broke down."""
     done = place / "trial.json"
-    if done.is_file():
-        return TuningTrial.model_validate_json(done.read_text("utf-8")).validation_loss
+    known = distribution.by_main(lambda: _known(done))
+    if known is not None:
+        return known.validation_loss
     working = working_folder(place.parents[2], contender.name, f"{FOLDER}-{place.name}")
     try:
         loss = try_contender(
@@ -118,9 +120,18 @@ def _trial(
         progress.line(f"given up: {error}")
         return None
     rate = recipe.training_of(contender).learning_rate
-    write_json(done, TuningTrial(learning_rate=rate, validation_loss=loss).model_dump())
-    shutil.rmtree(working, ignore_errors=True)
+    if distribution.is_main():
+        write_json(done, TuningTrial(learning_rate=rate, validation_loss=loss).model_dump())
+        shutil.rmtree(working, ignore_errors=True)
     return loss
+
+
+def _known(done: Path) -> TuningTrial | None:
+    """A trial that an earlier call left; a damaged one is made again."""
+    try:
+        return TuningTrial.model_validate_json(done.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _part(prepared: Prepared, contender: Contender, share: float) -> Prepared:

@@ -19,9 +19,10 @@ from contextlm.models.build import build_config, create_model
 from contextlm.training import phase_two_state
 from contextlm.training.checkpoints import damage
 from contextlm.training.epochs import Epoch
-from contextlm.training.next_token import next_token_loss, train_next_token
+from contextlm.training.next_token import train_next_token
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.settings import ParameterGroup, TrainingSettings
+from contextlm.training.trainer import next_token_loss
 
 CPU = torch.device("cpu")
 NEOX = {

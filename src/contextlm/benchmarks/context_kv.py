@@ -16,9 +16,9 @@ from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, 
 from contextlm.models.build import build_config, create_model
 from contextlm.models.context_kv_layer import ContextAttention, Memory
 from contextlm.recipe import load_recipe
-from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
 from contextlm.training.settings import TrainingSettings
+from contextlm.training.trainer import next_token_loss
 
 VOCABULARY = 50257
 

@@ -13,9 +13,9 @@ from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, 
 from contextlm.models.build import build_config, create_model
 from contextlm.recipe import Recipe, load_recipe
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
 from contextlm.training.settings import TrainingSettings
+from contextlm.training.trainer import next_token_loss
 
 
 @dataclass(frozen=True)

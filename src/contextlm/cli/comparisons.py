@@ -19,6 +19,7 @@ from contextlm.cli.output import (
     scientific,
     writable_folder,
 )
+from contextlm.distribution import launched_rank
 from contextlm.errors import InputError
 from contextlm.visible import shown, visible
 
@@ -198,6 +199,10 @@ def _resume(folder: Path, device: str, as_json: bool) -> None:
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
+    if launched_rank():
+        return  # one of several processes, of which the first speaks
+    if launched_rank():
+        return  # one of several processes, of which the first speaks
     from contextlm.evaluation.result import read_run
 
     runs = [read_run(folder)]

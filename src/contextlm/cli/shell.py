@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import typer
 from typer.main import get_command
 
+from contextlm.distribution import ToldByMainError, launched_rank
 from contextlm.errors import InputError, RunError, is_out_of_memory
 from contextlm.interrupts import Terminated
 from contextlm.visible import shortened, visible
@@ -34,6 +35,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
@@ -64,10 +66,12 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         _settle_stdout()
         if debug:
             traceback.print_exc()
-        if isinstance(error, BrokenPipeError):  # the reader of our output has left: nobody to tell
+        # The reader of our output has left, or another process tells: nobody to tell here.
+        if isinstance(error, (BrokenPipeError, ToldByMainError)):
             return FAULT
         code, message = explain(error)
-        _say(f"contextlm: error: {one_line(_with_notes(message, error))}")
+        who = f"rank {launched_rank()}: " if launched_rank() else ""
+        _say(f"contextlm: error: {who}{one_line(_with_notes(message, error))}")
         return code
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from contextlm import distribution
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.models.layers import ContextBlock
 
@@ -47,6 +48,8 @@ def evaluate_quality(
     Sums are kept in float64 and divided once, so that batches of unequal size weigh by their
     tokens. The model's training mode is restored.
 
+    With several processes all call this; each scores some of the batches, all get the whole result.
+
     Args:
         model: gives logits ``[B, T, V]``.
         windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
@@ -58,18 +61,35 @@ def evaluate_quality(
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = tokens = 0
+    batches, counted = _own_batches(len(windows), batch_size)  # type: ignore[arg-type]
     with torch.autocast(device.type, enabled=False):
-        for batch in DataLoader(windows, batch_size=batch_size):
+        for number, batch in enumerate(DataLoader(windows, batch_sampler=batches)):
             inputs, labels_BT = model_inputs({k: v.to(device) for k, v in batch.items()})
             labels_N = labels_BT.flatten()
             logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+            if number >= counted:
+                continue
             losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="none")
             loss += losses_N.cpu().double().sum()  # not every accelerator has float64
             real_N = labels_N != IGNORED
             correct += int(((logits_NV.argmax(-1) == labels_N) & real_N).sum())
             tokens += int(real_N.sum())
     model.train(was_training)
-    return Quality(loss.item() / tokens, correct / tokens, tokens)
+    all_loss, all_correct, all_tokens = distribution.totals([loss.item(), correct, tokens])
+    return Quality(all_loss / all_tokens, all_correct / all_tokens, int(all_tokens))
+
+
+def _own_batches(samples: int, batch_size: int) -> tuple[list[list[int]], int]:
+    """The batches that this process scores, and how many of them count.
+
+    All ranks get as many, for a sharded model needs all of them in every forward pass; what fills
+    up a rank's does not count.
+    """
+    starts = range(0, samples, batch_size)
+    batches = [list(range(start, min(start + batch_size, samples))) for start in starts]
+    own = batches[distribution.rank() :: distribution.world()]
+    rounds = -(-len(batches) // distribution.world())
+    return own + batches[:1] * (rounds - len(own)), len(own)
 
 
 def evaluator(

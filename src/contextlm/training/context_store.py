@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from contextlm.data.windows import Windows
+from contextlm.errors import RunError
 from contextlm.files import atomic_open, write_json
 from contextlm.models.layers import ContextBlock
 from contextlm.training.settings import ContextStoreSettings
@@ -145,6 +146,19 @@ def fill_context_store(
     if facts is None:
         facts = _fill(block, embed, tokens_P, start_PC, passes, settings, path, key)
     return ContextStore(path, facts)
+
+
+def open_context_store(path: Path) -> ContextStore:
+    """A store that is filled, perhaps by another process.
+
+    Raises:
+        RunError: it cannot be seen from here.
+    """
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        return ContextStore(path, StoreFacts(**facts))
+    except (OSError, RuntimeError, ValueError, TypeError):
+        raise RunError(f"{path}: rank 0 filled this store, and it cannot be read here") from None
 
 
 @torch.no_grad()

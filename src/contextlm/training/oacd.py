@@ -20,17 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contextlm import distribution
 from contextlm.models.layers import ContextBlock
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.phase_one_state import Iteration, PhaseOneState
 from contextlm.training.settings import PhaseOneSettings
+from contextlm.training.stream_parts import (
+    Part,
+    context_before,
+    gathered,
+    own_part,
+    sum_gradients,
+    zero_gradients,
+)
 
 INITIAL_STD = 0.01
 
 
 @dataclass
 class PhaseOne:
-    """Outcome of phase 1. `contexts_PC` are the last iteration's, on the training device."""
+    """Outcome of phase 1. `contexts_PC` are the last iteration's, on the training device.
+
+    With several processes rank 0 has all of them and the others none.
+    """
 
     contexts_PC: Tensor
     iterations: list[Iteration] = field(default_factory=list)
@@ -161,7 +173,10 @@ def _iterate(
     state: PhaseOneState | None,
 ) -> PhaseOne:
     started = time.perf_counter()
+    part = own_part(len(entries_P), settings.batch_size)
     contexts_PC = initial_contexts(len(entries_P), block.context_dim, seed, device)
+    if distribution.world() > 1:
+        contexts_PC = contexts_PC[part.rows].clone()  # the others' are not kept
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
     known = [] if state is None else state.restore(block, optimizer, contexts_PC)
     outcome = PhaseOne(contexts_PC, known)
@@ -184,13 +199,14 @@ def _iterate(
         record(None, 0.0)
     while not _ended(outcome.iterations[-1], settings):
         number = outcome.iterations[-1].number + 1
-        loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number)
+        loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number, part)
         if not np.isfinite(loss):
             raise FloatingPointError(f"phase 1: the loss of iteration {number} is {loss}")
         torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
         optimizer.step()
         projection.refresh()
         record(loss, converged)
+    outcome.contexts_PC = gathered(contexts_PC, settings.batch_size, len(entries_P))
     return outcome
 
 
@@ -205,43 +221,51 @@ def refine(
     settings: PhaseOneSettings,
     seed: int,
     number: int,
+    part: Part,
 ) -> tuple[float, float]:
     """One pass over all positions: new contexts in place, gradients left in the block.
 
+    With several processes each passes over its part; the gradients and what is returned are those
+    of all.
+
     Args:
-        contexts_PC: the previous iteration's contexts, overwritten batch by batch.
+        contexts_PC: the previous iteration's contexts of this part, overwritten batch by batch.
         entries_P: row of each position's token in the projection's tables.
         projection: the tokens' part, up to date with the block.
         settings: of phase 1.
         seed: of the noise.
         number: of this iteration.
+        part: of the stream, that is passed over here.
 
     Returns:
         The mean loss over batches, and the share of positions that moved less than the threshold.
     """
     block, size = projection.block, settings.batch_size
     block.zero_grad(set_to_none=True)
-    total, device = len(entries_P), contexts_PC.device
-    starts = range(0, total, size)
+    device = contexts_PC.device
     loss_sum = torch.zeros((), device=device)
     converged = torch.zeros((), dtype=torch.int64, device=device)
-    before_1C = torch.zeros(1, block.context_dim, device=device)
-    for batch, start in enumerate(starts):
-        rows = slice(start, min(start + size, total))
+    before_1C = context_before(contexts_PC, part)
+    for batch in range(part.first, part.last):
+        in_stream = slice(batch * size, min((batch + 1) * size, part.positions))
+        rows = slice(in_stream.start - part.start, in_stream.stop - part.start)
         previous_NC = contexts_PC[rows].clone()
         generator = batch_generator(seed, number, batch, device)
         noise_NC = torch.empty_like(previous_NC).normal_(generator=generator)
         fed_NC = torch.cat([before_1C, previous_NC[:-1]]) + settings.noise * noise_NC
-        projected_NC = projection.rows(entries_P[rows])
+        projected_NC = projection.rows(entries_P[in_stream])
         new_NC = block.step(fed_NC, projected_NC)
         loss = oacd_loss(new_NC, settings.mean_weight)
-        (loss / len(starts)).backward()
-        projection.collect(entries_P[rows], projected_NC)
+        (loss / part.batches).backward()
+        projection.collect(entries_P[in_stream], projected_NC)
         new_NC = new_NC.detach()
         contexts_PC[rows] = new_NC
         before_1C = previous_NC[-1:]
         moved_N = F.mse_loss(new_NC, previous_NC, reduction="none").mean(1)
         converged += (moved_N < settings.threshold).sum()
         loss_sum += loss.detach()
+    zero_gradients(block.parameters())  # of a rank without batches
     projection.backward()
-    return float(loss_sum) / len(starts), int(converged) / total
+    sum_gradients(block)
+    all_loss, all_converged = distribution.totals([float(loss_sum), int(converged)])
+    return all_loss / part.batches, all_converged / part.positions
