@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
+from contextlm.data.synthetic import find_task
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -22,6 +23,7 @@ from contextlm.evaluation.quality import (
     perplexity,
 )
 from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings
+from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.files import write_json
@@ -78,6 +80,7 @@ def run_contender(
         target_offset=recipe.target_offset_of(contender),
         unit=recipe.unit,
         stream=trained.contexts.store is not None,
+        sequence_length=recipe.sequence_length,
     )
     _save_checkpoint(model, prepared, made, folder / "checkpoint")
     progress.update("measuring quality, cache and speed")
@@ -120,6 +123,11 @@ def run_contender(
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_ppl_windows=len(again),
         **_quality_fields(validation, train, trained.outcome, prepared, offset),
+        retrieval=retrieval_accuracy(
+            model, trained.contexts.validation, find_task(recipe.corpus), size, device
+        )
+        if recipe.unit == "answers"
+        else [],
         phase1=trained.contexts.phase1,
         embedding=_embedding_facts(model, prepared),
         store=trained.contexts.store,

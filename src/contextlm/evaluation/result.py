@@ -51,6 +51,14 @@ class CorpusFacts(_Record):
     unigram_ppl: float | None = None
 
 
+class RetrievalAccuracy(_Record):
+    """Share of right answers, in 0..1, among the validation questions of one level."""
+
+    level: str
+    accuracy: float
+    answers: int
+
+
 class PhaseOneFacts(_Record):
     """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
 
@@ -96,8 +104,9 @@ class Result(_Record):
 
     `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
     length only if every token is predicted from all before it. It is None, too, where samples are
-    lines, and where the tokenizer has one token for all unknown words. `train_ppl_windows` says on
-    how many training windows `train_ppl` was measured.
+    lines or questions, and where the tokenizer has one token for all unknown words.
+    `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
+    empty but for a corpus of tasks.
     """
 
     version: Literal[1] = RESULT_VERSION
@@ -119,6 +128,7 @@ class Result(_Record):
     train_ppl_running: float
     train_ppl: float
     train_ppl_windows: int | None = None
+    retrieval: list[RetrievalAccuracy] = []
     best_epoch: int
     epochs: int
     phase1: PhaseOneFacts | None
