@@ -27,7 +27,7 @@ class Answers(Dataset[dict[str, torch.Tensor]]):
     Args:
         tokens: of all documents, ``[N]``, of any integer type.
         offsets: where each document starts, and at last N, ``[documents + 1]``.
-        sequence_length: T.
+        sequence_length: T; None: that of the longest sample.
         mark: id of the mark.
         pad: id that fills inputs up.
         unknown: id of words that the tokenizer does not know, of which there may be none.
@@ -46,7 +46,7 @@ class Answers(Dataset[dict[str, torch.Tensor]]):
         self,
         tokens: npt.NDArray[Any],
         offsets: npt.NDArray[np.int64],
-        sequence_length: int,
+        sequence_length: int | None,
         *,
         mark: int,
         pad: int,
@@ -69,7 +69,7 @@ class Answers(Dataset[dict[str, torch.Tensor]]):
         marks_S = marks_before[self._stops_S] - marks_before[self._starts_S]
         # The last token is a target only.
         longest = int((self._stops_S - self._starts_S - marks_S).max()) - 1
-        if longest > sequence_length:
+        if sequence_length is not None and longest > sequence_length:
             raise InputError(
                 f"{name}: its longest sample has {longest} tokens, more than sequence_length "
                 f"{sequence_length}"
@@ -79,7 +79,7 @@ class Answers(Dataset[dict[str, torch.Tensor]]):
                 f"{name}: a sample has no answer: unit 'answers' needs a corpus of tasks"
             )
         self.tokens = tokens
-        self.sequence_length = sequence_length
+        self.sequence_length = sequence_length or longest
         self.mark = mark
         self.pad = pad
 

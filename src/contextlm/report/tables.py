@@ -51,7 +51,8 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
     """The comparison at a glance: perplexity, cache, speed, each against the baseline.
 
     A corpus of tasks has the share of right answers in front. The document's perplexity stands
-    beside the measured one if any contender has one, and the number of seeds at the end if it is not the same for all.
+    beside the measured one if any contender has one, and the number of seeds at the end if it is
+    not the same for all.
     """
     length = headline_length(rows)
     documented = any(reported_value(row, "val_ppl") is not None for row in rows)
