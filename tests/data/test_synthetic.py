@@ -113,7 +113,7 @@ def test_only_answers_are_scored_and_no_mark_is_read(name: str, tmp_path: Path) 
     samples, tokenizer, corpus = made(name, tmp_path)
     scored = []
     for sample, document in zip(samples, corpus.validation, strict=True):
-        text, asked, answers = parts(document)
+        text, _, answers = parts(document)
         words = [word for word in document.split() if word != MARK]
         ids = tokenizer.convert_tokens_to_ids(words)
         size = len(words) - 1

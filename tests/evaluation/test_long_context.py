@@ -132,7 +132,7 @@ def test_eval_long_goes_beyond_the_training_length(
     recalled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(40):
-        text = "k1 v2 k3 v4 " * (40 if number % 2 else 2)
+        text = "k1 v2 k3 v4 " * (40 + number % 2)
         (tmp_path / f"{number}.txt").write_text(text)
     checkpoint = seed_folder(recalled, "mha", 0) / "checkpoint"
     options = ["--long", "--corpus", f"text:{tmp_path}", "--samples", "3"]
