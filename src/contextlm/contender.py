@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from contextlm import distribution
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
+from contextlm.data.synthetic import find_task
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -23,6 +24,7 @@ from contextlm.evaluation.quality import (
     perplexity,
 )
 from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings, TuningFacts
+from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.files import atomic_folder, write_json
@@ -88,6 +90,7 @@ def run_contender(
         target_offset=recipe.target_offset_of(contender),
         unit=recipe.unit,
         stream=trained.contexts.store is not None,
+        sequence_length=recipe.sequence_length,
     )
     if distribution.is_main():
         _save_checkpoint(model, prepared, made, folder / "checkpoint")
@@ -135,6 +138,11 @@ def run_contender(
         learning_rate=recipe.training_of(contender).learning_rate,
         tuning=tuning,
         **_quality_fields(validation, train, trained.outcome, prepared, offset),
+        retrieval=retrieval_accuracy(
+            model, trained.contexts.validation, find_task(recipe.corpus), size, device
+        )
+        if recipe.unit == "answers"
+        else [],
         phase1=trained.contexts.phase1,
         embedding=_embedding_facts(model, prepared),
         store=trained.contexts.store,

@@ -9,8 +9,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
+from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
 from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.synthetic import MARK, find_task
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.data.tokenizers import (
     keeps_all_words,
@@ -35,7 +37,7 @@ from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe import Contender, Recipe
 from contextlm.training.optimisation import parameter_groups
 
-Samples = Windows | Lines
+Samples = Windows | Lines | Answers
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def prepare(recipe: Recipe) -> Prepared:
         InputError: the recipe, its corpus or a contender is not usable; nothing was written.
         RunError: a hub is needed and cannot be reached.
     """
+    if (recipe.unit == "answers") != (find_task(recipe.corpus) is not None):
+        raise InputError(
+            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: made-up tasks, and only "
+            "they, are trained with unit 'answers'"
+        )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
     _check_contenders(recipe, expected_size)
     limits = recipe.documents
@@ -254,6 +261,18 @@ def _samples(
     """The split's samples by contender, all of the same text."""
     if recipe.unit == "windows":
         return _windows(recipe, store, split, configs)
+    if recipe.unit == "answers":
+        answers = Answers(
+            store.tokens,
+            store.document_offsets,
+            recipe.sequence_length,
+            mark=int(tokenizer.convert_tokens_to_ids(MARK)),
+            pad=int(tokenizer.pad_token_id),
+            unknown=tokenizer.unk_token_id,
+            samples=getattr(recipe.samples, split, None),
+            name=f"corpus {recipe.corpus!r} ({split})",
+        )
+        return dict.fromkeys(configs, answers)
     lines = Lines(
         store.tokens,
         store.document_offsets,

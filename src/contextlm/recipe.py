@@ -76,7 +76,7 @@ class Recipe(Settings):
     vocab_size: PositiveInt | None = Field(
         None, description="the models' vocabulary where it is larger than the tokenizer's"
     )
-    unit: Literal["windows", "lines"] = Field("windows", description="of the text in a sample")
+    unit: Literal["windows", "lines", "answers"] = Field("windows", description="what a sample is")
     sequence_length: PositiveInt = 128
     stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
     target_offset: PositiveInt = 1
@@ -111,19 +111,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _lines_are_no_stream(self) -> Self:
-        given: dict[str, Any] = {
-            "stride": self.stride,
-            "tokens": self.tokens,
-            "context_store": self.context_store,
-            "tuning": self.tuning,
-            "target_offset": self.target_offset > 1,
-        }
+        names = ("stride", "tokens", "context_store", "tuning")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["target_offset"] = self.target_offset > 1
         for contender in self.contenders:
             key = f"contenders.{contender.name}"
             given[f"{key}.phase1"] = contender.phase1
             given[f"{key}.target_offset"] = (contender.target_offset or 1) > 1
-        for key in [key for key, value in given.items() if value and self.unit == "lines"]:
-            raise ValueError(f"{key}: needs a stream of text, which unit 'lines' does not have")
+        for key in [key for key, value in given.items() if value and self.unit != "windows"]:
+            raise ValueError(
+                f"{key}: needs a stream of text, which unit {self.unit!r} does not have"
+            )
         return self
 
     @model_validator(mode="after")

@@ -72,6 +72,15 @@ def evaluate(
             "keys and values, and what that saves and costs."
         ),
     ] = "plain",
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Instead: perplexity by position up to 8 times the training length "
+            "(--sequence-length overrides it), or right answers by difficulty where the corpus is "
+            "one of tasks.",
+        ),
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -83,10 +92,19 @@ def evaluate(
     contextlm eval runs/demo-001/context-pythia/seed-0/checkpoint
     contextlm eval CHECKPOINT --corpus text:my-notes/ --cache-lengths 128,4096 --json
     contextlm eval runs/demo-001/pythia/seed-0/checkpoint --cache input
+    contextlm eval CHECKPOINT --long --corpus text:books/
+    contextlm eval CHECKPOINT --long --corpus recall:16
     ```
     """
     lengths = None if cache_lengths is None else read_lengths(cache_lengths)
     folder = _existing(checkpoint)
+    if long:
+        if lengths is not None or cache == "input":
+            raise InputError("--long takes neither --cache-lengths nor --cache input")
+        from contextlm.cli.long_context import show_long
+
+        show_long(folder, corpus, device, sequence_length, samples, as_json)
+        return
 
     from contextlm.evaluation.checkpoint import evaluate_checkpoint
 

@@ -6,6 +6,7 @@ from contextlm.data.corpus import Corpus, first_documents
 from contextlm.data.local import jsonl_corpus, text_corpus
 from contextlm.data.named import pile, ultrachat, wikitext
 from contextlm.data.pydocs import pydocs
+from contextlm.data.synthetic import find_task, synthetic
 from contextlm.errors import unknown_name
 
 __all__ = ["CORPORA", "Corpus", "load_corpus"]
@@ -16,6 +17,9 @@ CORPORA = {
     "wikitext-103": "Wikipedia articles, 103 million words; CONTEXTLM_DATA or the hub",
     "ultrachat": "dialogues: samples 0-1999 to train, 50000-50019 to validate; the hub",
     "pile": "the Pile without copyrighted parts, streamed in order; the hub",
+    "recall:PAIRS": "made up: pairs of keys and values, then the keys (unit: answers)",
+    "passkey:LENGTH": "made up: four digits in noise of up to LENGTH words (unit: answers)",
+    "needles:NEEDLES": "made up: up to 32 named numbers in 256 words (unit: answers)",
     "text:PATH": "your own UTF-8 text: a file, or a folder of .txt, .md and .rst files",
     "jsonl:PATH": "your own JSON lines with 'text' or 'messages'",
 }
@@ -25,9 +29,9 @@ def load_corpus(name: str, documents: tuple[int, int] | None = None) -> Corpus:
     """The corpus called `name`: one of `CORPORA`.
 
     Args:
-        name: a named corpus, ``text:PATH`` or ``jsonl:PATH``.
+        name: a named corpus, one of made-up tasks, ``text:PATH`` or ``jsonl:PATH``.
         documents: keep only the first ``(train, validation)`` documents of the splits. For
-            ``ultrachat`` and ``pile`` they say where the slices lie.
+            ``ultrachat`` and ``pile`` they say where the slices lie, for tasks how many are made.
 
     Raises:
         InputError: an unknown name, a path or file that cannot be used, too few documents.
@@ -38,6 +42,9 @@ def load_corpus(name: str, documents: tuple[int, int] | None = None) -> Corpus:
         return ultrachat(documents)
     if name == "pile":
         return pile(documents)
+    task = find_task(name)
+    if task is not None:
+        return synthetic(task, documents)
     if name == "pydocs":
         corpus = pydocs()
     elif name in {"wikitext-2", "wikitext-103"}:

@@ -75,6 +75,14 @@ class CorpusFacts(_Record):
     unigram_ppl: Perplexity | None = None
 
 
+class RetrievalAccuracy(_Record):
+    """Share of right answers, in 0..1, among the validation questions of one level."""
+
+    level: str
+    accuracy: Figure
+    answers: Count
+
+
 class PhaseOneFacts(_Record):
     """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
 
@@ -140,8 +148,9 @@ class Result(_Record):
 
     `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
     length only if every token is predicted from all before it. It is None, too, where samples are
-    lines, and where the tokenizer has one token for all unknown words. `train_ppl_windows` says on
-    how many training windows `train_ppl` was measured.
+    lines or questions, and where the tokenizer has one token for all unknown words.
+    `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
+    empty but for a corpus of tasks.
     """
 
     version: Literal[1] = RESULT_VERSION
@@ -163,6 +172,7 @@ class Result(_Record):
     train_ppl_running: Perplexity
     train_ppl: Perplexity
     train_ppl_windows: Count | None = None
+    retrieval: list[RetrievalAccuracy] = []
     best_epoch: Count
     epochs: Count
     learning_rate: Figure | None = None

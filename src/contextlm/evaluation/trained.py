@@ -19,15 +19,17 @@ class Trained(BaseModel):
 
     Attributes:
         target_offset: how many tokens ahead it predicts.
-        unit: whether a sample was a window of a stream, or a line of text.
+        unit: whether a sample was a window of a stream, a line of text, or a question.
         stream: whether its contexts ran on from window to window.
+        sequence_length: tokens of a sample; None where the note is older than this.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     target_offset: PositiveInt = 1
-    unit: Literal["windows", "lines"] = "windows"
+    unit: Literal["windows", "lines", "answers"] = "windows"
     stream: bool = False
+    sequence_length: PositiveInt | None = None
 
     def remarks(self) -> list[str]:
         """What makes figures on windows, each from its beginning, others than the run's."""
@@ -36,6 +38,8 @@ class Trained(BaseModel):
             said.append(f"it predicts the token {self.target_offset} ahead, and is scored on that")
         if self.unit == "lines":
             said.append("it was trained on lines, each from its beginning; here it reads windows")
+        if self.unit == "answers":
+            said.append("it was trained to answer made-up questions, and on nothing else")
         if self.stream:
             said.append("its contexts ran on through the text; here each window starts anew")
         return said

@@ -23,6 +23,7 @@ from contextlm.report import details, plots, resource_tables, tables, words
 from contextlm.report.epoch_tables import epoch_tables
 from contextlm.report.notes import detail_notes, notes
 from contextlm.report.remarks import data_remarks, unigram_remarks
+from contextlm.report.retrieval_table import retrieval_table
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
 from contextlm.report.terms import terms
@@ -137,6 +138,7 @@ def _data_uri(picture: bytes) -> str:
 def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
     """All that the templates may show."""
     measured = [
+        retrieval_table(rows),
         tables.quality_table(rows),
         tables.training_table(rows),
         tables.phase1_table(rows),

@@ -21,6 +21,7 @@ from contextlm.report.document import (
 )
 from contextlm.report.frontier import headline_length
 from contextlm.report.numbers import ABSENT, Stat, signed_percent, with_deviation
+from contextlm.report.retrieval_table import asked_questions
 from contextlm.report.sheet import CONTENDER, Column, Table, make_table, markdown_table
 from contextlm.report.summary import (
     SummaryRow,
@@ -49,12 +50,16 @@ __all__ = [
 def main_table(rows: Sequence[SummaryRow]) -> Table:
     """The comparison at a glance: perplexity, cache, speed, each against the baseline.
 
-    The document's perplexity stands beside the measured one if any contender has one, and the
-    number of seeds at the end if it is not the same for all.
+    A corpus of tasks has the share of right answers in front. The document's perplexity stands
+    beside the measured one if any contender has one, and the number of seeds at the end if it is
+    not the same for all.
     """
     length = headline_length(rows)
     documented = any(reported_value(row, "val_ppl") is not None for row in rows)
     columns = [CONTENDER, Column("validation PPL"), Column("PPL vs baseline")]
+    retrieval = any(map(asked_questions, rows))
+    if retrieval:
+        columns.insert(1, Column("right answers"))
     if documented:
         columns += [
             Column("validation PPL", "reported"),
@@ -77,6 +82,8 @@ def main_table(rows: Sequence[SummaryRow]) -> Table:
     for row in rows:
         against = row.comparison
         line = [row.shown_name, with_deviation(row.ppl), signed_percent(against.ppl)]
+        if retrieval:
+            line.insert(1, with_deviation(row.accuracy, numbers.percent))
         if documented:
             value = reported_value(row, "val_ppl")
             line += [
