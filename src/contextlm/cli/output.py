@@ -122,13 +122,14 @@ def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
 
 
 def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
-    """The same as one object: run folders, paths of the report, one summary row a contender."""
+    """The same as one object, with the result of every seed beside the rows of their means."""
     from contextlm.report.tables import summarise_runs
 
     return {
         "runs": [run.folder for run in runs],
         "report": dict(paths),
         "rows": summarise_runs(runs),
+        "results": [o.result.model_dump() for run in runs for o in run.outcomes],
     }
 
 
