@@ -177,7 +177,8 @@ def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> No
     for name in ("run", "sweep", "params", "report", "eval", "generate"):
         shown = command(name, "-h").out
         assert (
-            set(re.findall(r"contextlm (?:run|sweep|params) ([a-z-]+)(?![\w.-])", shown)) <= known
+            set(re.findall(r"contextlm (?:run|sweep|params) ([a-z][a-z-]*)(?![\w.-])", shown))
+            <= known
         )
         assert set(re.findall(r"runs/([a-z-]+)-\d+", shown)) <= known
         assert set(re.findall(r"runs/demo-001/([a-z-]+)/", shown)) <= names

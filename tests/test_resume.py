@@ -169,6 +169,7 @@ def test_the_command_goes_on_with_a_folder_and_says_when_there_is_nothing_to_do(
     monkeypatch, capsys
 ):
     folder = begin(monkeypatch, KeyboardInterrupt())
+    capsys.readouterr()  # what beginning it has said
 
     def command(*arguments: str) -> tuple[int, str, str]:
         code = execute(app, ["run", "--device", "cpu", *arguments])

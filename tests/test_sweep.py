@@ -43,6 +43,9 @@ needs_ray = pytest.mark.skipif(
 )
 
 
+pytestmark = pytest.mark.xdist_group("sweep")  # Ray starts once
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep")

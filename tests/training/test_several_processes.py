@@ -35,6 +35,10 @@ def launch(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProc
     )
 
 
+# One worker runs them all: what they share takes a minute to make.
+pytestmark = pytest.mark.xdist_group("several processes")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
