@@ -100,6 +100,10 @@ def run_contender(
     validation = evaluate_quality(model, trained.contexts.validation, size, device)
     again = _first(trained.contexts.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
+    retrieval = []
+    if recipe.unit == "answers":
+        task = find_task(recipe.corpus)
+        retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
@@ -138,11 +142,7 @@ def run_contender(
         learning_rate=recipe.training_of(contender).learning_rate,
         tuning=tuning,
         **_quality_fields(validation, train, trained.outcome, prepared, offset),
-        retrieval=retrieval_accuracy(
-            model, trained.contexts.validation, find_task(recipe.corpus), size, device
-        )
-        if recipe.unit == "answers"
-        else [],
+        retrieval=retrieval,
         phase1=trained.contexts.phase1,
         embedding=_embedding_facts(model, prepared),
         store=trained.contexts.store,

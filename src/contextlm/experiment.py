@@ -96,7 +96,8 @@ def run_one(
         InputError: the recipe or the device is not usable.
         RunError: a fault while running.
     """
-    where = resolve_device(device)
+    where = _usable_device(device)
+    check_recipe(recipe, where)
     prepared = prepare(recipe)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
@@ -136,6 +137,7 @@ def resume(folder: Path, *, device: str, progress: Progress) -> Path:
                 f"name it with --device"
             )
         recipe = load_recipe(str(folder / "recipe.yaml"))
+        check_recipe(recipe, where)
         progress.line(f"resuming {folder}")
         progress.update(f"preparing corpus {recipe.corpus}")
         prepared = prepare(recipe)

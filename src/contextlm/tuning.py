@@ -65,7 +65,10 @@ def tune(
     shorter = contender.model_copy(update={"training": {**contender.training, "warmup": warmup}})
     trials: dict[float, float] = {}
 
+    tried: set[float] = set()
+
     def attempt(rate: float) -> None:
+        tried.add(rate)
         place = run / contender.name / FOLDER / f"{rate:g}"
         progress.stage(f"{contender.name}, trying learning rate {rate:g}")
         loss = _trial(recipe, with_rate(shorter, rate), settings, part, place, device, progress)
@@ -76,7 +79,7 @@ def tune(
         attempt(rate)
     for _ in range(settings.extensions):
         further = _beyond(trials)
-        if further is None:
+        if further is None or further in tried:
             break
         attempt(further)
         if further not in trials:  # training broke down there
@@ -117,6 +120,8 @@ def _trial(
             recipe, contender, settings.seed, part, place, device, progress, working
         )
     except NotFiniteError as error:
+        if distribution.world() > 1:
+            raise  # a loss of one process's own: the others are still at it
         progress.line(f"given up: {error}")
         return None
     rate = recipe.training_of(contender).learning_rate

@@ -201,8 +201,6 @@ def _resume(folder: Path, device: str, as_json: bool) -> None:
 def _show_run(folder: Path, as_json: bool) -> None:
     if launched_rank():
         return  # one of several processes, of which the first speaks
-    if launched_rank():
-        return  # one of several processes, of which the first speaks
     from contextlm.evaluation.result import read_run
 
     runs = [read_run(folder)]

@@ -193,7 +193,8 @@ class HybridLayer(GradientCheckpointingLayer):
 
     def forward(self, x_BTD: Tensor, state: RowStateLayer | None, steps: Steps) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``; see `RecurrentMixer.forward`."""
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), state, steps)
+        mixed_BTD = self.mixer(steps.align.apply(self.mixer_norm(x_BTD)), state, steps)
+        x_BTD = x_BTD + steps.align.undo(mixed_BTD)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -247,12 +248,12 @@ class ContextHybridModel(ContextPreTrainedModel):
             use_cache,
         )
         steps = Steps.of(inputs)
-        x_BTD = steps.align.apply(inputs.embeds_BTD)
+        x_BTD = inputs.embeds_BTD
         states = [None] * len(self.layers) if inputs.cache is None else inputs.cache.layers
         for layer, state in zip(self.layers, states, strict=True):
             x_BTD = layer(x_BTD, state, steps)
         return BaseModelOutputWithPast(
-            last_hidden_state=steps.align.undo(self.norm(x_BTD)), past_key_values=inputs.cache
+            last_hidden_state=self.norm(x_BTD), past_key_values=inputs.cache
         )
 
 

@@ -52,8 +52,9 @@ class CausalConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start as the identity."""
-        init.zeros_(self.weight)
-        init.ones_(self.weight[:1])
+        identity = torch.zeros_like(self.weight)
+        identity[0] = 1
+        init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
         init.zeros_(self.bias)
 
     def forward(self, inputs_BTC: Tensor, state: Taps | None, steps: Steps) -> Tensor:
