@@ -56,9 +56,7 @@ Overrides = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(
-        metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1 ..."
-    ),
+    typer.Option(metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, mps."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
