@@ -548,9 +548,10 @@ def test_report_of_several_runs_goes_beside_them(
         written.append((len(runs), folder))
         return {"report.html": folder / "report.html"}
 
+    outcome = SimpleNamespace(result=SimpleNamespace(model_dump=lambda: {"seed": 3}))
     stand_in(
         "contextlm.evaluation.result",
-        read_run=lambda path: SimpleNamespace(folder=path, outcomes=[1]),
+        read_run=lambda path: SimpleNamespace(folder=path, outcomes=[outcome]),
     )
     stand_in("contextlm.report.page", write_report=write_report)
     stand_in("contextlm.report.tables", summarise_runs=lambda runs: [])
@@ -562,6 +563,7 @@ def test_report_of_several_runs_goes_beside_them(
         (run / "recipe.yaml").write_text(RECIPE, "utf-8")
     done = command("report", *runs, "--json")
     assert json.loads(done.out)["runs"] == [str(run) for run in runs]
+    assert json.loads(done.out)["results"] == [{"seed": 3}, {"seed": 3}]
     command("report", runs[0], "--json", "--open")
     command("report", *runs, "--out", tmp_path / "both", "--json")
     assert written == [
