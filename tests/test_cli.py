@@ -774,7 +774,7 @@ def test_a_folder_that_is_no_checkpoint(command: Command, tmp_path: Path) -> Non
 
 def test_eval_shows_what_was_measured(command: Command, stand_in: Any, checkpoint: Path) -> None:
     from contextlm.evaluation.checkpoint import CheckpointReport
-    from contextlm.evaluation.result import CacheBytes
+    from contextlm.evaluation.facts import CacheBytes
 
     seen: dict[str, Any] = {}
 

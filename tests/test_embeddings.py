@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from contextlm import embeddings
 from contextlm.embeddings import LearningText, check_learning_text, learn_embedding, load_pretrained
 from contextlm.errors import InputError, RunError
-from contextlm.evaluation.result import EmbeddingFacts, read_run, seed_folder
+from contextlm.evaluation.facts import EmbeddingFacts
+from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.experiment import run
 from contextlm.models.context_token import ContextTokenConfig, ContextTokenForCausalLM
 from contextlm.preparation import prepare

@@ -32,7 +32,8 @@ LEAVES = {
     "interrupts",
     "visible",
 }
-RECIPE = {"recipe", "recipe_parts"}  # the schema of a comparison; it checks, it does nothing
+# The schema of a comparison; it checks, it does nothing.
+RECIPE = {"recipe", "recipe_parts", "recipe_problems"}
 # What turns a recipe into a run.
 EXPERIMENT = {
     "experiment",
@@ -60,9 +61,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"ops"},
     "training": {"ops", "models", "data"},
     "evaluation": {"ops", "models", "data"},
-    "report": {"evaluation.result"},
-    "recipe": {"recipe_parts", "training.settings"},
+    "report": {"evaluation.facts", "evaluation.result"},
+    "recipe": {"recipe_parts", "recipe_problems", "training.settings"},
     "recipe_parts": {"training.settings"},
+    "recipe_problems": {"recipe_parts", "training.settings"},
     "benchmarks": {"ops", "models", "data", "training", "evaluation", *RECIPE},
     **{
         module: {"models", "data", "training", "evaluation", "report", *RECIPE, *EXPERIMENT}

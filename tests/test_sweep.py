@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from contextlm.cli.shell import execute
 from contextlm.errors import InputError
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.experiment import run
+from contextlm.locks import locked
 from contextlm.progress import SilentProgress
 from contextlm.recipe import load_recipe
 from contextlm.sweep_grid import read_grid, settings_of, tasks_of
@@ -200,6 +202,8 @@ def test_a_sweep_gives_the_figures_of_separate_runs_and_goes_on(command, folder,
         assert {path: path.stat().st_mtime_ns for path in before} == before
         assert list((folder / "out").rglob("*.part")) == []
 
+        _tuned_once(command, folder)
+
         code, out, err = command("--grid", f"{RATE}=2e-3", "--seeds", "3", "--cpus-per-task", "999")
         assert code == 2
         assert "--cpus-per-task 999: no machine has so many" in err
@@ -208,6 +212,29 @@ def test_a_sweep_gives_the_figures_of_separate_runs_and_goes_on(command, folder,
     setting = next((folder / "out").glob("learning_rate=0.001-*"))
     assert execute(app, ["report", str(setting)]) == 0
     assert (setting / "report.html").is_file()
+
+
+def _tuned_once(command, folder):
+    """Tuning is a task before those of the seeds, and all of them take its rate."""
+    tuning = "tuning={learning_rates: [1e-3, 1e30], share: 0.5, extensions: 0}"
+    grid = ("--grid", "training.clip=1.0", "--seeds", "2", "--json")
+    code, out, _ = command(*grid, "--set", tuning, "--set", "contenders.ours=null")
+    assert code == 0
+    (row,) = json.loads(out)["rows"]
+    results = [outcome.result for outcome in read_run(Path(row["run"])).outcomes]
+    assert [(r.seed, r.learning_rate) for r in results] == [(0, 1e-3), (1, 1e-3)]
+    assert [t.validation_loss is None for t in results[0].tuning.trials] == [False, True]
+    assert len(list(Path(row["run"]).glob("base/tuning/*/trial.json"))) == 2
+    assert {p.name for p in Path(row["run"]).iterdir() if p.name.startswith(".")} <= {".work"}
+
+
+@needs_ray
+def test_a_second_process_on_a_sweep_is_refused(command, folder):
+    (folder / "out").mkdir(exist_ok=True)
+    with locked(folder / "out" / ".lock", "the test"):
+        code, out, err = command("--grid", f"{RATE}=2e-3")
+    assert (code, out) == (2, "")
+    assert "is at work on it" in err
 
 
 def _same_figures(report, four):

@@ -18,7 +18,7 @@ from contextlm.recipe import load_recipe
 CPU = torch.device("cpu")
 
 
-def recipe(rates="[0.001, 0.002]", *, extensions=2, **tuned):
+def recipe(rates="[0.001, 0.002]", *, extensions=2, change=None, **tuned):
     settings = {"learning_rates": rates, "share": 0.25, "extensions": extensions, **tuned}
     inner = ", ".join(f"{key}: {value}" for key, value in settings.items())
     overrides = [
@@ -28,6 +28,7 @@ def recipe(rates="[0.001, 0.002]", *, extensions=2, **tuned):
         "contenders.context-pythia-projected=null",
         "contenders.hybrid=null",
     ]
+    overrides += [] if change is None else [change]
     return load_recipe("demo", scale="smoke", overrides=overrides)
 
 
@@ -75,6 +76,11 @@ def test_a_rate_that_breaks_down_is_passed_over(monkeypatch, tmp_path):
     facts, tried = tuned(monkeypatch, tmp_path, lambda rate: None if rate > 0.003 else 1 / rate)
     assert [rate for rate, *_ in tried] == [0.001, 0.002, 0.004]
     assert facts.chosen == 0.002
+    assert not facts.at_an_end
+    assert [trial.validation_loss for trial in facts.trials] == [1000, 500, None]
+    # It is remembered: the next seed does not try it again.
+    again, tried = tuned(monkeypatch, tmp_path, lambda rate: 0.0)
+    assert (again, tried) == (facts, [])
     with pytest.raises(RunError, match="pythia: training broke down at every rate"):
         tuned(monkeypatch, tmp_path / "other", lambda rate: None)
 
@@ -84,6 +90,31 @@ def test_trials_that_were_made_are_not_repeated(monkeypatch, tmp_path):
     again, tried = tuned(monkeypatch, tmp_path, lambda rate: 0.0)
     assert again == first
     assert tried == []
+
+
+def test_a_trial_of_another_rate_is_made_again(monkeypatch, tmp_path):
+    """Folders' names show six digits of a rate."""
+    tuned(monkeypatch, tmp_path, lambda rate: abs(rate - 0.0021), recipe("[0.001, 0.002, 0.004]"))
+    made = recipe("[0.001, 0.0020000001, 0.004]")
+    _, tried = tuned(monkeypatch, tmp_path, lambda rate: abs(rate - 0.0021), made)
+    assert [rate for rate, *_ in tried] == [0.0020000001]
+
+
+def test_a_share_holds_a_batch_where_lesser_ones_are_dropped(monkeypatch, tmp_path):
+    made = recipe("[0.001, 0.002, 0.004]", share=0.01, change="training.drop_last=true")
+    _, tried = tuned(monkeypatch, tmp_path, lambda rate: abs(rate - 0.0021), made)
+    assert {windows for _, _, windows, _ in tried} == {made.training.batch_size}
+
+
+def test_a_rate_of_ones_own_is_refused_beside_tuning():
+    tuning = "tuning={learning_rates: [0.001, 0.002]}"
+    for key in ("training", "contenders.pythia.training"):
+        for given in (f"{key}.learning_rate=0.003", f"{key}={{learning_rate: 0.003}}"):
+            with pytest.raises(InputError, match=f"{key}.learning_rate: tuning chooses"):
+                load_recipe("demo", scale="smoke", overrides=[tuning, given])
+    load_recipe("demo", scale="smoke", overrides=[tuning, "training.epochs=2"])
+    alone = ["training.learning_rate=0.003", "tuning=null"]
+    assert load_recipe("frontier", scale="small", overrides=alone).training.learning_rate == 0.003
 
 
 def test_a_run_takes_the_rate_that_was_chosen_and_says_so(tmp_path):
@@ -98,7 +129,7 @@ def test_a_run_takes_the_rate_that_was_chosen_and_says_so(tmp_path):
     assert trial["validation_loss"] == min(t.validation_loss for t in result.tuning.trials)
     report = (folder / "report.md").read_text()
     assert "Learning rates were chosen by validation loss after training on 25.0 %" in report
-    assert f"pythia {result.learning_rate:g} (tried: 0.001, 0.002)" in report
+    assert f"pythia {result.learning_rate:g} (tried: 0.001, 0.002; at the end" in report
 
 
 @pytest.mark.parametrize(

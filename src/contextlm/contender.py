@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from contextlm import distribution
 from contextlm.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.data.synthetic import find_task
+from contextlm.evaluation.facts import EmbeddingFacts, TuningFacts
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -23,7 +24,7 @@ from contextlm.evaluation.quality import (
     evaluator,
     perplexity,
 )
-from contextlm.evaluation.result import EmbeddingFacts, Result, StageMemory, Timings, TuningFacts
+from contextlm.evaluation.result import Result, StageMemory, Timings
 from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import Trained, write_trained

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from contextlm import distribution
 from contextlm.data.windows import Windows
 from contextlm.errors import NotFiniteError
+from contextlm.evaluation.facts import PhaseOneFacts, StoreFacts
 from contextlm.evaluation.memory import memory_now
 from contextlm.evaluation.quality import effective_rank, sample_rows, window_contexts
-from contextlm.evaluation.result import PhaseOneFacts, StageMemory, StoreFacts
+from contextlm.evaluation.result import StageMemory
 from contextlm.live import History, IterationWatcher
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.preparation import Prepared, Samples, reads_store

@@ -32,8 +32,8 @@ from contextlm.data.hub import from_hub
 from contextlm.data.token_store import cache_folder
 from contextlm.data.windows import Windows
 from contextlm.errors import InputError
+from contextlm.evaluation.facts import EmbeddingFacts
 from contextlm.evaluation.quality import evaluator, perplexity
-from contextlm.evaluation.result import EmbeddingFacts
 from contextlm.files import atomic_open
 from contextlm.live import EpochWatcher, History
 from contextlm.models.build import create_model

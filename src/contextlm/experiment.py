@@ -19,6 +19,7 @@ from contextlm.device import resolve_device
 from contextlm.embeddings import learn_embedding
 from contextlm.environment import describe_environment, note_changes
 from contextlm.errors import InputError, NotFiniteError, is_out_of_memory
+from contextlm.evaluation.facts import TuningFacts
 from contextlm.evaluation.result import read_outcome, read_run, seed_folder
 from contextlm.files import write_json, write_text
 from contextlm.preparation import Prepared, prepare
@@ -76,8 +77,42 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     return folder
 
 
+def tune_one(
+    recipe: Recipe, contender: str, folder: Path, *, device: str, progress: Progress
+) -> TuningFacts | None:
+    """Find the learning rate of one contender, as `run` would before it trains it.
+
+    Args:
+        recipe: with all contenders, which decide the text together.
+        contender: the one to tune.
+        folder: the run folder; the trials stay there and are not repeated.
+        device: ``auto``, ``cpu``, ``cuda``.
+        progress: is told what happens.
+
+    Raises:
+        InputError: the recipe or the device is not usable.
+        RunError: training broke down at every rate, or another fault.
+    """
+    where = _usable_device(device)
+    check_recipe(recipe, where)
+    working = working_folder(folder, contender)
+    try:
+        prepared = prepare(recipe)
+        prepared = with_learned_embedding(recipe, prepared, working, where, progress)
+        return tune(recipe, recipe.contender(contender), prepared, folder, where, progress)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
 def run_one(
-    recipe: Recipe, contender: str, seed: int, folder: Path, *, device: str, progress: Progress
+    recipe: Recipe,
+    contender: str,
+    seed: int,
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    tuning: TuningFacts | None,
 ) -> Path:
     """Train and measure one contender with one seed, as `run` would among all others.
 
@@ -88,6 +123,7 @@ def run_one(
         folder: for this alone; it is laid out like a run's.
         device: ``auto``, ``cpu``, ``cuda``.
         progress: is told what happens.
+        tuning: what `tune_one` gave.
 
     Returns:
         The contender and seed's own folder in it.
@@ -102,8 +138,7 @@ def run_one(
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
     prepared = with_learned_embedding(recipe, prepared, folder, where, progress)
-    (chosen,) = (entry for entry in recipe.contenders if entry.name == contender)
-    _run(recipe, chosen, seed, prepared, folder, where, progress)
+    _run(recipe, recipe.contender(contender), seed, prepared, folder, where, progress, tuning)
     _drop_stores(recipe, folder)
     shutil.rmtree(working_folder(folder), ignore_errors=True)
     return seed_folder(folder, contender, seed)
@@ -169,7 +204,8 @@ def _complete(
         for seed in recipe.seeds:
             for contender in recipe.contenders:
                 if not _has_finished(folder, contender.name, seed, progress):
-                    _run(recipe, contender, seed, prepared, folder, where, progress)
+                    tuning = tune(recipe, contender, prepared, folder, where, progress)
+                    _run(recipe, contender, seed, prepared, folder, where, progress, tuning)
             _drop_stores(recipe, folder)
         if distribution.is_main():
             write_report([read_run(folder)], folder)
@@ -195,9 +231,9 @@ def _run(
     folder: Path,
     where: torch.device,
     progress: Progress,
+    tuning: TuningFacts | None,
 ) -> None:
-    """One contender and seed, at the learning rate that tuning gives where the recipe asks."""
-    tuning = tune(recipe, contender, prepared, folder, where, progress)
+    """One contender and seed, at the learning rate that tuning gave where the recipe asks."""
     tuned = contender if tuning is None else with_rate(contender, tuning.chosen)
     place = seed_folder(folder, contender.name, seed)
     working = working_folder(folder, contender.name, f"seed-{seed}")

@@ -160,6 +160,17 @@ def _differences(full: Mapping[str, Any], changed: Mapping[str, Any], above: str
     return keys
 
 
+def sets(key: str, overrides: Iterable[str]) -> bool:
+    """Whether one of the ``dotted.key=value`` strings gives this dotted key a value."""
+    for override in overrides:
+        value: Any = _parse_override(override)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return True
+    return False
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")

@@ -36,11 +36,15 @@ class ParameterCount(BaseModel):
 
 
 class ContenderPlan(ParameterCount):
-    """Cost of one contender over all seeds and epochs; time and memory are rough estimates."""
+    """Cost of one contender over all seeds and epochs; time and memory are rough estimates.
+
+    Where the recipe tunes, FLOPs and time hold the trials of the grid, not those beyond its ends.
+    """
 
     tokens_per_epoch: int
     epochs: int
     seeds: int
+    tuning_trials: int
     flops: float
     seconds_estimate: float
     memory_bytes_estimate: int
@@ -116,7 +120,9 @@ def _plan(
     model = meta_model(prepared.configs[contender.name])
     counts = _count(contender, model)
     tokens = prepared.facts.train_windows * recipe.sequence_length
-    runs = training.epochs * len(recipe.seeds)
+    trials = 0 if recipe.tuning is None else len(recipe.tuning.learning_rates)
+    share = 0.0 if recipe.tuning is None else recipe.tuning.share
+    runs = training.epochs * (len(recipe.seeds) + trials * share)
     # A backward pass costs about two forward passes.
     flops = 3.0 * _forward_flops(model, recipe.sequence_length) * tokens * runs
     precision = resolve_precision(training.precision, device)
@@ -127,6 +133,7 @@ def _plan(
         tokens_per_epoch=tokens,
         epochs=training.epochs,
         seeds=len(recipe.seeds),
+        tuning_trials=trials,
         flops=flops,
         seconds_estimate=flops / (_EFFICIENCY * _matmul_flops_per_second(device, dtype)),
         # float32 weights, gradients and two moments; logits, their float copy and gradient.

@@ -29,9 +29,9 @@ from contextlm.embeddings import (
     load_pretrained,
 )
 from contextlm.errors import InputError
+from contextlm.evaluation.facts import CorpusFacts
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
-from contextlm.evaluation.result import CorpusFacts
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe import Contender, Recipe

@@ -8,19 +8,28 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from contextlm.errors import InputError, unknown_name
 from contextlm.files import nearest_file
-from contextlm.merging import FULL, departures, mapping, merge, own_setting, resolve, scales_of
+from contextlm.merging import (
+    FULL,
+    departures,
+    mapping,
+    merge,
+    own_setting,
+    resolve,
+    scales_of,
+    sets,
+)
 from contextlm.paths import is_file, is_folder
 from contextlm.recipe_parts import EvaluationSettings, Split
+from contextlm.recipe_problems import first_problem
 from contextlm.strict_yaml import dump, parse
 from contextlm.training.settings import (
     ContextStoreSettings,
@@ -30,7 +39,6 @@ from contextlm.training.settings import (
     TrainingSettings,
     TuningSettings,
 )
-from contextlm.visible import shown
 
 _SUFFIXES = {".yaml", ".yml"}
 
@@ -128,12 +136,20 @@ class Recipe(Settings):
     def _tuning_takes_windows(self) -> Self:
         if self.tuning is not None and self.context_store is not None:
             raise ValueError("tuning: takes a share of the windows, which a context_store forbids")
+        for contender in self.contenders if self.tuning is not None else ():
+            if "learning_rate" in contender.training:
+                key = f"contenders.{contender.name}.training.learning_rate"
+                raise ValueError(_tuned_away(key))
         return self
 
     @property
     def baseline(self) -> Contender:
         """The contender that others are compared with."""
         return next(contender for contender in self.contenders if contender.baseline)
+
+    def contender(self, name: str) -> Contender:
+        """The contender of that name, which must be one of them."""
+        return next(contender for contender in self.contenders if contender.name == name)
 
     def training_of(self, contender: Contender) -> TrainingSettings:
         """The recipe's training with the contender's own overrides applied."""
@@ -142,7 +158,7 @@ class Recipe(Settings):
             return TrainingSettings.model_validate(merged)
         except ValidationError as error:
             above = ["contenders", contender.name, "training"]
-            raise ValueError(_first_problem(error, TrainingSettings, above)) from None
+            raise ValueError(first_problem(error, TrainingSettings, above)) from None
 
     def target_offset_of(self, contender: Contender) -> int:
         """How many tokens ahead the contender predicts."""
@@ -169,7 +185,7 @@ def load_recipe(
     name_or_path: str,
     *,
     scale: str | None = None,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     seeds: list[int] | None = None,
 ) -> Recipe:
     """Read, merge and check a recipe.
@@ -200,7 +216,9 @@ def load_recipe(
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         names = [str(contender["name"]) for contender in raw["contenders"]]
-        raise InputError(f"{where}: {_first_problem(error, Recipe, names=names)}") from None
+        raise InputError(f"{where}: {first_problem(error, Recipe, names=names)}") from None
+    if recipe.tuning is not None and sets("training.learning_rate", overrides):
+        raise InputError(f"{where}: {_tuned_away('training.learning_rate')}")
     return recipe.model_copy(update={"departs_from_full": departures(full, raw, departed, where)})
 
 
@@ -240,83 +258,5 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     return raw, where
 
 
-def _first_problem(
-    error: ValidationError,
-    root: type[Settings],
-    above: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> str:
-    """One line for the first problem: the dotted key, what is wrong, the nearest known key.
-
-    Args:
-        error: what pydantic found.
-        root: the settings that were validated.
-        above: the keys that lead to `root`.
-        names: the contenders' names, which stand for their places in the list.
-    """
-    problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "finite_number" and location[-1] == "float":
-        location.pop()  # of JSON's types, the one that was tried
-    known = _fields_at(root, location[:-1])
-    if len(location) > 1 and location[0] == "contenders" and location[1].isdecimal():
-        location[1] = names[int(location[1])]
-    key = ".".join([*above, *location])
-    if problem["type"] == "extra_forbidden":
-        siblings = [".".join([*above, *location[:-1], k]) for k in known]
-        return _unknown_key(key, siblings)
-    value = problem.get("input")
-    if key == "corpus" and isinstance(value, dict) and list(value) in (["text"], ["jsonl"]):
-        kind, path = next(iter(value.items()))  # YAML's reading of `text:` and of `text: PATH`
-        slip = "PATH is missing" if path is None else "no space may follow the colon"
-        return f"corpus: expected {kind}:PATH, {slip}"
-    given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
-    return (f"{key}: " if key else "") + _message(problem) + given
-
-
-def _message(problem: ErrorDetails) -> str:
-    """What is wrong, without Python's words for it."""
-    if problem["type"] in {"model_type", "dict_type"}:
-        return "expected a mapping"
-    if problem["type"] == "string_pattern_mismatch":
-        dot = ", '.'" if "." in problem["ctx"]["pattern"] else ""
-        return f"only letters, digits{dot}, '-' and '_' are allowed, a letter or digit first"
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    return problem["msg"][:1].lower() + problem["msg"][1:].replace(" after validation", "")
-
-
-def _unknown_key(key: str, siblings: list[str]) -> str:
-    """Names the nearest key: of its own place, or one of that very name in another place."""
-    last = key.rpartition(".")[2]
-    top, _, rest = key.partition(".")
-    name = rest.partition(".")[0] if top == "contenders" else "NAME"
-    places: dict[str, type[Settings]] = {
-        "training": TrainingSettings,
-        "evaluation": EvaluationSettings,
-        f"contenders.{name}.phase1": PhaseOneSettings,
-    }
-    if top == "contenders":
-        places = {f"contenders.{name}.training": TrainingSettings, **places}
-    found = [f"{place}.{last}" for place, kind in places.items() if last in kind.model_fields]
-    if found:
-        return f"unknown key {key!r} (did you mean {found[0]!r}?)"
-    return str(unknown_name("key", key, siblings))
-
-
-def _fields_at(root: type[Settings], location: list[str]) -> list[str]:
-    """Field names of the settings class that a pydantic error location points into."""
-    current = root
-    for part in location:
-        field = current.model_fields.get(part)
-        if field is None:
-            continue  # a list index
-        for candidate in _settings_in(field.annotation):
-            current = candidate
-    return list(current.model_fields)
-
-
-def _settings_in(annotation: Any) -> list[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    return [s for arg in getattr(annotation, "__args__", ()) for s in _settings_in(arg)]
+def _tuned_away(key: str) -> str:
+    return f"{key}: tuning chooses the learning rate; tuning=null leaves it to you"

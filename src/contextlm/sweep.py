@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.errors import ContextLMError, InputError, RunError
+from contextlm.evaluation.facts import TuningFacts
 from contextlm.evaluation.result import read_run, seed_folder
 from contextlm.files import write_text
+from contextlm.locks import locked
 from contextlm.progress import Progress, SilentProgress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.sweep_table import SettingRun
 from contextlm.sweep_grid import Setting, Task, tasks_of
 
+_LOCK = ".lock"
 EXTRA = "contextlm sweep needs Ray: pip install 'contextlm[sweep]'"
 
 
@@ -63,8 +66,8 @@ def run_sweep(
         progress: is told what finishes.
 
     Raises:
-        InputError: Ray is missing, a recipe does not fit its data, or no machine has the resources;
-            nothing has been started.
+        InputError: Ray is missing, a recipe does not fit its data, no machine has the resources, or
+            another process is at work on the sweep; nothing has been started.
         RunError: Ray cannot be started or reached.
     """
     check_ray()
@@ -74,10 +77,13 @@ def run_sweep(
         progress.update(f"preparing {setting.recipe.corpus} for {setting.folder.name}")
         prepare(setting.recipe)  # also fills the cache that the tasks read
     tasks = tasks_of(settings)
-    waiting = [task for task in tasks if not task.finished]
-    for setting in settings:
-        write_text(setting.folder / "recipe.yaml", dump_recipe(setting.recipe))
-    failed = _run_tasks(waiting, device, resources, progress) if waiting else {}
+    place = settings[0].folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place / _LOCK, str(place)):
+        waiting = [task for task in tasks if not task.finished]
+        for setting in settings:
+            write_text(setting.folder / "recipe.yaml", dump_recipe(setting.recipe))
+        failed = _run_tasks(waiting, device, resources, progress) if waiting else {}
     runs = [
         SettingRun(setting.values, read_run(setting.folder))
         for setting in settings
@@ -98,13 +104,18 @@ def _run_tasks(
     try:
         options = {"num_cpus": resources.cpus, "num_gpus": _gpus(resources, device)}
         _check_resources(ray.nodes(), options)
-        remote = ray.remote(run_task).options(**options, max_retries=0)
-        running = {
-            remote.remote(
-                t.setting.recipe, t.contender, t.seed, t.setting.folder.absolute(), device
-            ): t
-            for t in tasks
-        }
+        tune = ray.remote(tune_task).options(**options, max_retries=0)
+        train = ray.remote(run_task).options(**options, max_retries=0)
+        tuned: dict[tuple[Path, str], Any] = {}
+        running = {}
+        for task in tasks:
+            recipe, folder = task.setting.recipe, task.setting.folder.absolute()
+            key = (folder, task.contender)
+            if recipe.tuning is not None and key not in tuned:  # one serves all seeds
+                tuned[key] = tune.remote(recipe, task.contender, folder, device)
+            # Ray starts a task when what it is given has been made.
+            begun = train.remote(recipe, task.contender, task.seed, folder, device, tuned.get(key))
+            running[begun] = task
         return _collect(running, progress)
     finally:
         if started:
@@ -174,7 +185,28 @@ def _check_resources(nodes: Sequence[Mapping[str, Any]], options: Mapping[str, f
             )
 
 
-def run_task(recipe: Recipe, contender: str, seed: int, run: Path, device: str) -> None:
+def tune_task(recipe: Recipe, contender: str, run: Path, device: str) -> TuningFacts | None:
+    """Find a contender's learning rate, wherever Ray puts it; trials stay in the run folder.
+
+    Args:
+        recipe: the setting's.
+        contender: its name.
+        run: the setting's run folder.
+        device: ``auto``, ``cpu``, ``cuda``.
+    """
+    from contextlm.experiment import tune_one
+
+    return tune_one(recipe, contender, run, device=device, progress=SilentProgress())
+
+
+def run_task(
+    recipe: Recipe,
+    contender: str,
+    seed: int,
+    run: Path,
+    device: str,
+    tuning: TuningFacts | None,
+) -> None:
     """One task, wherever Ray puts it: train and measure, then move the result to its place.
 
     Args:
@@ -183,6 +215,7 @@ def run_task(recipe: Recipe, contender: str, seed: int, run: Path, device: str) 
         seed: which one.
         run: the setting's run folder.
         device: ``auto``, ``cpu``, ``cuda``.
+        tuning: what `tune_task` found.
     """
     from contextlm.experiment import run_one
 
@@ -190,7 +223,9 @@ def run_task(recipe: Recipe, contender: str, seed: int, run: Path, device: str) 
     work = run / f".{contender}-seed-{seed}.part"
     shutil.rmtree(work, ignore_errors=True)  # what a task that was ended left
     try:
-        made = run_one(recipe, contender, seed, work, device=device, progress=SilentProgress())
+        made = run_one(
+            recipe, contender, seed, work, device=device, progress=SilentProgress(), tuning=tuning
+        )
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)
         (work / "environment.json").replace(run / "environment.json")

@@ -17,7 +17,7 @@ from contextlm import distribution
 from contextlm.contender import try_contender
 from contextlm.data.windows import Windows
 from contextlm.errors import NotFiniteError, RunError
-from contextlm.evaluation.result import TuningFacts, TuningTrial
+from contextlm.evaluation.facts import TuningFacts, TuningTrial
 from contextlm.files import write_json
 from contextlm.preparation import Prepared
 from contextlm.progress import Progress
@@ -60,42 +60,40 @@ def tune(
     settings = recipe.tuning
     if settings is None:
         return None
-    part = _part(prepared, contender, settings.share)
-    warmup = round(settings.share * recipe.training_of(contender).warmup)
+    training = recipe.training_of(contender)
+    fewest = training.batch_size if training.drop_last else 1
+    part = _part(prepared, contender, settings.share, fewest)
+    warmup = round(settings.share * training.warmup)
     shorter = contender.model_copy(update={"training": {**contender.training, "warmup": warmup}})
-    trials: dict[float, float] = {}
-
-    tried: set[float] = set()
+    trials: dict[float, TuningTrial] = {}
 
     def attempt(rate: float) -> None:
-        tried.add(rate)
         place = run / contender.name / FOLDER / f"{rate:g}"
-        progress.stage(f"{contender.name}, trying learning rate {rate:g}")
-        loss = _trial(recipe, with_rate(shorter, rate), settings, part, place, device, progress)
-        if loss is not None:
-            trials[rate] = loss
+        tried = with_rate(shorter, rate)
+        trials[rate] = _trial(recipe, tried, settings, part, place, device, progress)
 
     for rate in settings.learning_rates:
         attempt(rate)
     for _ in range(settings.extensions):
         further = _beyond(trials)
-        if further is None or further in tried:
+        if further is None:
             break
         attempt(further)
-        if further not in trials:  # training broke down there
-            break
-    if not trials:
+    if all(trial.validation_loss is None for trial in trials.values()):
         raise RunError(f"{contender.name}: training broke down at every rate of tuning")
-    ordered = [TuningTrial(learning_rate=r, validation_loss=trials[r]) for r in sorted(trials)]
+    ordered = [trials[rate] for rate in sorted(trials)]
     return TuningFacts(share=settings.share, seed=settings.seed, trials=ordered)
 
 
-def _beyond(trials: dict[float, float]) -> float | None:
-    """The rate to try next: beyond the end of the grid that was best; None if no end was."""
-    if not trials:
+def _beyond(trials: dict[float, TuningTrial]) -> float | None:
+    """The rate to try next: beyond the end of those tried that was best; None if no end was."""
+    losses = {
+        rate: t.validation_loss for rate, t in trials.items() if t.validation_loss is not None
+    }
+    if not losses:
         return None
-    best = min(trials, key=trials.__getitem__)
-    if best == max(trials):
+    best = min(losses, key=losses.__getitem__)
+    if best == max(trials):  # where the next one broke down, there is no use in going on
         return 2 * best
     return best / 2 if best == min(trials) else None
 
@@ -108,13 +106,16 @@ def _trial(
     place: Path,
     device: torch.device,
     progress: Progress,
-) -> float | None:
-    """The validation loss at one rate; None where training broke down."""
+) -> TuningTrial:
+    """What one rate gives; a trial without a loss is one at which training broke down."""
     done = place / "trial.json"
-    known = distribution.by_main(lambda: _known(done))
+    rate = recipe.training_of(contender).learning_rate
+    known = distribution.by_main(lambda: _known(done, rate))
     if known is not None:
-        return known.validation_loss
+        return known
+    progress.stage(f"{contender.name}, trying learning rate {rate:g}")
     working = working_folder(place.parents[2], contender.name, f"{FOLDER}-{place.name}")
+    loss = None
     try:
         loss = try_contender(
             recipe, contender, settings.seed, part, place, device, progress, working
@@ -123,25 +124,25 @@ def _trial(
         if distribution.world() > 1:
             raise  # a loss of one process's own: the others are still at it
         progress.line(f"given up: {error}")
-        return None
-    rate = recipe.training_of(contender).learning_rate
+    trial = TuningTrial(learning_rate=rate, validation_loss=loss)
     if distribution.is_main():
-        write_json(done, TuningTrial(learning_rate=rate, validation_loss=loss).model_dump())
+        write_json(done, trial.model_dump())
         shutil.rmtree(working, ignore_errors=True)
-    return loss
+    return trial
 
 
-def _known(done: Path) -> TuningTrial | None:
-    """A trial that an earlier call left; a damaged one is made again."""
+def _known(done: Path, rate: float) -> TuningTrial | None:
+    """A trial that an earlier call left; one that is damaged or of another rate is made again."""
     try:
-        return TuningTrial.model_validate_json(done.read_text("utf-8"))
+        trial = TuningTrial.model_validate_json(done.read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return trial if trial.learning_rate == rate else None
 
 
-def _part(prepared: Prepared, contender: Contender, share: float) -> Prepared:
-    """The data with the first part of the contender's training windows."""
+def _part(prepared: Prepared, contender: Contender, share: float, fewest: int) -> Prepared:
+    """The data with the first part of the contender's training windows, but no fewer than given."""
     windows = prepared.train[contender.name]
     assert isinstance(windows, Windows)  # a recipe with tuning has no lines
-    first = windows.first(max(1, round(share * len(windows))))
+    first = windows.first(min(len(windows), max(fewest, round(share * len(windows)))))
     return replace(prepared, train={contender.name: first}, stream=first.stream())

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from contextlm.evaluation.facts import CacheBytes, CorpusFacts, PhaseOneFacts
 from contextlm.evaluation.result import (
-    CacheBytes,
-    CorpusFacts,
     Outcome,
-    PhaseOneFacts,
     PhaseOneRow,
     PhaseTwoRow,
     Result,

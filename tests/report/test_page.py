@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from contextlm.errors import InputError
-from contextlm.evaluation.result import EmbeddingFacts, Run, StageMemory, StoreFacts, read_run
+from contextlm.evaluation.facts import EmbeddingFacts, StoreFacts
+from contextlm.evaluation.result import Run, StageMemory, read_run
 from contextlm.report.numbers import ABSENT
 from contextlm.report.page import render_summary, write_report
 

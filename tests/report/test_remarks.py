@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contextlm.evaluation.result import EmbeddingFacts
+from contextlm.evaluation.facts import EmbeddingFacts
 from contextlm.report.remarks import data_remarks
 from contextlm.report.summary import summarise
 

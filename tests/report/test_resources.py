@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import contextlm
-from contextlm.evaluation.result import StageMemory, StoreFacts
+from contextlm.evaluation.facts import StoreFacts
+from contextlm.evaluation.result import StageMemory
 from contextlm.report import resource_tables, resources
 from contextlm.report.document import document_figures
 from contextlm.report.numbers import ABSENT, Stat

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from contextlm.evaluation.result import StoreFacts
+from contextlm.evaluation.facts import StoreFacts
 from contextlm.report import details, document, numbers, tables, words
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.numbers import Stat

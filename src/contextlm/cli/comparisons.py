@@ -290,4 +290,7 @@ def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
     print_comparison(headings, rows)
     total = sum(c.seconds_estimate for c in plan.contenders)
     print(f"training time in all, roughly: {duration(total)}")
+    trials = plan.contenders[0].tuning_trials
+    if trials:
+        print(f"of it {trials} learning rates a contender on a part of the text; more may be tried")
     print("phase 1, data preparation and measuring come on top")

@@ -33,10 +33,10 @@ from contextlm.evaluation.checkpoint_files import (
     check_weights,
     read_object,
 )
+from contextlm.evaluation.facts import CacheBytes
 from contextlm.evaluation.input_cache import InputCacheReport, compare_input_cache
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
-from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import read_trained
 from contextlm.models.build import check_values, config_class, meta_model, reason

@@ -8,8 +8,8 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
+from contextlm.evaluation.facts import CacheBytes
 from contextlm.evaluation.memory import measure_cache
-from contextlm.evaluation.result import CacheBytes
 from contextlm.evaluation.speed import Speed, measure_speed
 from contextlm.models.input_cache import InputCache
 

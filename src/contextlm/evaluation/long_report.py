@@ -17,6 +17,7 @@ from contextlm.data.synthetic import MARK, Task, find_task, synthetic
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.facts import CacheBytes, RetrievalAccuracy
 from contextlm.evaluation.long_context import (
     TIMES,
     Bucket,
@@ -26,7 +27,6 @@ from contextlm.evaluation.long_context import (
     windows_of,
 )
 from contextlm.evaluation.memory import measure_cache, position_limit
-from contextlm.evaluation.result import CacheBytes, RetrievalAccuracy
 from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.trained import Trained, read_trained
 

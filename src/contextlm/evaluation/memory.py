@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from contextlm.errors import RunError
-from contextlm.evaluation.result import CacheBytes
+from contextlm.evaluation.facts import CacheBytes
 
 CHUNK = 1024
 

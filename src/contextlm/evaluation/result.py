@@ -8,142 +8,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from contextlm.errors import InputError
+from contextlm.evaluation.facts import (
+    CacheBytes,
+    CorpusFacts,
+    Count,
+    EmbeddingFacts,
+    Figure,
+    Finite,
+    Perplexity,
+    PhaseOneFacts,
+    Positive,
+    Record,
+    RetrievalAccuracy,
+    StoreFacts,
+    TuningFacts,
+)
 from contextlm.evaluation.run_folder import first_problem, read_mapping, read_recipe, read_text
 from contextlm.paths import is_file
 from contextlm.visible import shown
 
 RESULT_VERSION: Literal[1] = 1
-_LARGEST = 1e100  # of a finite figure: sums and squares of such are finite too
 
 
-def _usable(value: float) -> float:
-    if _LARGEST < abs(value) < float("inf"):
-        raise ValueError("expected a figure of at most 1e100, or one that is not finite")
-    return value
-
-
-def _positive(value: float) -> float:
-    if value <= 0:  # not a number is neither: it says that a measurement broke down
-        raise ValueError("expected a figure above 0")
-    return value
-
-
-# Figures may be infinite or not a number, where a model broke down; the report says so.
-Figure = Annotated[float, AfterValidator(_usable)]
-Perplexity = Annotated[float, AfterValidator(_usable), AfterValidator(_positive)]
-Finite = Annotated[float, AfterValidator(_usable), Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**62)]
-Positive = Annotated[int, Field(ge=1, lt=2**62)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CacheBytes(_Record):
-    """What decoding keeps after `tokens` tokens of one sequence.
-
-    `logical` counts the elements of every tensor kept; `resident` the memory that holds them, which
-    is larger where a tensor is a view of, or was preallocated in, something bigger.
-    """
-
-    tokens: Positive
-    logical: Count
-    resident: Count
-
-
-class CorpusFacts(_Record):
-    """The data that was really used.
-
-    `unigram_ppl` is the validation perplexity of the training tokens' frequencies (each entry
-    counted once more than seen): what a model without any context would reach.
-    """
-
-    name: str
-    tokenizer: str
-    vocab_size: Count
-    train_tokens: Count
-    validation_tokens: Count
-    train_windows: Count
-    validation_windows: Count
-    sequence_length: Count
-    unigram_ppl: Perplexity | None = None
-
-
-class RetrievalAccuracy(_Record):
-    """Share of right answers, in 0..1, among the validation questions of one level."""
-
-    level: str
-    accuracy: Figure
-    answers: Count
-
-
-class PhaseOneFacts(_Record):
-    """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
-
-    iterations: Count
-    converged: Figure
-    context_dim: Positive
-    effective_rank_train: Figure
-    effective_rank_validation: Figure
-
-
-class EmbeddingFacts(_Record):
-    """Where the token embeddings came from.
-
-    `tokens`, `epochs` and `validation_ppl` are those of the run in which they were learned;
-    `frozen` says that phase 2 left them as they were.
-    """
-
-    source: Literal["pretrained", "learned", "random"]
-    path: str | None = None
-    tokens: Count | None = None
-    epochs: Count | None = None
-    validation_ppl: Figure | None = None
-    frozen: bool = False
-
-
-class StoreFacts(_Record):
-    """The context stores that phase 2 read. Sizes in bytes.
-
-    The drifts are the mean-square differences between the parallel passes and the exact recurrence,
-    per number. Embeddings are not stored: they are looked up by token.
-    """
-
-    fill: Literal["sequential", "parallel"]
-    dtype: Literal["float32", "bfloat16"]
-    train_bytes: Count
-    validation_bytes: Count
-    drift_train: Figure
-    drift_validation: Figure
-
-
-class TuningTrial(_Record):
-    """One learning rate tried; the loss is the best epoch's, in nats per token."""
-
-    learning_rate: Figure
-    validation_loss: Figure
-
-
-class TuningFacts(_Record):
-    """How a contender's learning rate was chosen: the trials, on a share of the windows."""
-
-    share: Figure
-    seed: Count
-    trials: list[TuningTrial] = Field(min_length=1)
-
-    @property
-    def chosen(self) -> float:
-        """The rate with the lowest validation loss."""
-        return min(self.trials, key=lambda trial: trial.validation_loss).learning_rate
-
-
-class Result(_Record):
+class Result(Record):
     """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1.
 
     `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
@@ -191,7 +83,7 @@ class Result(_Record):
         return self.train_ppl / self.validation_ppl
 
 
-class StageMemory(_Record):
+class StageMemory(Record):
     """Memory in use when a stage ended: of the process (resident) and of the accelerator."""
 
     stage: str
@@ -199,7 +91,7 @@ class StageMemory(_Record):
     accelerator_bytes: Count | None
 
 
-class Timings(_Record):
+class Timings(Record):
     """Seconds, rates and peak memory of one contender and seed."""
 
     phase1_seconds: Figure | None
@@ -216,7 +108,7 @@ class Timings(_Record):
     peak_accelerator_bytes: Count | None
 
 
-class PhaseOneRow(_Record):
+class PhaseOneRow(Record):
     """One iteration of context training."""
 
     phase: Literal[1] = 1
@@ -225,7 +117,7 @@ class PhaseOneRow(_Record):
     loss: Figure | None
 
 
-class PhaseTwoRow(_Record):
+class PhaseTwoRow(Record):
     """One epoch of next-token training."""
 
     phase: Literal[2] = 2
@@ -238,7 +130,7 @@ class PhaseTwoRow(_Record):
     learning_rate: Figure
 
 
-class Outcome(_Record):
+class Outcome(Record):
     """All that one contender and seed left in its folder."""
 
     result: Result
@@ -246,7 +138,7 @@ class Outcome(_Record):
     history: list[PhaseOneRow | PhaseTwoRow]
 
 
-class Run(_Record):
+class Run(Record):
     """A run folder, read back. `recipe` is the resolved recipe, `environment` what it ran on."""
 
     folder: Path
@@ -302,7 +194,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
 
 
-R = TypeVar("R", bound=_Record)
+R = TypeVar("R", bound=Record)
 
 
 def _read_record(kind: type[R], run: Path, file: Path) -> R:

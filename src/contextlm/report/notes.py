@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contextlm.evaluation.result import PhaseOneFacts, Run
+from contextlm.evaluation.facts import PhaseOneFacts, TuningTrial
+from contextlm.evaluation.result import Run
 from contextlm.report import numbers
 from contextlm.report.document import windows_of_train_ppl
 from contextlm.report.frontier import comparable_groups
@@ -84,14 +85,20 @@ def _tuning_notes(rows: Sequence[SummaryRow]) -> list[str]:
     for row in rows:
         facts = row.outcomes[0].result.tuning
         if facts is not None:
-            tried = ", ".join(f"{t.learning_rate:g}" for t in facts.trials)
-            chosen = f"{row.name} {facts.chosen:g} (tried: {tried})"
+            tried = ", ".join(_tried(trial) for trial in facts.trials)
+            end = "; at the end of what was tried, another may be better" if facts.at_an_end else ""
+            chosen = f"{row.name} {facts.chosen:g} (tried: {tried}{end})"
             found.setdefault((facts.share, facts.seed), []).append(chosen)
     return [
         f"Learning rates were chosen by validation loss after training on "
         f"{numbers.percent(share)} of the windows with seed {seed}: {'; '.join(chosen)}."
         for (share, seed), chosen in found.items()
     ]
+
+
+def _tried(trial: TuningTrial) -> str:
+    broke = " (broke down)" if trial.validation_loss is None else ""
+    return f"{trial.learning_rate:g}{broke}"
 
 
 def _missing_notes(runs: Sequence[Run]) -> list[str]:

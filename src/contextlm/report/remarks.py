@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from contextlm.evaluation.result import EmbeddingFacts
+from contextlm.evaluation.facts import EmbeddingFacts
 from contextlm.report import numbers
 from contextlm.report.summary import SummaryRow
 

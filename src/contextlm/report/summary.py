@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal
 
-from contextlm.evaluation.result import CacheBytes, CorpusFacts, EmbeddingFacts, Outcome, Run
+from contextlm.evaluation.facts import CacheBytes, CorpusFacts, EmbeddingFacts
+from contextlm.evaluation.result import Outcome, Run
 from contextlm.report.numbers import Stat, percent_change
 from contextlm.report.resources import StageSummary, StoreSummary, stage_summaries, store_summary
 
