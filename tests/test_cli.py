@@ -490,6 +490,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
                 tokens_per_epoch=12288,
                 epochs=3,
                 seeds=2,
+                tuning_trials=3,
                 flops=1.25e15,
                 seconds_estimate=7300.0,
                 memory_bytes_estimate=3 * 2**20,
@@ -503,6 +504,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     for figure in ("base", "1,000,000", "800,000", "12,345", "1.2e15", "2.0 h", "3.0 MB"):
         assert figure in shown.out
     assert "training time, roughly" in shown.out
+    assert "of it 3 learning rates a contender on a part of the text" in shown.out
     assert "weights, optimiser, logits" in shown.out
     assert "at most" not in shown.out
     assert shown.out.endswith("phase 1, data preparation and measuring come on top\n")

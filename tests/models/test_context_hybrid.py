@@ -16,8 +16,9 @@ from contextlm.evaluation.memory import cache_bytes, feed
 from contextlm.models.alignment import RealFirst
 from contextlm.models.context_hybrid import ContextHybridConfig, ContextHybridForCausalLM
 from contextlm.models.gated_recurrence import GatedRecurrence, RecurrentMixer
-from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
+from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, WindowLayer
 from contextlm.models.latent_attention import LatentAttention
+from contextlm.models.steps import Steps
 from contextlm.models.windowed_attention import WindowedAttention
 
 PLAIN = Steps(RealFirst(None), None, None, None, None)

@@ -28,7 +28,7 @@ from contextlm.evaluation.facts import (
     StoreFacts,
     TuningFacts,
 )
-from contextlm.evaluation.run_folder import first_problem, read_mapping, read_recipe, read_text
+from contextlm.evaluation.run_files import first_problem, read_mapping, read_recipe, read_text
 from contextlm.paths import is_file
 from contextlm.visible import shown
 

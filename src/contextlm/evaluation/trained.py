@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from contextlm.errors import InputError
-from contextlm.evaluation.run_folder import first_problem
+from contextlm.evaluation.run_files import first_problem
 from contextlm.files import write_json
 
 NAME = "contextlm.json"

@@ -21,8 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from contextlm.models.gated_recurrence import BlockLinear, CausalConvolution, GatedRecurrence
-from contextlm.models.layers import ContextBlock, ContextLayer
+from contextlm.models.layers import ContextBlock, OwnStart
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,6 @@ class Architecture:
     description: str
     tiny: tuple[dict[str, Any], ...]
 
-
-# Modules whose weights do not start as transformers would start them.
-_OWN_STARTS = (ContextLayer, BlockLinear, CausalConvolution, GatedRecurrence)
 
 _REGISTRY: dict[str, Architecture] = {}
 M = TypeVar("M", bound=type[PreTrainedModel])
@@ -153,7 +149,7 @@ class ContextPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, _OWN_STARTS):
+        if isinstance(module, OwnStart):
             module.reset_parameters()
 
 

@@ -13,7 +13,7 @@ def check_counts(config: PreTrainedConfig, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < 1:
+        if value is not None and (isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 

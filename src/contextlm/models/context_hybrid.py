@@ -42,10 +42,11 @@ from contextlm.models.base import (
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.config_checks import check_counts, check_positive
 from contextlm.models.gated_recurrence import RecurrentMixer
-from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, Steps, WindowLayer
+from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, WindowLayer
 from contextlm.models.inputs import read_inputs
 from contextlm.models.latent_attention import LatentAttention
 from contextlm.models.layers import RMSNorm
+from contextlm.models.steps import Steps
 from contextlm.models.windowed_attention import WindowedAttention
 
 _MIXERS = "RWL"

@@ -158,7 +158,7 @@ class ContextPythiaModel(ContextPreTrainedModel):
     """Embedding, context block and GPT-NeoX layers, without the head."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
@@ -280,7 +280,7 @@ class ContextPythiaForCausalLM(ContextForCausalLM):
     """Context-Pythia: GPT-NeoX layers over recurrent contexts, full width or compressed."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock"]
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
     _can_compile_fullgraph = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

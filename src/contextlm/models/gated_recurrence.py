@@ -12,8 +12,8 @@ with D the width, ``*`` channel by channel::
 G are dense or block-diagonal. Decoding keeps h and the last ``taps - 1`` inputs u: 4 D numbers for
 4 taps, whatever the length.
 
-Shape suffixes: B batch, T tokens, D stream width, C channels of the recurrence, J taps before the
-current token, G blocks of a gate, E width of a block.
+Shape suffixes: B batch, T tokens, D stream width, C channels of the recurrence, G blocks of a gate,
+E width of a block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
-from contextlm.models.hybrid_cache import RecurrenceLayer, Steps, Taps
+from contextlm.models.causal_convolution import CausalConvolution
+from contextlm.models.hybrid_cache import RecurrenceLayer
+from contextlm.models.layers import OwnStart
+from contextlm.models.steps import Steps
 from contextlm.ops.linear_scan import linear_scan
 
 _SHARPNESS = 8.0  # the 8 in a_t
@@ -35,49 +38,7 @@ _SLOWEST, _FASTEST = 0.999, 0.9  # a at r = 1, at the start
 _STEEPEST = 1000.0
 
 
-class CausalConvolution(nn.Module):
-    """A depthwise convolution over a token and those before it, started as the identity.
-
-    Args:
-        width: C.
-        taps: tokens that each output sees, itself included; at least 1.
-    """
-
-    def __init__(self, width: int, taps: int):
-        super().__init__()
-        self.taps = taps
-        self.weight = nn.Parameter(torch.empty(taps, width))  # the current token's first
-        self.bias = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start as the identity."""
-        identity = torch.zeros_like(self.weight)
-        identity[0] = 1
-        init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
-        init.zeros_(self.bias)
-
-    def forward(self, inputs_BTC: Tensor, state: Taps | None, steps: Steps) -> Tensor:
-        """``[B, T, C]``; inputs before a row's first token are zero.
-
-        Args:
-            inputs_BTC: of the new tokens, real ones first.
-            state: where the inputs before them are kept, or None: there are none.
-            steps: the new tokens.
-        """
-        before, tokens = self.taps - 1, inputs_BTC.shape[1]
-        if state is None:
-            all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
-        else:
-            all_BSC = state.with_taps(inputs_BTC, before, steps)
-        out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
-        for back in range(1, self.taps):
-            earlier_BTC = all_BSC[:, before - back : before - back + tokens]
-            out_BTC = torch.addcmul(out_BTC, earlier_BTC, self.weight[back])
-        return out_BTC
-
-
-class BlockLinear(nn.Module):
+class BlockLinear(OwnStart):
     """A linear layer whose weight is block-diagonal; one block is a dense layer.
 
     Args:
@@ -118,7 +79,7 @@ class _BoundedRoot(torch.autograd.Function):
         return grad / (2 * root).clamp(min=1 / _STEEPEST)
 
 
-class GatedRecurrence(nn.Module):
+class GatedRecurrence(OwnStart):
     """The RG-LRU: gates and recurrence, without the projections around it.
 
     Args:

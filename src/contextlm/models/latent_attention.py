@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.hybrid_cache import LatentLayer, Steps
+from contextlm.models.attention_function import attend
+from contextlm.models.hybrid_cache import LatentLayer
 from contextlm.models.layers import RMSNorm
 from contextlm.models.rotary import rotate
-from contextlm.models.windowed_attention import attend
+from contextlm.models.steps import Steps
 
 
 class LatentAttention(nn.Module):

@@ -26,7 +26,15 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class ContextLayer(nn.Module):
+class OwnStart(nn.Module):
+    """A module whose weights do not start as transformers would start them."""
+
+    def reset_parameters(self) -> None:
+        """Start the module's own parameters anew, by `transformers.initialization`."""
+        raise NotImplementedError
+
+
+class ContextLayer(OwnStart):
     """One layer of the context block: ``c' = LN(c + GELU(W [c ; e] + b))`` (DESIGN 1.2).
 
     `weight` is one ``[C, C + D]`` matrix whose first C columns act on the context and whose last D

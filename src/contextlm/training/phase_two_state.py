@@ -3,7 +3,8 @@
 The Trainer writes a checkpoint file by file: a killed process leaves a part of one. Here each gets
 what the Trainer does not keep (the epochs so far, the running loss), then a manifest of checksums.
 One is written after every epoch, and inside an epoch when much time has passed or the process is
-told to stop. Of optimiser and random states the Trainer unpickles tensors and numbers only.
+told to stop. Of optimiser and random states the Trainer unpickles tensors and numbers only. For one
+process: several keep nothing to go on from.
 """
 
 from __future__ import annotations
@@ -117,10 +118,7 @@ class CheckpointKeeper(TrainerCallback):
         place = self.folder / f"{_PREFIX}-{step}"
         try:
             yield
-            # Each process has its random state in there.
-            self.trainer.accelerator.wait_for_everyone()
-            if self.trainer.args.should_save:
-                self._complete(place)
+            self._complete(place)
         # safetensors and torch have faults of their own for what the disk refuses.
         except (OSError, RuntimeError, SafetensorError, RunError) as error:
             shutil.rmtree(place, ignore_errors=True)
@@ -165,9 +163,6 @@ class CheckpointKeeper(TrainerCallback):
     ) -> None:
         if not _inside_an_epoch(args, state):
             return  # the epoch's own checkpoint comes next
-        if args.world_size > 1:  # a checkpoint needs all processes; only this one was told
-            self.asked.raise_now()
-            return
         if self.asked or time.monotonic() - self._saved >= SAVE_SECONDS:
             if self.asked:
                 self.tell("told to stop: writing a checkpoint first (once more stops at once)")
