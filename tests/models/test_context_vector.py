@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from contextlm.evaluation.memory import measure_cache, position_limit
+from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config
 from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
 
@@ -28,6 +29,20 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
+def gated_recurrence(decoder, embedding: Tensor, context: Tensor) -> Tensor:
+    """The equations of `models.gated_context`."""
+    norm, layer = decoder.embed_norm, decoder.context_block.layer
+    centred = embedding - embedding.mean()
+    e = centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    v = layer.inner.weight @ e + layer.inner.bias
+    gates = layer.recurrence
+    r, i = (
+        sigmoid(v @ gate.weight[0] + gate.bias) for gate in (gates.decay_gate, gates.input_gate)
+    )
+    a = torch.exp(-8 * torch.log(1 + torch.exp(gates.decay)) * r)
+    return a * context + (1 - a**2).sqrt() * i * v
+
+
 def naive_logits(model: ContextVectorForCausalLM, tokens: list[int]) -> Tensor:
     """The equations of DESIGN 1.1, one token and one context vector at a time."""
     config, decoder = model.config, model.model
@@ -45,6 +60,10 @@ def naive_logits(model: ContextVectorForCausalLM, tokens: list[int]) -> Tensor:
             h = layer.weight @ h + layer.bias
             h = h * (h > 0)
         logits.append(model.lm_head.weight @ h + model.lm_head.bias)
+
+        if config.context == "gated_recurrence":
+            contexts = [gated_recurrence(decoder, decoder.embed_tokens.weight[token], contexts[0])]
+            continue
 
         def own(layer, n, h=h):
             """What a layer has for context vector n."""
@@ -71,6 +90,26 @@ def test_logits_equal_the_naive_form(update, num_contexts, positions):
     ids = torch.randint(31, (2, 13))
     expected = torch.stack([naive_logits(model, row.tolist()) for row in ids])
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["learned", "none"])
+def test_logits_over_a_gated_recurrence_equal_the_naive_form(positions):
+    model = small(context="gated_recurrence", positions=positions)
+    ids = torch.randint(31, (2, 13))
+    expected = torch.stack([naive_logits(model, row.tolist()) for row in ids])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gated_recurrence_is_frozen_on_request_and_trained_by_phase_1():
+    for frozen in (False, True):
+        model = small(context="gated_recurrence", freeze_context=frozen)
+        assert isinstance(model.base_model, HasContextBlock)
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (not frozen or "context_block" not in name)
+    assert not isinstance(small().base_model, HasContextBlock)
+    for fields in ({"freeze_context": True}, {"context": "gated_recurrence", "update": "gated"}):
+        with pytest.raises(StrictDataclassError, match="gated_recurrence"):
+            ContextVectorConfig(**fields)
 
 
 def test_a_single_layer_is_allowed():

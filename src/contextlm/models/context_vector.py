@@ -20,6 +20,10 @@ sets the vectors apart (one, or the additive update) n of them are one of n time
 The context before a token decides the context after it through the whole MLP, so the tokens are
 taken one after the other; only the tokens' part of the first layer is computed for all at once.
 
+With ``context="gated_recurrence"`` the context is a gated recurrence over the normalised embeddings
+(`models.gated_context`) instead, which the MLP reads but does not write, so that tokens need not
+wait for each other. Phase 1 can train it, as it trains Context-Pythia's.
+
 Shape suffixes: B batch, T tokens, D embedding width, C width of all context vectors together,
 H width of the MLP, V vocabulary.
 """
@@ -32,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -45,7 +48,9 @@ from contextlm.models.base import (
 )
 from contextlm.models.cache import ContextStateLayer
 from contextlm.models.config_checks import check_counts, check_dropout, check_positive
-from contextlm.models.inputs import read_inputs
+from contextlm.models.context_update import ContextUpdate, ForgetGate
+from contextlm.models.gated_context import GatedContextBlock
+from contextlm.models.inputs import DecoderInputs, read_inputs
 from contextlm.models.positions import table_positions
 
 _DEFAULT_POSITIONS = 32
@@ -64,7 +69,9 @@ class ContextVectorConfig(PreTrainedConfig):
         mlp_size: H, the width of the MLP.
         mlp_layers: L, its linear layers.
         dropout: after each of them.
-        update: how a token changes the context.
+        context: what updates the context: the document's MLP, or a gated recurrence.
+        freeze_context: the recurrence learns in phase 1 only.
+        update: how the MLP changes the context.
         positions: learned, or none, which leaves the length unbounded.
         max_position_embeddings: positions that can be learned, 32 by default; None without them.
         initializer_range: standard deviation of the linear layers and the embeddings.
@@ -81,6 +88,8 @@ class ContextVectorConfig(PreTrainedConfig):
     mlp_size: int = 512
     mlp_layers: int = 8
     dropout: float | int = 0.1
+    context: Literal["mlp", "gated_recurrence"] = "mlp"
+    freeze_context: bool = False
     update: Literal["additive", "gated"] = "additive"
     positions: Literal["learned", "none"] = "learned"
     max_position_embeddings: int | None = None
@@ -105,13 +114,17 @@ class ContextVectorConfig(PreTrainedConfig):
         """Called by transformers on construction.
 
         Raises:
-            ValueError: a size is not positive, a limit of positions without positions, or a tied
-                head that is not as wide as the embedding.
+            ValueError: a size is not positive, a limit of positions without positions, a tied head
+                that is not as wide as the embedding, or a setting of the other kind of context.
         """
         sizes = ("vocab_size", "hidden_size", "context_dim", "num_contexts")
         check_counts(self, *sizes, "mlp_size", "mlp_layers")
         check_positive(self, "initializer_range")
         check_dropout(self, "dropout")
+        if self.context == "mlp" and self.freeze_context:
+            raise ValueError("freeze_context is for context 'gated_recurrence', not 'mlp'")
+        if self.context == "gated_recurrence" and self.update == "gated":
+            raise ValueError("update must be left out with context 'gated_recurrence', got 'gated'")
         limit = self.max_position_embeddings
         if self.positions == "none" and limit is not None:
             raise ValueError(
@@ -124,51 +137,6 @@ class ContextVectorConfig(PreTrainedConfig):
                 f"tie_word_embeddings needs an MLP as wide as the embedding: "
                 f"mlp_size {self.mlp_size} is not hidden_size {self.hidden_size}"
             )
-
-
-class ForgetGate(nn.Linear):
-    """A linear layer whose bias starts high: a model that has learnt nothing remembers.
-
-    Args:
-        mlp_size: H.
-        context_dim: C.
-        num_contexts: parts of the output whose biases start at 1, 3, 5 ...
-    """
-
-    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int):
-        super().__init__(mlp_size, context_dim)
-        self.num_contexts = num_contexts
-
-    def reset_bias(self) -> None:
-        """The starting biases."""
-        starts = 1.0 + 2.0 * torch.arange(self.num_contexts, device=self.bias.device)
-        width = self.bias.shape[0] // self.num_contexts
-        init.copy_(self.bias, starts.repeat_interleave(width))
-
-
-class ContextUpdate(nn.Module):
-    """How a token changes the context; `gated` adds a forget gate and an input gate.
-
-    Args:
-        mlp_size: H.
-        context_dim: C. One layer for all context vectors is the same as one layer for each.
-        num_contexts: how many vectors these are.
-        gated: scale what is kept and what is written, channel by channel.
-    """
-
-    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int, *, gated: bool):
-        super().__init__()
-        self.written = nn.Linear(mlp_size, context_dim)
-        self.forget_gate = ForgetGate(mlp_size, context_dim, num_contexts) if gated else None
-        self.input_gate = nn.Linear(mlp_size, context_dim) if gated else None
-
-    def forward(self, hidden_BH: Tensor, context_BC: Tensor) -> Tensor:
-        """The context after a token, ``[B, C]``, in the type of the context before it."""
-        written_BC = self.written(hidden_BH)
-        if self.forget_gate is None or self.input_gate is None:
-            return context_BC + written_BC
-        kept_BC = torch.sigmoid(self.forget_gate(hidden_BH)) * context_BC
-        return kept_BC + torch.sigmoid(self.input_gate(hidden_BH)) * torch.tanh(written_BC)
 
 
 class ContextVectorModel(ContextPreTrainedModel):
@@ -191,8 +159,15 @@ class ContextVectorModel(ContextPreTrainedModel):
             nn.Linear(mlp_size, mlp_size) for _ in range(config.mlp_layers - 1)
         )
         self.dropout = nn.Dropout(config.dropout)
-        gated = config.update == "gated"
-        self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
+        if config.context == "gated_recurrence":
+            self.embed_norm = nn.LayerNorm(config.hidden_size)
+            self.context_block = GatedContextBlock(
+                width, config.hidden_size, frozen=config.freeze_context
+            )
+        else:
+            gated = config.update == "gated"
+            self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
+        self.freeze_parts()
         self.post_init()
 
     @torch.no_grad()
@@ -200,6 +175,10 @@ class ContextVectorModel(ContextPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ForgetGate):
             module.reset_bias()
+
+    def embed_normalised(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as a gated recurrence reads them, ``[..., D]``."""
+        return self.embed_norm(self.embed_tokens(input_ids))
 
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
@@ -237,25 +216,43 @@ class ContextVectorModel(ContextPreTrainedModel):
             positions_BT = table_positions(inputs, position_ids, limit)
             tokens_BTD = tokens_BTD + self.embed_positions(positions_BT)
         state = None if inputs.cache is None else inputs.cache.layers[-1]
+        run = self._in_turn if self.config.context == "mlp" else self._at_once
         return BaseModelOutputWithPast(
-            last_hidden_state=self._run(tokens_BTD, inputs.mask_BT, state),
-            past_key_values=inputs.cache,
+            last_hidden_state=run(tokens_BTD, inputs, state), past_key_values=inputs.cache
         )
 
-    def _run(
-        self, tokens_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
+    def _hidden(self, token: Tensor, context: Tensor) -> Tensor:
+        """The MLP's output, ``[..., H]``, for the tokens' part and the contexts before them."""
+        hidden = self.dropout(F.relu(token + self.context_input(context)))
+        for layer in self.mlp:
+            hidden = self.dropout(F.relu(layer(hidden)))
+        return hidden
+
+    def _start(self, inputs: DecoderInputs, state: ContextStateLayer | None) -> Tensor:
+        """The context before the first of the new tokens, ``[B, C]``."""
+        batch, width = inputs.embeds_BTD.shape[0], self.config.total_context_dim
+        start_BC = inputs.embeds_BTD.new_zeros(batch, width)
+        return start_BC if state is None else state.continue_from(start_BC)
+
+    def _at_once(
+        self, tokens_BTD: Tensor, inputs: DecoderInputs, state: ContextStateLayer | None
+    ) -> Tensor:
+        """The MLP's outputs over a gated recurrence, ``[B, T, H]``; moves the state on."""
+        start_BC = self._start(inputs, state)
+        embedded_BTD = self.embed_norm(inputs.embeds_BTD)
+        (contexts_BTC,) = self.context_block.run(embedded_BTD, inputs.mask_BT, state)
+        before_BTC = torch.cat([start_BC.unsqueeze(1), contexts_BTC[:, :-1]], dim=1)
+        return self._hidden(self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype))
+
+    def _in_turn(
+        self, tokens_BTD: Tensor, inputs: DecoderInputs, state: ContextStateLayer | None
     ) -> Tensor:
         """The MLP's outputs from where the cache left off, ``[B, T, H]``; moves the state on."""
-        batch, tokens = tokens_BTD.shape[:2]
-        context_BC = tokens_BTD.new_zeros(batch, self.config.total_context_dim)
-        if state is not None:
-            context_BC = state.continue_from(context_BC)
+        mask_BT, tokens = inputs.mask_BT, tokens_BTD.shape[1]
+        context_BC = self._start(inputs, state)
         outputs = []
         for t, token_BH in enumerate(self.token_input(tokens_BTD).unbind(1)):
-            hidden_BH = token_BH + self.context_input(context_BC)
-            hidden_BH = self.dropout(F.relu(hidden_BH))
-            for layer in self.mlp:
-                hidden_BH = self.dropout(F.relu(layer(hidden_BH)))
+            hidden_BH = self._hidden(token_BH, context_BC)
             outputs.append(hidden_BH)
             new_BC = self.update(hidden_BH, context_BC)
             if mask_BT is not None:  # padding leaves the context as it is
@@ -283,6 +280,7 @@ _TINY = {
     tiny=(
         _TINY,
         {**_TINY, "update": "gated", "num_contexts": 2, "positions": "none"},
+        {**_TINY, "context": "gated_recurrence", "positions": "none"},
     ),
 )
 class ContextVectorForCausalLM(ContextForCausalLM):
