@@ -323,3 +323,16 @@ def test_a_checkpoint_with_unknown_words_has_no_bits_per_byte(tmp_path: Path, sp
     )
     assert keeps_all_words(tokenizer) == (spec == "bpe:300")
     assert (report.bits_per_byte is None) == (spec == "word:60")
+
+
+@pytest.mark.parametrize(
+    "scale", ["full", "gpt2-150m", "small", "small-mha", "small-ablations", "small-contexts"]
+)
+def test_the_frontiers_contenders_are_of_one_size(scale: str) -> None:
+    overrides = ["vocab_size=4096"] if scale.startswith("small") else []
+    recipe = load_recipe("frontier", scale=scale, overrides=overrides)
+    counts = {count.name: count.total for count in count_parameters(recipe)}
+    for name, total in counts.items():
+        assert abs(total / counts["mha"] - 1) < 0.02, name
+    if scale.startswith("small"):
+        assert max(counts.values()) < 3_000_000
