@@ -25,6 +25,7 @@ def test_sigterm_raises_within_the_block_and_is_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
@@ -40,6 +41,7 @@ def test_the_first_signal_waits_for_a_good_moment(number: signal.Signals, kind: 
     assert caught.type is kind
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_does_not_wait() -> None:
     with pytest.raises(KeyboardInterrupt), deferred():  # noqa: PT012
         send(signal.SIGINT)

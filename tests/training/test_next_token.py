@@ -387,6 +387,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whol
     assert told[1] == f"going on from {tmp_path / 'checkpoint-3'}"
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_writes_a_checkpoint_first(tmp_path, whole, number):
     with pytest.raises(KeyboardInterrupt):
