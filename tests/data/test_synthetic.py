@@ -72,10 +72,10 @@ def test_the_same_documents_come_each_time_and_none_in_both_splits(name: str) ->
 def test_levels_come_in_turn() -> None:
     task = find_task("recall:16")
     assert task is not None
-    assert task.levels == (4, 8, 16)
-    assert task.level_names() == ["4 pairs", "8 pairs", "16 pairs"]
+    assert task.levels == (2, 4, 8, 16)
+    assert task.level_names() == ["2 pairs", "4 pairs", "8 pairs", "16 pairs"]
     pairs = [len(parts(document)[2]) for document in load_corpus("recall:16", COUNTS).train]
-    assert pairs == [4, 8, 16] * 100
+    assert pairs == [2, 4, 8, 16] * 75
     lengths = {len(parts(document)[0]) for document in load_corpus("passkey:80", COUNTS).train}
     assert lengths == {10, 20, 40, 80}
     needles = [parts(document)[0] for document in load_corpus("needles:3", COUNTS).train]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
 from contextlm.models.alignment import RealFirst
+from contextlm.models.causal_convolution import CausalConvolution
 from contextlm.models.context_hybrid import ContextHybridConfig, ContextHybridForCausalLM
 from contextlm.models.gated_recurrence import GatedRecurrence, RecurrentMixer
 from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, WindowLayer
@@ -49,6 +50,15 @@ def config(**fields) -> ContextHybridConfig:
     return made
 
 
+def convolved(conv: CausalConvolution | None, inputs: list[Tensor]) -> list[Tensor]:
+    if conv is None:
+        return inputs
+    return [
+        conv.bias + sum(conv.weight[j] * inputs[t - j] for j in range(conv.taps) if t - j >= 0)
+        for t in range(len(inputs))
+    ]
+
+
 # R -------------------------------------------------------------------------------------------
 
 
@@ -59,12 +69,7 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     inner = [mixer.inner.weight @ x for x in x_TD]
     h, outputs = torch.zeros(width), []
     for t, x in enumerate(x_TD):
-        v = inner[t]
-        if conv is not None:
-            v = conv.bias.clone()
-            for j in range(conv.taps):
-                if t - j >= 0:
-                    v = v + conv.weight[j] * inner[t - j]
+        v = convolved(conv, inner)[t]
         gates = []
         for gate in (recurrence.decay_gate, recurrence.input_gate):
             if gate is None:
@@ -173,13 +178,7 @@ def rms_norm(norm: torch.nn.Module, x_E: Tensor) -> Tensor:
 
 def naive_window(mixer: WindowedAttention, x_TD: Tensor) -> Tensor:
     heads, shared, size = mixer.heads, mixer.shared, mixer.head_dim
-    inner = [mixer.inner.weight @ x for x in x_TD]
-    conv = mixer.convolution
-    if conv is not None:
-        inner = [
-            conv.bias + sum(conv.weight[j] * inner[t - j] for j in range(conv.taps) if t - j >= 0)
-            for t in range(len(inner))
-        ]
+    inner = convolved(mixer.convolution, [mixer.inner.weight @ x for x in x_TD])
     outputs = []
     for t in range(len(x_TD)):
         mixed = []
@@ -240,15 +239,18 @@ def steps_after(seen: int) -> Steps:
 
 def naive_latent(mixer: LatentAttention, x_TD: Tensor) -> Tensor:
     heads, content, rotary = mixer.heads, mixer.content, mixer.rotary
-    both = [mixer.compress.weight @ x for x in x_TD]
+    weight = torch.cat([mixer.query.weight, mixer.compress.weight])
+    inner = convolved(mixer.convolution, [weight @ x for x in x_TD])
+    queries = [q[: len(mixer.query.weight)] for q in inner]
+    both = [c[len(mixer.query.weight) :] for c in inner]
     latents = [rms_norm(mixer.norm, c[: mixer.latent]) for c in both]
     shared = [turned(c[mixer.latent :], s) for s, c in enumerate(both)]
     outputs = []
-    for t, x in enumerate(x_TD):
+    for t in range(len(x_TD)):
         mixed = []
         for head in range(heads):
             size = content + rotary
-            query = (mixer.query.weight @ x)[head * size : (head + 1) * size]
+            query = queries[t][head * size : (head + 1) * size]
             rows = slice(head * content, (head + 1) * content)
             scores, values = [], []
             for s in range(t + 1):
@@ -261,16 +263,24 @@ def naive_latent(mixer: LatentAttention, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
+def latent_mixer(taps: int) -> LatentAttention:
+    return LatentAttention(
+        config(pattern="L", latent_dim=7, rope_dim=6, attention_convolution=taps)
+    )
+
+
+@pytest.mark.parametrize("taps", [0, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 23])
-def test_l_is_its_equations(tokens):
-    mixer = LatentAttention(config(pattern="L", latent_dim=7, rope_dim=6))
+def test_l_is_its_equations(tokens, taps):
+    mixer = latent_mixer(taps)
     randomise(mixer)
     x = torch.randn(1, tokens, 12)
     assert_close(mixer(x, None, PLAIN)[0], naive_latent(mixer, x[0]))
 
 
-def test_l_keeps_one_latent_and_one_rotary_key_and_absorbs_the_rest(monkeypatch):
-    mixer = LatentAttention(config(pattern="L", latent_dim=7, rope_dim=6))
+@pytest.mark.parametrize("taps", [0, 3])
+def test_l_keeps_one_latent_and_one_rotary_key_and_absorbs_the_rest(monkeypatch, taps):
+    mixer = latent_mixer(taps)
     randomise(mixer)
     x = torch.randn(1, 23, 12)
     state, pieces, seen = LatentLayer(), [], 0
@@ -292,6 +302,14 @@ def test_a_cropped_latent_cache_goes_on_from_there():
     other = torch.randint(0, 53, (2, 3))
     expected = model(torch.cat([ids[:, :12], other], dim=1)).logits[:, -3:]
     assert_close(model(other, past_key_values=cache, use_cache=True).logits, expected)
+
+
+def test_a_latent_cache_with_taps_cannot_be_cropped():
+    fields = {"latent_dim": 7, "rope_dim": 6, "attention_convolution": 3}
+    model = ContextHybridForCausalLM(config(pattern="LL", **fields)).eval()
+    cache = model(torch.randint(0, 53, (2, 19)), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(7)
 
 
 # The whole -----------------------------------------------------------------------------------

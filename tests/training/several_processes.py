@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import contextlm
 from contextlm import distribution
 from contextlm.cli import app
-from contextlm.cli.shell import execute
+from contextlm.cli.shell import execute, leave
 from contextlm.data.windows import Windows
 from contextlm.evaluation.quality import evaluate_quality, evaluator
 from contextlm.models.build import build_config, create_model
@@ -181,6 +181,7 @@ def main() -> None:
         done, in_shares = everything(out), sharded(out)
         if distribution.is_main():
             torch.save({"done": done, "sharded": in_shares}, out / "done.pt")
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 from contextlm import __version__
 from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports, sweeping
 from contextlm.cli.help import PlainCommand, PlainGroup
-from contextlm.cli.shell import execute
+from contextlm.cli.shell import execute, leave
 
 app = typer.Typer(
     name="contextlm",
@@ -75,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; by default this process's own.
     """
-    sys.exit(execute(app, sys.argv[1:] if arguments is None else arguments))
+    leave(execute(app, sys.argv[1:] if arguments is None else arguments))

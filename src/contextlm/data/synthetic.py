@@ -28,7 +28,7 @@ from contextlm.errors import InputError
 QUESTION, MARK = "?", "*"
 DOCUMENTS = (20_000, 1_000)
 NEEDLE_TEXT = 256  # words before the question
-_VERSION = 1
+_VERSION = 2
 _HELD_OUT = 20  # percent of all possible documents
 _DIGITS = [f"d{n}" for n in range(10)]
 _NOISE = [f"w{n}" for n in range(32)]
@@ -103,7 +103,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 def _recall_task(pairs: int) -> Task:
     entries = max(64, 2 * pairs)
     write = partial(_recall, entries=entries)
-    return Task("recall", pairs, _doubling(4, pairs), "pairs", write, 2 * entries + 2)
+    return Task("recall", pairs, _doubling(2, pairs), "pairs", write, 2 * entries + 2)
 
 
 def _passkey_task(length: int) -> Task:

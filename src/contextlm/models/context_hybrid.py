@@ -65,7 +65,8 @@ class ContextHybridConfig(PreTrainedConfig):
         head_dim: width of a head; None is `hidden_size` over the heads.
         window: tokens that W sees, the current one included.
         convolution: taps of R's convolution, the current token included; 0 leaves it out.
-        attention_convolution: the same for queries, keys and values of W.
+        attention_convolution: the same for queries, keys and values of W, and for queries, latents
+            and rotary keys of L.
         gates: weights of R's gates; none leaves the gates out.
         qk_norm: RMSNorm on W's queries and keys.
         latent_dim: width of L's latent; None is four heads.

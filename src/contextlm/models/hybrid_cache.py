@@ -20,6 +20,7 @@ class Taps:
     """Mixed into a cache layer: the newest inputs of a causal convolution, ``[B, <=J, C]``."""
 
     taps: Tensor | None = None
+    is_croppable = False
 
     def with_taps(self, new_BTC: Tensor, taps: int, steps: Steps) -> Tensor:
         """The inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
@@ -32,6 +33,7 @@ class Taps:
         old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
         old_BJC = old_BJC if self.taps is None else self.taps
         self.taps = append_recent(old_BJC, new_BTC, steps.new_B, taps)
+        self.is_croppable = False  # the taps before these are gone
         return torch.cat([old_BJC, new_BTC], dim=1)
 
 
@@ -47,14 +49,14 @@ class WindowLayer(Taps, RecentLayer):
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
 
-class LatentLayer(RowStateLayer):
-    """Keeps one entry for every token: memory grows with the text.
+class LatentLayer(Taps, RowStateLayer):
+    """Keeps one entry for every token, and a convolution's taps where there is one.
 
     Attributes:
         entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
     """
 
-    kept: ClassVar[tuple[str, ...]] = ("counts", "entries")
+    kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
     is_croppable = True
 
     def __init__(self) -> None:
@@ -76,7 +78,13 @@ class LatentLayer(RowStateLayer):
         return both_BSC
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every row, which must be real ones."""
+        """Forget the newest tokens of every row, which must be real ones.
+
+        Raises:
+            ValueError: there is a convolution.
+        """
+        if not self.is_croppable:
+            super().crop(tokens_to_remove)
         if self.entries is None or self.counts is None or tokens_to_remove == 0:
             return
         left = self.entries.shape[1] - tokens_to_remove

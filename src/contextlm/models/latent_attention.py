@@ -11,6 +11,9 @@ Keys and values exist only while a text's first piece is read. Later tokens *abs
 projections: W_k goes into the query and W_v behind the weighted sum, so that what is kept, c and k,
 is attended to as it is, like the one key and value head of multi-query attention.
 
+With `attention_convolution` W_c x, W_r x and W_q x first pass a short causal convolution each: it
+shows a key what stood before it.
+
 Shape suffixes: B batch, T new tokens, S tokens kept and new, D stream width, H heads, E width of a
 head's content, R rotary width, C width of the latent, K = C + R.
 """
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention_function import attend
+from contextlm.models.causal_convolution import CausalConvolution
 from contextlm.models.hybrid_cache import LatentLayer
 from contextlm.models.layers import RMSNorm
 from contextlm.models.rotary import rotate
@@ -47,6 +51,9 @@ class LatentAttention(nn.Module):
         self.is_causal = True
         self.query = nn.Linear(width, self.heads * (self.content + self.rotary), bias=False)
         self.compress = nn.Linear(width, self.latent + self.rotary, bias=False)
+        taps, inner = config.attention_convolution, self.query.out_features
+        inner += self.compress.out_features
+        self.convolution = CausalConvolution(inner, taps) if taps else None
         self.norm = RMSNorm(self.latent, eps=config.rms_norm_eps)
         self.key = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
@@ -62,10 +69,14 @@ class LatentAttention(nn.Module):
         tokens = x_BTD.shape[1]
         positions_BT = steps.positions(tokens, x_BTD.device)
         theta = self.config.rope_theta
-        query_BHTE = self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query, latent = self.query(x_BTD), self.compress(x_BTD)
+        if self.convolution is not None:
+            inner = self.convolution(torch.cat([query, latent], dim=-1), state, steps)
+            query, latent = inner.to(query.dtype).split((query.shape[-1], latent.shape[-1]), dim=-1)
+        query_BHTE = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         plain_BHTE, turned_BHTR = query_BHTE.split((self.content, self.rotary), dim=-1)
         turned_BHTR = rotate(turned_BHTR, positions_BT, theta)
-        latent_BTC, key_BTR = self.compress(x_BTD).split((self.latent, self.rotary), dim=-1)
+        latent_BTC, key_BTR = latent.split((self.latent, self.rotary), dim=-1)
         key_BTR = rotate(key_BTR.unsqueeze(1), positions_BT, theta).squeeze(1)
         entries_BSK = torch.cat([self.norm(latent_BTC).to(key_BTR.dtype), key_BTR], dim=-1)
         if state is not None:
