@@ -101,15 +101,16 @@ def recalled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_reports_right_answers_by_level(recalled: Path) -> None:
     result = json.loads((seed_folder(recalled, "mha", 0) / "result.json").read_text())
-    (level,) = result["retrieval"]
-    assert level["level"] == "4 pairs"
-    assert level["answers"] == 4 * 40
-    assert level["accuracy"] == pytest.approx(result["accuracy"])
+    levels = result["retrieval"]
+    assert [level["level"] for level in levels] == ["2 pairs", "4 pairs"]
+    assert [level["answers"] for level in levels] == [2 * 20, 4 * 20]
+    right = sum(level["accuracy"] * level["answers"] for level in levels)
+    assert right / 120 == pytest.approx(result["accuracy"])
     assert result["bits_per_byte"] is None
     report = (recalled / "report.md").read_text()
     assert "| contender | right answers (measured) | validation PPL" in report
     assert "Right answers" in report
-    assert "| 4 pairs (measured) | all answers (measured) |" in report
+    assert "| 2 pairs (measured) | 4 pairs (measured) | all answers (measured) |" in report
     note = read_trained(seed_folder(recalled, "mha", 0) / "checkpoint")
     assert (note.unit, note.sequence_length) == ("answers", 16)
 
@@ -119,8 +120,8 @@ def test_eval_long_asks_other_questions(recalled: Path, capsys: pytest.CaptureFi
     options = ["eval", checkpoint, "--long", "--corpus", "recall:8", "--samples", "12"]
     assert execute(app, [*options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [entry["level"] for entry in report["retrieval"]] == ["4 pairs", "8 pairs"]
-    assert [entry["answers"] for entry in report["retrieval"]] == [6 * 4, 6 * 8]
+    assert [entry["level"] for entry in report["retrieval"]] == ["2 pairs", "4 pairs", "8 pairs"]
+    assert [entry["answers"] for entry in report["retrieval"]] == [4 * 2, 4 * 4, 4 * 8]
     assert report["positions"] == []
     assert (report["length"], report["trained"]) == (32, 16)
     assert report["cache"][0]["tokens"] == 32
