@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -208,6 +209,11 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> N
     if config.vocab_size < vocab_size:
         raise InputError(
             f"model.vocab_size {config.vocab_size} is less than the recipe's {vocab_size} entries"
+        )
+    if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
+        # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
+        raise InputError(
+            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]'"
         )
     model = meta_model(config)
     positions = position_limit(model)
