@@ -336,3 +336,11 @@ def test_the_frontiers_contenders_are_of_one_size(scale: str) -> None:
         assert abs(total / counts["mha"] - 1) < 0.02, name
     if scale.startswith("small"):
         assert max(counts.values()) < 3_000_000
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("name", ["recall", "passkey"])
+def test_contenders_on_made_up_tasks_are_of_one_size(name: str, scale: str) -> None:
+    counts = {c.name: c.total for c in count_parameters(load_recipe(name, scale=scale))}
+    for contender, total in counts.items():
+        assert abs(total / counts["mha"] - 1) < 0.02, contender

@@ -225,7 +225,9 @@ def _tuned_once(command, folder):
     assert [(r.seed, r.learning_rate) for r in results] == [(0, 1e-3), (1, 1e-3)]
     assert [t.validation_loss is None for t in results[0].tuning.trials] == [False, True]
     assert len(list(Path(row["run"]).glob("base/tuning/*/trial.json"))) == 2
-    assert {p.name for p in Path(row["run"]).iterdir() if p.name.startswith(".")} <= {".work"}
+    assert {path.name for path in Path(row["run"]).iterdir()} == {
+        *("base", "recipe.yaml", "environment.json")
+    }
 
 
 @needs_ray

@@ -93,7 +93,6 @@ def test_trials_that_were_made_are_not_repeated(monkeypatch, tmp_path):
 
 
 def test_a_trial_of_another_rate_is_made_again(monkeypatch, tmp_path):
-    """Folders' names show six digits of a rate."""
     tuned(monkeypatch, tmp_path, lambda rate: abs(rate - 0.0021), recipe("[0.001, 0.002, 0.004]"))
     made = recipe("[0.001, 0.0020000001, 0.004]")
     _, tried = tuned(monkeypatch, tmp_path, lambda rate: abs(rate - 0.0021), made)
@@ -112,6 +111,9 @@ def test_a_rate_of_ones_own_is_refused_beside_tuning():
         for given in (f"{key}.learning_rate=0.003", f"{key}={{learning_rate: 0.003}}"):
             with pytest.raises(InputError, match=f"{key}.learning_rate: tuning chooses"):
                 load_recipe("demo", scale="smoke", overrides=[tuning, given])
+    groups = "training.parameter_groups=[{match: '*', learning_rate: 0.5}]"
+    with pytest.raises(InputError, match="parameter_groups: learning_rate: tuning chooses"):
+        load_recipe("demo", scale="smoke", overrides=[tuning, groups])
     load_recipe("demo", scale="smoke", overrides=[tuning, "training.epochs=2"])
     alone = ["training.learning_rate=0.003", "tuning=null"]
     assert load_recipe("frontier", scale="small", overrides=alone).training.learning_rate == 0.003

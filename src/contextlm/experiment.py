@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +102,8 @@ def tune_one(
         return tune(recipe, recipe.contender(contender), prepared, folder, where, progress)
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        with suppress(OSError):  # others may be at work in there
+            working.parent.rmdir()
 
 
 def run_one(

@@ -213,7 +213,8 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> N
     if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
         # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
         raise InputError(
-            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]'"
+            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]', or "
+            f"leave the model out: --set contenders.{contender.name}=null"
         )
     model = meta_model(config)
     positions = position_limit(model)

@@ -137,9 +137,12 @@ class Recipe(Settings):
         if self.tuning is not None and self.context_store is not None:
             raise ValueError("tuning: takes a share of the windows, which a context_store forbids")
         for contender in self.contenders if self.tuning is not None else ():
+            key = f"contenders.{contender.name}.training"
             if "learning_rate" in contender.training:
-                key = f"contenders.{contender.name}.training.learning_rate"
-                raise ValueError(_tuned_away(key))
+                raise ValueError(_tuned_away(f"{key}.learning_rate"))
+            groups = self.training_of(contender).parameter_groups
+            if any(group.learning_rate is not None for group in groups):
+                raise ValueError(_tuned_away(f"{key}.parameter_groups: learning_rate"))
         return self
 
     @property

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,22 +106,26 @@ def _run_tasks(
         tune = ray.remote(tune_task).options(**options, max_retries=0)
         train = ray.remote(run_task).options(**options, max_retries=0)
         tuned: dict[tuple[Path, str], Any] = {}
-        running = {}
+        running: dict[Any, str] = {}
         for task in tasks:
             recipe, folder = task.setting.recipe, task.setting.folder.absolute()
             key = (folder, task.contender)
             if recipe.tuning is not None and key not in tuned:  # one serves all seeds
                 tuned[key] = tune.remote(recipe, task.contender, folder, device)
+                running[tuned[key]] = f"{folder.name}: {task.contender}, learning rate"
             # Ray starts a task when what it is given has been made.
             begun = train.remote(recipe, task.contender, task.seed, folder, device, tuned.get(key))
-            running[begun] = task
-        return _collect(running, progress)
+            running[begun] = task.name
+        return _collect(running, set(tuned.values()), progress)
     finally:
         if started:
             ray.shutdown()  # also ends tasks that still run, after an interrupt
 
 
-def _collect(running: dict[Any, Task], progress: Progress) -> dict[str, str]:
+def _collect(
+    running: dict[Any, str], tunings: Collection[Any], progress: Progress
+) -> dict[str, str]:
+    """Wait for all that is running; which of it failed, but for tunings: their seeds fail too."""
     import ray
 
     failed: dict[str, str] = {}
@@ -129,14 +133,16 @@ def _collect(running: dict[Any, Task], progress: Progress) -> dict[str, str]:
     with progress.bar(total, "tasks") as bar:
         while running:
             (reference,), _ = ray.wait(list(running), num_returns=1)
-            task = running.pop(reference)
+            name = running.pop(reference)
             count = f"{total - len(running)}/{total}"
             try:
                 ray.get(reference)
-                progress.line(f"{count}  {task.name}")
+                progress.line(f"{count}  {name}")
             except ray.exceptions.RayError as error:
-                failed[task.name] = _reason(error)
-                progress.line(f"{count}  failed: {task.name}: {failed[task.name]}")
+                reason = _reason(error)
+                progress.line(f"{count}  failed: {name}: {reason}")
+                if reference not in tunings:
+                    failed[name] = reason
             bar.advance()
     return failed
 

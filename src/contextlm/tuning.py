@@ -68,7 +68,7 @@ def tune(
     trials: dict[float, TuningTrial] = {}
 
     def attempt(rate: float) -> None:
-        place = run / contender.name / FOLDER / f"{rate:g}"
+        place = run / contender.name / FOLDER / repr(rate)
         tried = with_rate(shorter, rate)
         trials[rate] = _trial(recipe, tried, settings, part, place, device, progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +13,8 @@ from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config
 from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
+from contextlm.training.oacd import train_context_block
+from contextlm.training.settings import PhaseOneSettings
 
 SMALL = {"vocab_size": 31, "hidden_size": 7, "context_dim": 5, "mlp_size": 11, "mlp_layers": 3}
 
@@ -106,8 +109,21 @@ def test_a_gated_recurrence_is_frozen_on_request_and_trained_by_phase_1():
         assert isinstance(model.base_model, HasContextBlock)
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (not frozen or "context_block" not in name)
+        block = model.base_model.context_block
+        before = {name: value.clone() for name, value in block.named_parameters()}
+        tokens = np.random.default_rng(0).integers(0, 31, 60).astype(np.uint16)
+        embed = model.base_model.embed_normalised
+        settings = PhaseOneSettings(max_iterations=4, stop_at=1.0)
+        train_context_block(block, embed, tokens, settings, seed=0, device=torch.device("cpu"))
+        for name, parameter in block.named_parameters():
+            assert not torch.equal(parameter, before[name]), name
+            assert parameter.requires_grad == (not frozen)
     assert not isinstance(small().base_model, HasContextBlock)
-    for fields in ({"freeze_context": True}, {"context": "gated_recurrence", "update": "gated"}):
+    for fields in (
+        {"context": "gated_recurrence", "num_contexts": 2},
+        {"freeze_context": True},
+        {"context": "gated_recurrence", "update": "gated"},
+    ):
         with pytest.raises(StrictDataclassError, match="gated_recurrence"):
             ContextVectorConfig(**fields)
 
@@ -276,3 +292,16 @@ def test_a_tied_head_is_the_embedding():
 def test_values_that_make_no_model_are_refused(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         ContextVectorConfig(**fields)
+
+
+def test_the_gated_blocks_parts_are_its_recurrence():
+    """What phase 1 computes once per vocabulary entry, and what a store's contexts go through."""
+    block = small(context="gated_recurrence").base_model.context_block
+    embedded = torch.randn(2, 9, 7, dtype=torch.float64)
+    contexts = block.run(embedded, None, None)
+    before = torch.zeros(2, 5, dtype=torch.float64)
+    for t in range(9):
+        before = block.step(before, [block.layer.project(embedded[:, t])])
+        torch.testing.assert_close(contexts[0, :, t], before, rtol=1e-12, atol=1e-12)
+    shifted = torch.cat([torch.zeros_like(contexts[0, :, :1]), contexts[0, :, :-1]], dim=1)
+    torch.testing.assert_close(block.parallel(embedded, shifted), contexts, rtol=1e-12, atol=1e-12)

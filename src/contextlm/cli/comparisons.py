@@ -184,6 +184,7 @@ def _no_changes(options: dict[str, object]) -> None:
 def _resume(folder: Path, device: str, as_json: bool) -> None:
     """Go on with an unfinished run; of a finished one only the table is shown."""
     from contextlm import experiment
+    from contextlm.evaluation.result import read_run
     from contextlm.interrupts import termination_raises
     from contextlm.progress import RichProgress
     from contextlm.run_folder import is_unfinished
@@ -192,7 +193,7 @@ def _resume(folder: Path, device: str, as_json: bool) -> None:
     if is_unfinished(folder):
         with RichProgress() as progress, termination_raises():
             experiment.resume(folder, device=device, progress=progress)
-    elif (folder.parent / SWEEP_LOCK).exists():
+    elif (folder.parent / SWEEP_LOCK).exists() and read_run(folder).missing_seeds():
         raise InputError(f"{folder}: is a sweep's; the same `contextlm sweep` command goes on")
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)

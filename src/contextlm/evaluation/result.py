@@ -146,6 +146,14 @@ class Run(Record):
     environment: dict[str, Any]
     outcomes: list[Outcome]
 
+    def missing_seeds(self) -> dict[str, list[int]]:
+        """The recipe's seeds without a result, by contender; contenders that lack none left out."""
+        done = {(o.result.contender, o.result.seed) for o in self.outcomes}
+        seeds = self.recipe.get("seeds", [0])
+        names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
+        missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
+        return {name: lacking for name, lacking in missing.items() if lacking}
+
 
 def seed_folder(run: Path, contender: str, seed: int) -> Path:
     """Where one contender and seed keeps its files."""

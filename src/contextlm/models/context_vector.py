@@ -70,7 +70,7 @@ class ContextVectorConfig(PreTrainedConfig):
         mlp_layers: L, its linear layers.
         dropout: after each of them.
         context: what updates the context: the document's MLP, or a gated recurrence.
-        freeze_context: the recurrence learns in phase 1 only.
+        freeze_context: the recurrence learns in phase 1 only; False by default.
         update: how the MLP changes the context.
         positions: learned, or none, which leaves the length unbounded.
         max_position_embeddings: positions that can be learned, 32 by default; None without them.
@@ -125,6 +125,11 @@ class ContextVectorConfig(PreTrainedConfig):
             raise ValueError("freeze_context is for context 'gated_recurrence', not 'mlp'")
         if self.context == "gated_recurrence" and self.update == "gated":
             raise ValueError("update must be left out with context 'gated_recurrence', got 'gated'")
+        if self.context == "gated_recurrence" and self.num_contexts > 1:
+            raise ValueError(
+                f"num_contexts must be 1 with context 'gated_recurrence', got {self.num_contexts}: "
+                "its channels are independent, a wider context is the same"
+            )
         limit = self.max_position_embeddings
         if self.positions == "none" and limit is not None:
             raise ValueError(
@@ -284,7 +289,7 @@ _TINY = {
     ),
 )
 class ContextVectorForCausalLM(ContextForCausalLM):
-    """Context vector (New-LLM): no attention, one vector that an MLP updates at every token."""
+    """Context vector (New-LLM): no attention, a vector that an MLP or gates update at every token."""
 
     config_class = ContextVectorConfig
     supports_gradient_checkpointing = False

@@ -105,13 +105,9 @@ def _missing_notes(runs: Sequence[Run]) -> list[str]:
     missing = []
     for run, label in zip(runs, run_labels(runs), strict=True):
         above = f"{label}/" if len(runs) > 1 else ""
-        done = {(o.result.contender, o.result.seed) for o in run.outcomes}
-        for contender in run.recipe.get("contenders", []):
-            name = str(contender.get("name"))
-            seeds = [s for s in run.recipe.get("seeds", [0]) if (name, s) not in done]
-            if seeds:
-                plural = "seed" if len(seeds) == 1 else "seeds"
-                missing.append(f"{above}{name} ({plural} {', '.join(map(str, seeds))})")
+        for name, seeds in run.missing_seeds().items():
+            plural = "seed" if len(seeds) == 1 else "seeds"
+            missing.append(f"{above}{name} ({plural} {', '.join(map(str, seeds))})")
     return [f"Not finished, and so not shown: {'; '.join(missing)}."] if missing else []
 
 

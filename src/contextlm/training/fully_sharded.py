@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 # The block's recurrence is small, and models also call it otherwise than by its forward, which is
 # where sharding gathers the weights.
-_WHOLE = {"ContextBlock"}
+_WHOLE = {"ContextBlock", "GatedContextBlock"}
 
 
 def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
