@@ -289,7 +289,7 @@ _TINY = {
     ),
 )
 class ContextVectorForCausalLM(ContextForCausalLM):
-    """Context vector (New-LLM): no attention, a vector that an MLP or gates update at every token."""
+    """Context vector (New-LLM): no attention, a vector updated each token by an MLP or gates."""
 
     config_class = ContextVectorConfig
     supports_gradient_checkpointing = False
