@@ -164,6 +164,10 @@ def sharded_outside(folder: Path) -> None:
     ("damage", "message"),
     [
         (pickled(WEIGHTS), "model.safetensors: damaged"),
+        (
+            setting("tokenizer_config.json", model_max_length=[]),
+            "tokenizer_config.json: damaged, the tokenizer cannot be used",
+        ),
         (without_weights("pytorch_model.bin"), "pytorch_model.bin may be a pickle"),
         (without_weights("model.pt"), "model.pt may be a pickle"),
         (pickled("tokenizer.json"), "tokenizer.json: not valid JSON"),

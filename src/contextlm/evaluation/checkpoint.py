@@ -189,6 +189,13 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{file}: not a tokenizer: {reason(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder / 'tokenizer_config.json'}: it asks for no fast tokenizer")
+    try:  # some settings are looked at only when there is text
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    except Exception as error:  # whatever a value of another type leads to
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: damaged, the tokenizer cannot be used: "
+            f"{reason(error)}"
+        ) from None
     return tokenizer
 
 
