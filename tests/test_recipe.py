@@ -69,6 +69,15 @@ def changed(path: Path, old: str, new: str) -> Path:
     return path
 
 
+def test_a_contender_that_only_the_scale_has_can_be_left_out_and_changed() -> None:
+    overrides = ["contenders.one-latent=null", "contenders.no-gates.model.window=32"]
+    recipe = load_recipe("frontier", scale="small-ablations", overrides=overrides)
+    assert "one-latent" not in [contender.name for contender in recipe.contenders]
+    assert recipe.contender("no-gates").model["window"] == 32
+    with pytest.raises(InputError, match="did you mean 'no-gates'"):
+        load_recipe("frontier", scale="small-ablations", overrides=["contenders.no-gate=null"])
+
+
 def test_full_is_the_top_level(recipe_file: Path) -> None:
     recipe = load(recipe_file)
     assert recipe == load(recipe_file, scale="full")

@@ -38,14 +38,20 @@ def resolve(
         raise unknown_name(f"scale of {where}:", scale, [*named, FULL])
     contenders = _by_name(raw.get("contenders"), where)
     raw["contenders"] = contenders
-    layers = [] if scale == FULL else [mapping(named[scale], f"{where}: scale {scale!r}")]
-    for layer in [*layers, *(_parse_override(override) for override in overrides)]:
-        if "scale" in layer:
-            raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
-        raw = merge(raw, layer)
-    raw["contenders"] = _as_list(raw["contenders"], list(contenders), where)
+    layer = {} if scale == FULL else mapping(named[scale], f"{where}: scale {scale!r}")
+    raw = _merged(raw, layer, where)
+    brought = [entry["name"] for entry in _as_list(raw["contenders"], list(contenders), where)]
+    for override in overrides:
+        raw = _merged(raw, _parse_override(override), where)
+    raw["contenders"] = _as_list(raw["contenders"], [*contenders, *brought], where)
     raw["scale"] = scale
     return raw
+
+
+def _merged(raw: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
+    if "scale" in layer:
+        raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
+    return merge(raw, layer)
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
@@ -81,8 +87,7 @@ def _by_name(contenders: Any, where: str) -> dict[str, Any]:
 def _as_list(contenders: Any, known: list[str], where: str) -> list[dict[str, Any]]:
     """The contenders as a list again, without those that are null now.
 
-    A name that the recipe's top level does not `know` is a new contender if it brings a model with
-    a type, otherwise a slip.
+    A name not `known` is a new contender if it brings a model with a type, otherwise a slip.
     """
     entries = []
     for name, entry in mapping(contenders, f"{where}: contenders, by name").items():
