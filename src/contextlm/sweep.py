@@ -24,8 +24,9 @@ from contextlm.locks import locked
 from contextlm.progress import Progress, SilentProgress
 from contextlm.recipe import Recipe, dump_recipe
 from contextlm.report.sweep_table import SettingRun
-from contextlm.sweep_grid import SWEEP_LOCK, Setting, Task, tasks_of
+from contextlm.sweep_grid import Setting, Task, tasks_of
 
+_LOCK = ".lock"
 EXTRA = "contextlm sweep needs Ray: pip install 'contextlm[sweep]'"
 
 
@@ -78,7 +79,7 @@ def run_sweep(
     tasks = tasks_of(settings)
     place = settings[0].folder.parent
     place.mkdir(parents=True, exist_ok=True)
-    with locked(place / SWEEP_LOCK, str(place)):
+    with locked(place / _LOCK, str(place)):
         waiting = [task for task in tasks if not task.finished]
         for setting in settings:
             write_text(setting.folder / "recipe.yaml", dump_recipe(setting.recipe))

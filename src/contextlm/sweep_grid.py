@@ -15,8 +15,6 @@ from contextlm.evaluation.result import seed_folder
 from contextlm.recipe import Recipe, dump_recipe, load_recipe
 from contextlm.strict_yaml import parse
 
-SWEEP_LOCK = ".lock"  # in a sweep's folder, which no run's has
-
 
 @dataclass(frozen=True)
 class Setting:

@@ -188,13 +188,15 @@ def _resume(folder: Path, device: str, as_json: bool) -> None:
     from contextlm.interrupts import termination_raises
     from contextlm.progress import RichProgress
     from contextlm.run_folder import is_unfinished
-    from contextlm.sweep_grid import SWEEP_LOCK
 
     if is_unfinished(folder):
         with RichProgress() as progress, termination_raises():
             experiment.resume(folder, device=device, progress=progress)
-    elif (folder.parent / SWEEP_LOCK).exists() and read_run(folder).missing_seeds():
-        raise InputError(f"{folder}: is a sweep's; the same `contextlm sweep` command goes on")
+    elif read_run(folder).missing_seeds():
+        raise InputError(
+            f"{folder}: lacks results and keeps no state to go on from; a sweep's goes on with the "
+            "same `contextlm sweep` command"
+        )
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
     _show_run(folder, as_json)
