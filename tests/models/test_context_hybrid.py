@@ -297,19 +297,30 @@ def test_a_cropped_latent_cache_goes_on_from_there():
     model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
     ids = torch.randint(0, 53, (2, 19))
     cache = model(ids, use_cache=True).past_key_values
-    cache.crop(7)
+    cache.crop(-7)
     assert cache.get_seq_length() == 12
     other = torch.randint(0, 53, (2, 3))
     expected = model(torch.cat([ids[:, :12], other], dim=1)).logits[:, -3:]
     assert_close(model(other, past_key_values=cache, use_cache=True).logits, expected)
+    with pytest.raises(ValueError, match="expected 0 or a negative number"):
+        cache.crop(3)
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0
+    assert_close(model(ids, past_key_values=cache, use_cache=True).logits, model(ids).logits)
 
 
-def test_a_latent_cache_with_taps_cannot_be_cropped():
-    fields = {"latent_dim": 7, "rope_dim": 6, "attention_convolution": 3}
-    model = ContextHybridForCausalLM(config(pattern="LL", **fields)).eval()
-    cache = model(torch.randint(0, 53, (2, 19)), use_cache=True).past_key_values
+@pytest.mark.parametrize(
+    "fields", [{"pattern": "LR"}, {"pattern": "LL", "attention_convolution": 3}]
+)
+def test_a_cache_of_which_a_part_forgets_is_not_cropped_at_all(fields):
+    model = ContextHybridForCausalLM(config(latent_dim=7, rope_dim=6, **fields)).eval()
+    ids = torch.randint(0, 53, (2, 19))
+    cache = model(ids[:, :15], use_cache=True).past_key_values
+    assert not cache.is_croppable
     with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(7)
+        cache.crop(-7)
+    decoded = model(ids[:, 15:], past_key_values=cache, use_cache=True).logits
+    assert_close(decoded, model(ids).logits[:, 15:])
 
 
 # The whole -----------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def evaluate_quality(
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = tokens = 0
+    # torch's Dataset declares no length; ours have one.
     batches, counted = _own_batches(len(windows), batch_size)  # type: ignore[arg-type]
     with torch.autocast(device.type, enabled=False):
         for number, batch in enumerate(DataLoader(windows, batch_sampler=batches)):

@@ -29,6 +29,7 @@ def retrieval_accuracy(
     """
     found = []
     for place, level in enumerate(task.level_names() if task is not None else []):
+        # torch's Dataset declares no length (ours have one), and without a task there is no level.
         chosen = range(place, len(samples), len(task.levels))  # type: ignore[arg-type, union-attr]
         if chosen:
             quality = evaluate_quality(model, Subset(samples, chosen), batch_size, device)

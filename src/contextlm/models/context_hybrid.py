@@ -173,8 +173,12 @@ def _state(config: ContextHybridConfig, kind: str) -> RowStateLayer:
     """What a mixer keeps, empty."""
     if kind == "R":
         return RecurrenceLayer()
-    # The token that reads its window is not kept beforehand.
-    return WindowLayer(config.window - 1) if kind == "W" else LatentLayer()
+    if kind == "W":
+        # The token that reads its window is not kept beforehand.
+        return WindowLayer(config.window - 1)
+    # Recurrences, windows and taps forget what a shorter text would need.
+    forgets = set(config.pattern) != {"L"} or config.attention_convolution > 0
+    return LatentLayer(is_croppable=not forgets)
 
 
 class HybridLayer(GradientCheckpointingLayer):

@@ -20,7 +20,6 @@ class Taps:
     """Mixed into a cache layer: the newest inputs of a causal convolution, ``[B, <=J, C]``."""
 
     taps: Tensor | None = None
-    is_croppable = False
 
     def with_taps(self, new_BTC: Tensor, taps: int, steps: Steps) -> Tensor:
         """The inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
@@ -33,7 +32,6 @@ class Taps:
         old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
         old_BJC = old_BJC if self.taps is None else self.taps
         self.taps = append_recent(old_BJC, new_BTC, steps.new_B, taps)
-        self.is_croppable = False  # the taps before these are gone
         return torch.cat([old_BJC, new_BTC], dim=1)
 
 
@@ -52,15 +50,19 @@ class WindowLayer(Taps, RecentLayer):
 class LatentLayer(Taps, RowStateLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
+    Args:
+        is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
+            newest tokens can be taken back.
+
     Attributes:
         entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
-    is_croppable = True
 
-    def __init__(self) -> None:
+    def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
+        self.is_croppable = is_croppable
         self.entries: Tensor | None = None
 
     def append(self, new_BTC: Tensor, steps: Steps) -> Tensor:
@@ -80,14 +82,19 @@ class LatentLayer(Taps, RowStateLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens of every row, which must be real ones.
 
+        Args:
+            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
+
         Raises:
-            ValueError: there is a convolution.
+            ValueError: it is positive, or the cache cannot be cropped.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
         if not self.is_croppable:
             super().crop(tokens_to_remove)
-        if self.entries is None or self.counts is None or tokens_to_remove == 0:
+        if self.entries is None or self.counts is None:
             return
-        left = self.entries.shape[1] - tokens_to_remove
+        left = max(0, self.entries.shape[1] + tokens_to_remove)
         self.entries = self.entries[:, :left].clone()
-        self.counts = self.counts - tokens_to_remove
-        self._seen -= tokens_to_remove
+        self.counts = (self.counts + tokens_to_remove).clamp_min(0)
+        self._seen = max(0, self._seen + tokens_to_remove)
