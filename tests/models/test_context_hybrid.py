@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
@@ -293,6 +294,51 @@ def test_l_keeps_one_latent_and_one_rotary_key_and_absorbs_the_rest(monkeypatch,
     assert state.entries.shape == (1, 23, 7 + 6)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with a low-rank adapter beside it, as PEFT puts them into a model."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.in_features, self.out_features = layer, layer.in_features, 0
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_l_decodes_with_adapters_in_the_place_of_its_projections():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    plain = model(torch.arange(19).unsqueeze(0)).logits
+    for layer in model.model.layers:
+        for name in ("key", "value"):
+            setattr(layer.mixer, name, Adapted(getattr(layer.mixer, name)))
+    randomise(model)
+    ids = torch.arange(19).unsqueeze(0)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    decoded = model(ids[:, 6:], past_key_values=cache, use_cache=True).logits
+    assert_close(decoded, model(ids).logits[:, 6:])
+    assert not torch.allclose(model(ids).logits, plain)
+
+
+def test_latent_attention_decodes_with_guesses_that_are_taken_back():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    ids = torch.randint(0, 53, (1, 4)).repeat(1, 5)  # repeated: so that there are guesses
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
+
+
+def test_a_latent_cache_with_padding_is_not_cropped():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    ids, mask = torch.randint(0, 53, (2, 19)), torch.ones(2, 19)
+    mask[0, -6:] = 0
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-6)
+
+
 def test_a_cropped_latent_cache_goes_on_from_there():
     model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
     ids = torch.randint(0, 53, (2, 19))
@@ -342,6 +388,28 @@ def test_the_model_is_its_layers_written_out():
         stream = stream + (gate / (1 + torch.exp(-gate)) * up) @ part.down_proj.weight.T
     stream = torch.stack([rms_norm(model.model.norm, x) for x in stream])
     assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("pattern", ["RW", "WR", "RL", "LR"])
+def test_layers_may_lie_on_several_devices(pattern):
+    """The meta device stands for a second one: it refuses tensors of another."""
+    model = ContextHybridForCausalLM(config(pattern=pattern, latent_dim=7, rope_dim=6)).eval()
+    for part in (model.model.layers[1], model.model.norm, model.lm_head):
+        add_hook_to_module(part.to("meta"), AlignDevicesHook(torch.device("meta")))
+    ids, mask = torch.randint(0, 53, (2, 9)), torch.ones(2, 11)
+    mask[0, :3] = 0
+    cache = model(ids, attention_mask=mask[:, :9], use_cache=True).past_key_values
+    for tokens in (10, 11):
+        outputs = model(
+            ids[:, :1], attention_mask=mask[:, :tokens], past_key_values=cache, use_cache=True
+        )
+    assert outputs.logits.shape == (2, 1, 53)
+
+
+def test_the_number_of_layers_follows_from_the_pattern():
+    assert config(pattern="RWR", num_hidden_layers=3).num_hidden_layers == 3
+    with pytest.raises(ValueError, match="num_hidden_layers 6: pattern 'RWR' has a letter"):
+        config(pattern="RWR", num_hidden_layers=6)
 
 
 def test_without_an_l_memory_is_constant_and_counted():

@@ -216,15 +216,3 @@ def test_a_tied_head_is_the_embedding():
     )
     model = ContextPythiaForCausalLM(config)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_packed_documents_are_refused():
-    model = ContextPythiaForCausalLM(
-        ContextPythiaConfig(vocab_size=31, hidden_size=16, context_dim=8, num_attention_heads=2)
-    )
-    ids = torch.tensor([[1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="packed documents"):
-        model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
-    torch.testing.assert_close(
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 3]])).logits, model(ids).logits
-    )

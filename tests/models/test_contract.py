@@ -300,6 +300,41 @@ def test_a_mask_must_cover_the_past(model):
         model(ids[:, 5:7], attention_mask=torch.ones(2, 2), past_key_values=cache, use_cache=True)
 
 
+def test_a_mask_must_have_the_rows_of_the_tokens(model):
+    ids = make_tokens(model)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    for rows in (mask[:1], torch.cat([mask, mask])):
+        with pytest.raises(ValueError, match="2 rows"):
+            model(ids, attention_mask=rows)
+
+
+def test_packed_documents_are_refused(model):
+    ids = make_tokens(model, length=9)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).repeat(2, 1)
+    for mask in (None, torch.ones_like(ids)):
+        with pytest.raises(ValueError, match="packed documents"):
+            model(ids, attention_mask=mask, position_ids=packed)
+    rows, mask = pad_first_row(ids, 4)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    assert_close(
+        model(rows, attention_mask=mask, position_ids=positions).logits[mask.bool()],
+        model(rows, attention_mask=mask).logits[mask.bool()],
+    )
+
+
+def test_gradient_checkpointing_refuses_a_cache_that_it_would_move_on_twice(model):
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("the architecture does not claim gradient checkpointing")
+    ids = make_tokens(model)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="train without past_key_values"):
+        model(ids[:, 5:], past_key_values=cache)
+    model(ids, labels=ids).loss.backward()  # by default no cache is made
+
+
 def test_bfloat16_weights_decode_as_they_prefill(model):
     model = model.bfloat16()
     ids = make_tokens(model)

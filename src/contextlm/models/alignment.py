@@ -4,7 +4,7 @@ A phase, a grid or a segment is counted over a row's real tokens. Once these sta
 t is the row's t-th new token whatever the padding was; what is behind them is later than all of
 them and, in a causal model, without effect.
 
-Shape suffixes: B batch, T new tokens, K entries kept, E width of an entry.
+Shape suffixes: B batch, T new tokens, K entries kept, S entries kept and new, E width of an entry.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class RealFirst:
             return cls(None)
         return cls(torch.argsort(mask_BT.int(), dim=1, descending=True, stable=True))
 
+    def to(self, device: torch.device) -> RealFirst:
+        """The same on another device."""
+        return RealFirst(None if self.order_BT is None else self.order_BT.to(device))
+
     def apply(self, values_BTE: Tensor) -> Tensor:
         """Real tokens first, in their own order, ``[B, T, E]``."""
         return values_BTE if self.order_BT is None else _take(values_BTE, self.order_BT)
@@ -39,24 +43,24 @@ class RealFirst:
         return _take(values_BTE, torch.argsort(self.order_BT, dim=1))
 
 
-def append_recent(old_BKE: Tensor, new_BTE: Tensor, new_B: Tensor | None, limit: int) -> Tensor:
+def newest(both_BSE: Tensor, old: int, new_B: Tensor | None, limit: int) -> Tensor:
     """The newest entries of each row.
 
     Args:
-        old_BKE: earlier ones, each row's newest in the last column.
-        new_BTE: entries of the new tokens, each row's real ones first.
-        new_B: how many of these are real in each row; None: all T.
+        both_BSE: K earlier ones, each row's newest in column K - 1, and behind them those of the
+            T new tokens, each row's real ones first; S = K + T.
+        old: K.
+        new_B: how many of the new ones are real in each row; None: all T.
         limit: the most entries to keep.
 
     Returns:
-        ``[B, min(limit, K + T), E]``, each row's newest in the last column; a copy.
+        ``[B, min(limit, S), E]``, each row's newest in the last column; a copy.
     """
-    both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
     total = both_BSE.shape[1]
     keep = min(limit, total)
     if new_B is None:
         return both_BSE[:, total - keep :].clone()
-    ends_B1 = (old_BKE.shape[1] + new_B).unsqueeze(1)
+    ends_B1 = (old + new_B).unsqueeze(1)
     columns_BK = ends_B1 - keep + torch.arange(keep, device=new_B.device)
     return _take(both_BSE, columns_BK.clamp(min=0))
 

@@ -118,8 +118,11 @@ class ContextPreTrainedModel(PreTrainedModel):
     # Whether a decoder's `forward` takes `last`, the number of positions whose logits are wanted
     # (0 for all), and may return hidden states of these only.
     reads_only_last = False
-    # A recurrence cannot be rewound, so `generate` must not try (assisted decoding).
-    _is_stateful = True
+
+    @property
+    def _is_stateful(self) -> bool:
+        """A recurrence cannot be rewound, so `generate` must not try (assisted decoding)."""
+        return not self.new_cache().is_croppable
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from contextlm.models.alignment import append_recent
+from contextlm.models.alignment import newest
 
 
 class RowStateLayer(CacheLayerMixin):
@@ -192,6 +192,6 @@ class RecentLayer(RowStateLayer):
         new_B = None if mask_BT is None else mask_BT.sum(1)
         old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
         both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
-        self.entries = append_recent(old_BKE, new_BTE, new_B, self.limit)
+        self.entries = newest(both_BSE, old_BKE.shape[1], new_B, self.limit)
         self.advance(mask_BT, batch, tokens, new_BTE.device)
         return both_BSE

@@ -109,6 +109,12 @@ class ContextHybridConfig(PreTrainedConfig):
     mlp_bias = False  # read by transformers' feed-forward part
 
     def __post_init__(self, **kwargs: Any) -> None:
+        layers = kwargs.pop("num_hidden_layers", self.num_hidden_layers)
+        if layers != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers {layers}: pattern {self.pattern!r} has a letter for each "
+                f"layer, {self.num_hidden_layers} in all; change the pattern"
+            )
         if self.latent_dim is None:
             self.latent_dim = 4 * self.head_size
         if self.rope_dim is None:
@@ -199,6 +205,7 @@ class HybridLayer(GradientCheckpointingLayer):
 
     def forward(self, x_BTD: Tensor, state: RowStateLayer | None, steps: Steps) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``; see `RecurrentMixer.forward`."""
+        steps = steps.to(x_BTD.device)
         mixed_BTD = self.mixer(steps.align.apply(self.mixer_norm(x_BTD)), state, steps)
         x_BTD = x_BTD + steps.align.undo(mixed_BTD)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))

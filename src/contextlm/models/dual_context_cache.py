@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from contextlm.models.alignment import RealFirst, append_recent
+from contextlm.models.alignment import RealFirst, newest
 from contextlm.models.cache import RecentLayer
 from contextlm.models.inputs import DecoderInputs
 
@@ -46,8 +46,9 @@ class DualContextLayer(RecentLayer):
             Old and new ones, ``[B, K + N, D]``.
         """
         old_BKD = new_BND[:, :0] if self.representatives is None else self.representatives
-        self.representatives = append_recent(old_BKD, new_BND, new_B, keep)
-        return torch.cat([old_BKD, new_BND], dim=1)
+        both_BSD = torch.cat([old_BKD, new_BND], dim=1)
+        self.representatives = newest(both_BSD, old_BKD.shape[1], new_B, keep)
+        return both_BSD
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from contextlm.models.alignment import append_recent
+from contextlm.models.alignment import newest
 from contextlm.models.cache import ContextStateLayer, RecentLayer, RowStateLayer
 from contextlm.models.steps import Steps
 
@@ -31,8 +31,9 @@ class Taps:
         """
         old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
         old_BJC = old_BJC if self.taps is None else self.taps
-        self.taps = append_recent(old_BJC, new_BTC, steps.new_B, taps)
-        return torch.cat([old_BJC, new_BTC], dim=1)
+        both_BSC = torch.cat([old_BJC, new_BTC], dim=1)
+        self.taps = newest(both_BSC, old_BJC.shape[1], steps.new_B, taps)
+        return both_BSC
 
 
 class RecurrenceLayer(Taps, ContextStateLayer):
@@ -52,7 +53,7 @@ class LatentLayer(Taps, RowStateLayer):
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
-            newest tokens can be taken back.
+            newest tokens can be taken back, as long as none was padding.
 
     Attributes:
         entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
@@ -75,12 +76,13 @@ class LatentLayer(Taps, RowStateLayer):
         both_BSC = torch.cat([old_BKC, new_BTC], dim=1)
         self.entries = both_BSC
         if steps.new_B is not None:
-            self.entries = append_recent(old_BKC, new_BTC, steps.new_B, both_BSC.shape[1])
+            self.entries = newest(both_BSC, old_BKC.shape[1], steps.new_B, both_BSC.shape[1])
+            self.is_croppable = False  # the newest columns may hold padding in some rows
         self.advance(steps.mask_BT, batch, tokens, new_BTC.device)
         return both_BSC
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every row, which must be real ones.
+        """Forget the newest tokens of every row.
 
         Args:
             tokens_to_remove: how many, as a negative number, as transformers' own layers take it.

@@ -21,6 +21,7 @@ class Decoder(Protocol):
 
     config: PreTrainedConfig
     embed_tokens: nn.Module
+    training: bool
 
     def new_cache(self) -> Cache:
         """An empty cache of the decoder's own kind."""
@@ -62,7 +63,7 @@ def read_inputs(
 ) -> DecoderInputs:
     """Check and read the arguments of a decoder's forward pass.
 
-    The last layer of a cache counts each row's tokens, so it must be a `RowStateLayer`.
+    Every `RowStateLayer` of a cache counts each row's tokens, so there must be one.
 
     Args:
         decoder: whose forward pass it is.
@@ -75,7 +76,8 @@ def read_inputs(
 
     Raises:
         ValueError: neither or both of tokens and embeddings are given, the cache is not of the
-            decoder's making or has other rows, the mask does not fit, or documents are packed.
+            decoder's making, has other rows or would be moved on twice by gradient checkpointing,
+            the mask does not fit, or documents are packed.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -87,29 +89,41 @@ def read_inputs(
     if past_key_values is not None:
         counter = _counter(decoder, past_key_values)
         counter.check_rows(inputs_embeds.shape[0])
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing runs every layer twice, which would move the cache on "
+                "twice: train without past_key_values"
+            )
         past, seen_B = counter.get_seq_length(), counter.counts
-    mask_BT = token_mask(attention_mask, inputs_embeds.shape[1], past)
-    if position_ids is not None and attention_mask is None:
-        refuse_packed(position_ids)
+        # The layer that counts may be on another device than the embeddings.
+        seen_B = None if seen_B is None else seen_B.to(inputs_embeds.device)
+    batch, tokens = inputs_embeds.shape[:2]
+    mask_BT = token_mask(attention_mask, batch, tokens, past)
+    if position_ids is not None:
+        refuse_packed(position_ids, mask_BT)
     return DecoderInputs(inputs_embeds, mask_BT, seen_B, past_key_values, past)
 
 
 def _counter(decoder: Decoder, cache: Cache) -> RowStateLayer:
     kinds = [type(layer) for layer in decoder.new_cache().layers]
-    last = cache.layers[-1] if [type(layer) for layer in cache.layers] == kinds else None
-    if not isinstance(last, RowStateLayer):
-        raise ValueError(
-            f"{decoder.config.model_type} needs its own cache: leave past_key_values out, pass "
-            "what an earlier call returned, or make one with new_cache()"
-        )
-    return last
+    if [type(layer) for layer in cache.layers] == kinds:
+        for layer in cache.layers:
+            if isinstance(layer, RowStateLayer):
+                return layer
+    raise ValueError(
+        f"{decoder.config.model_type} needs its own cache: leave past_key_values out, pass "
+        "what an earlier call returned, or make one with new_cache()"
+    )
 
 
-def token_mask(attention_mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
+def token_mask(
+    attention_mask: Tensor | None, batch: int, tokens: int, seen: int = 0
+) -> Tensor | None:
     """Which of the newest tokens are real.
 
     Args:
         attention_mask: ``[B, past + T]``, 0 at padding, or None.
+        batch: B.
         tokens: T.
         seen: past, the tokens that the cache has seen.
 
@@ -117,13 +131,14 @@ def token_mask(attention_mask: Tensor | None, tokens: int, seen: int = 0) -> Ten
         ``[B, T]`` bool, or None when every token is real.
 
     Raises:
-        ValueError: the mask is not two-dimensional or too short.
+        ValueError: the mask is not two-dimensional, too short, or of other rows.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < seen + tokens:
+    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
+    if not fits or attention_mask.shape[1] < seen + tokens:
         raise ValueError(
-            f"attention_mask must be [batch, {seen} past + {tokens} new tokens], "
+            f"attention_mask must be [{batch} rows, {seen} past + {tokens} new tokens], "
             f"got {list(attention_mask.shape)}"
         )
     mask_BT = attention_mask[:, seen : seen + tokens].bool()
@@ -154,15 +169,22 @@ def real_positions(
     return positions_BT if seen_B is None else positions_BT + seen_B.unsqueeze(1)
 
 
-def refuse_packed(position_ids: Tensor) -> None:
+def refuse_packed(position_ids: Tensor, mask_BT: Tensor | None) -> None:
     """Documents packed into one row, with positions that start anew, are not for recurrences.
 
+    Args:
+        position_ids: ``[B, T]`` or ``[1, T]``.
+        mask_BT: False at padding, whose positions say nothing; None without padding.
+
     Raises:
-        ValueError: the positions of a row do not increase.
+        ValueError: the positions of a row's neighbouring real tokens do not increase.
     """
     if torch.compiler.is_compiling() or position_ids.device.type == "meta":
         return  # values cannot be looked at here
-    if bool((position_ids.diff(dim=-1) <= 0).any()):
+    starts = position_ids.diff(dim=-1) <= 0
+    if mask_BT is not None:
+        starts = starts & mask_BT[:, 1:] & mask_BT[:, :-1]
+    if bool(starts.any()):
         raise ValueError(
             "position_ids must increase: packed documents are not supported, because the context "
             "would run on from one to the next; put each document into a row of its own"

@@ -82,12 +82,12 @@ class LatentAttention(nn.Module):
         if state is not None:
             entries_BSK = state.append(entries_BSK, steps)
         kept = entries_BSK.shape[1] - tokens
-        read = self._rebuilt if kept == 0 else self._absorbed
-        return self.output(read(plain_BHTE, turned_BHTR, entries_BSK, steps.oldest(kept)))
+        if kept == 0:
+            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSK))
+        oldest_B = steps.oldest(kept)
+        return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSK, oldest_B))
 
-    def _rebuilt(
-        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSK: Tensor, oldest_B: Tensor | None
-    ) -> Tensor:
+    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSK: Tensor) -> Tensor:
         """Causal attention with the keys and values of all heads, ``[B, T, H E]``."""
         latent_BSC, shared_BSR = entries_BSK.split((self.latent, self.rotary), dim=-1)
         key_BHSE, value_BHSE = (
@@ -108,7 +108,8 @@ class LatentAttention(nn.Module):
         """The same with what is kept as the one key and value, ``[B, T, H E]``."""
         tokens, total = plain_BHTE.shape[2], entries_BSK.shape[1]
         key_HEC, value_HEC = (
-            layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.key, self.value)
+            _weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
+            for layer in (self.key, self.value)
         )
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
         query_BHTK = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
@@ -120,6 +121,18 @@ class LatentAttention(nn.Module):
         mixed = attend(self, query_BHTK, entries_B1SK, entries_B1SK, seen_BTS.unsqueeze(1))
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)
+
+
+def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
+    """What a projection multiplies with, ``[H E, C]``.
+
+    An adapter or a quantised layer may have taken its place. It is linear still, so its answers to
+    unit vectors are the columns.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight
+    answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
+    return answers.T
 
 
 class _OwnHeads:

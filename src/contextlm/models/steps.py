@@ -5,7 +5,7 @@ Shape suffixes: B batch, T new tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ class Steps:
         new_B = mask_BT.sum(1)
         real_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < new_B.unsqueeze(1)
         return cls(align, mask_BT, real_BT, new_B, inputs.seen_B)
+
+    def to(self, device: torch.device) -> Steps:
+        """The same on another device: layers may be spread over several."""
+        align, *rest = (getattr(self, field.name) for field in fields(self))
+        moved = (None if tensor is None else tensor.to(device) for tensor in rest)
+        return Steps(align.to(device), *moved)
 
     def first(self, tokens: int, device: torch.device) -> Tensor:
         """Which of the T tokens begins its row's text, ``[B, T]`` or ``[1, T]``."""
