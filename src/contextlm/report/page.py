@@ -137,8 +137,9 @@ def _data_uri(picture: bytes) -> str:
 
 def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
     """All that the templates may show."""
+    answers_by_level = retrieval_table(rows)
     measured = [
-        retrieval_table(rows),
+        answers_by_level,
         tables.quality_table(rows),
         tables.training_table(rows),
         tables.phase1_table(rows),
@@ -158,6 +159,7 @@ def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
     ]
     return {
         "title": _title(runs),
+        "answers_by_level": answers_by_level,
         "questions": _distinct(runs, "question"),
         "documents": _distinct(runs, "document"),
         "answer": words.answer(rows),
