@@ -140,3 +140,10 @@ def test_no_baseline_freezes_an_embedding(name):
     embedding = model.get_input_embeddings()
     assert embedding.weight[0].abs().sum() > 0
     assert embedding.weight.grad[0].abs().sum() > 0
+
+
+def test_a_number_of_layers_that_follows_from_the_pattern_may_be_given():
+    model = {"type": "context_hybrid", "pattern": "RWR", "num_hidden_layers": 3}
+    assert build_config(model, 100).num_hidden_layers == 3
+    with pytest.raises(InputError, match="num_hidden_layers 4: pattern 'RWR'"):
+        build_config({**model, "num_hidden_layers": 4}, 100)
