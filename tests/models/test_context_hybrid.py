@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 
@@ -329,14 +330,30 @@ def test_latent_attention_decodes_with_guesses_that_are_taken_back():
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
 
 
-def test_a_latent_cache_with_padding_is_not_cropped():
+def test_a_latent_cache_takes_back_real_tokens_only():
     model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
     ids, mask = torch.randint(0, 53, (2, 19)), torch.ones(2, 19)
     mask[0, -6:] = 0
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-    assert not cache.is_croppable
-    with pytest.raises(ValueError, match="cannot be cropped"):
+    with pytest.raises(ValueError, match="only the newest 0 can"):
         cache.crop(-6)
+    left = mask.flip(1)
+    cache = model(ids, attention_mask=left, use_cache=True).past_key_values
+    cache.crop(-6)
+    again = model(ids[:, 13:], attention_mask=left, past_key_values=cache, use_cache=True).logits
+    assert_close(again, model(ids, attention_mask=left).logits[:, 13:])
+    with pytest.raises(ValueError, match="only the newest 13 can"):
+        cache.crop(-14)
+
+
+def test_latent_attention_decodes_from_offloaded_weights():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    ids = torch.randint(0, 53, (1, 9))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].mixer.key.weight.device.type == "meta"
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def test_a_cropped_latent_cache_goes_on_from_there():
@@ -408,6 +425,8 @@ def test_layers_may_lie_on_several_devices(pattern):
 
 def test_the_number_of_layers_follows_from_the_pattern():
     assert config(pattern="RWR", num_hidden_layers=3).num_hidden_layers == 3
+    kept = config(pattern="RWR").to_dict()
+    assert ContextHybridConfig.from_dict(kept, num_hidden_layers=3).pattern == "RWR"
     with pytest.raises(ValueError, match="num_hidden_layers 6: pattern 'RWR' has a letter"):
         config(pattern="RWR", num_hidden_layers=6)
 

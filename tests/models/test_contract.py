@@ -315,6 +315,10 @@ def test_packed_documents_are_refused(model):
     for mask in (None, torch.ones_like(ids)):
         with pytest.raises(ValueError, match="packed documents"):
             model(ids, attention_mask=mask, position_ids=packed)
+    apart = torch.ones_like(ids)
+    apart[:, 3] = 0  # padding between the documents
+    with pytest.raises(ValueError, match="packed documents"):
+        model(ids, attention_mask=apart, position_ids=packed)
     rows, mask = pad_first_row(ids, 4)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     assert_close(

@@ -109,12 +109,6 @@ class ContextHybridConfig(PreTrainedConfig):
     mlp_bias = False  # read by transformers' feed-forward part
 
     def __post_init__(self, **kwargs: Any) -> None:
-        layers = kwargs.pop("num_hidden_layers", self.num_hidden_layers)
-        if layers != self.num_hidden_layers:
-            raise ValueError(
-                f"num_hidden_layers {layers}: pattern {self.pattern!r} has a letter for each "
-                f"layer, {self.num_hidden_layers} in all; change the pattern"
-            )
         if self.latent_dim is None:
             self.latent_dim = 4 * self.head_size
         if self.rope_dim is None:
@@ -130,6 +124,14 @@ class ContextHybridConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """One for each letter of the pattern."""
         return len(self.pattern)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int | None) -> None:
+        if value not in (None, len(self.pattern)):
+            raise ValueError(
+                f"num_hidden_layers {value}: pattern {self.pattern!r} has a letter for each "
+                f"layer, {len(self.pattern)} in all; change the pattern"
+            )
 
     @property
     def gate_blocks(self) -> int:

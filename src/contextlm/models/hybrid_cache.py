@@ -53,7 +53,7 @@ class LatentLayer(Taps, RowStateLayer):
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
-            newest tokens can be taken back, as long as none was padding.
+            newest tokens can be taken back, as far as none is padding.
 
     Attributes:
         entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
@@ -65,6 +65,7 @@ class LatentLayer(Taps, RowStateLayer):
         super().__init__()
         self.is_croppable = is_croppable
         self.entries: Tensor | None = None
+        self._real_tail = 0  # newest tokens that were real in every row
 
     def append(self, new_BTC: Tensor, steps: Steps) -> Tensor:
         """Take in the entries of T new tokens, real ones first; old and new, ``[B, S, C]``.
@@ -77,9 +78,14 @@ class LatentLayer(Taps, RowStateLayer):
         self.entries = both_BSC
         if steps.new_B is not None:
             self.entries = newest(both_BSC, old_BKC.shape[1], steps.new_B, both_BSC.shape[1])
-            self.is_croppable = False  # the newest columns may hold padding in some rows
+        self._real_tail = _real_tail(self._real_tail, steps.mask_BT, tokens)
         self.advance(steps.mask_BT, batch, tokens, new_BTC.device)
         return both_BSC
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._real_tail = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens of every row.
@@ -88,15 +94,33 @@ class LatentLayer(Taps, RowStateLayer):
             tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
 
         Raises:
-            ValueError: it is positive, or the cache cannot be cropped.
+            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
+                padding.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
         if not self.is_croppable:
             super().crop(tokens_to_remove)
-        if self.entries is None or self.counts is None:
+        if self.entries is None or self.counts is None or tokens_to_remove == 0:
             return
-        left = max(0, self.entries.shape[1] + tokens_to_remove)
+        if -tokens_to_remove >= self._seen:
+            return self.reset()
+        if -tokens_to_remove > self._real_tail:
+            raise ValueError(
+                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
+                f"the newest {self._real_tail} can be taken back"
+            )
+        left = self.entries.shape[1] + tokens_to_remove
         self.entries = self.entries[:, :left].clone()
-        self.counts = (self.counts + tokens_to_remove).clamp_min(0)
-        self._seen = max(0, self._seen + tokens_to_remove)
+        self.counts = self.counts + tokens_to_remove
+        self._seen += tokens_to_remove
+        self._real_tail += tokens_to_remove
+
+
+def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
+    """How many of the newest tokens are real in every row, after T more."""
+    if mask_BT is None:
+        return before + tokens
+    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
+        return 0  # values cannot be looked at here
+    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())

@@ -92,7 +92,7 @@ def read_inputs(
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs every layer twice, which would move the cache on "
-                "twice: train without past_key_values"
+                "twice: train without past_key_values, and call eval() before generating"
             )
         past, seen_B = counter.get_seq_length(), counter.counts
         # The layer that counts may be on another device than the embeddings.
@@ -177,13 +177,15 @@ def refuse_packed(position_ids: Tensor, mask_BT: Tensor | None) -> None:
         mask_BT: False at padding, whose positions say nothing; None without padding.
 
     Raises:
-        ValueError: the positions of a row's neighbouring real tokens do not increase.
+        ValueError: the positions of a row's real tokens do not increase.
     """
     if torch.compiler.is_compiling() or position_ids.device.type == "meta":
         return  # values cannot be looked at here
-    starts = position_ids.diff(dim=-1) <= 0
-    if mask_BT is not None:
-        starts = starts & mask_BT[:, 1:] & mask_BT[:, :-1]
+    if mask_BT is None:
+        starts = position_ids.diff(dim=-1) <= 0
+    else:
+        real_BT = position_ids.masked_fill(~mask_BT, -1)
+        starts = (real_BT[:, 1:] <= real_BT.cummax(1).values[:, :-1]) & mask_BT[:, 1:]
     if bool(starts.any()):
         raise ValueError(
             "position_ids must increase: packed documents are not supported, because the context "

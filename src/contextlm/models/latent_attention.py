@@ -126,10 +126,10 @@ class LatentAttention(nn.Module):
 def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
     """What a projection multiplies with, ``[H E, C]``.
 
-    An adapter or a quantised layer may have taken its place. It is linear still, so its answers to
-    unit vectors are the columns.
+    An adapter or a quantised layer may have taken its place, or an offloaded layer's weight may be
+    elsewhere until it is called. It is linear still: its answers to unit vectors are the columns.
     """
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and layer.weight.device == like.device:
         return layer.weight
     answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
     return answers.T
