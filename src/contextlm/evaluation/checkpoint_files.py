@@ -103,6 +103,7 @@ def check_weights(folder: Path) -> int:
         if PurePath(name).name != name:
             raise InputError(f"{folder / INDEX}: weight_map leads out of the folder: {shown(name)}")
         try:
+            # What is opened is no mapping: it has keys() and cannot be iterated.
             with safe_open(folder / name, framework="pt") as stored:
                 shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:

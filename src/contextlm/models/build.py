@@ -85,8 +85,8 @@ def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) ->
     model_type = given.pop("type")
     kind = config_class(model_type)
     known = {field.name for field in dataclass_fields(kind)} | set(kind.attribute_map)
-    if hasattr(kind, "num_hidden_layers"):  # context_hybrid's follows from its pattern
-        known.add("num_hidden_layers")
+    # What follows from other fields may be given too, where it can be set (and so be checked).
+    known |= {name for name, it in vars(kind).items() if isinstance(it, property) and it.fset}
     for key in given:
         if key not in known and key not in _ROTARY_KEYS:
             raise unknown_name(f"field of model type {model_type!r}:", key, sorted(known))

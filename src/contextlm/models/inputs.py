@@ -181,12 +181,10 @@ def refuse_packed(position_ids: Tensor, mask_BT: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling() or position_ids.device.type == "meta":
         return  # values cannot be looked at here
-    if mask_BT is None:
-        starts = position_ids.diff(dim=-1) <= 0
-    else:
-        real_BT = position_ids.masked_fill(~mask_BT, -1)
-        starts = (real_BT[:, 1:] <= real_BT.cummax(1).values[:, :-1]) & mask_BT[:, 1:]
-    if bool(starts.any()):
+    real = position_ids if mask_BT is None else position_ids.masked_fill(~mask_BT, -1)
+    # Padding stands at -1, before every position, and begins nothing itself.
+    begins = (real[:, 1:] <= real.cummax(1).values[:, :-1]) & (real[:, 1:] >= 0)
+    if bool(begins.any()):
         raise ValueError(
             "position_ids must increase: packed documents are not supported, because the context "
             "would run on from one to the next; put each document into a row of its own"

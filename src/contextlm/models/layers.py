@@ -30,7 +30,11 @@ class OwnStart(nn.Module):
     """A module whose weights do not start as transformers would start them."""
 
     def reset_parameters(self) -> None:
-        """Start the module's own parameters anew, by `transformers.initialization`."""
+        """Start the module's own parameters anew, by `transformers.initialization`.
+
+        Raises:
+            NotImplementedError: the subclass does not say how; each has to.
+        """
         raise NotImplementedError
 
 

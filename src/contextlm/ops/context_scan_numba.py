@@ -28,6 +28,9 @@ _ERF_END = 3.9192059
 _P = (1.128379147, 0.1903551977, 0.05274242572, 0.003763535543, 2.84857789e-4, 2.050783872e-6)
 _Q = (1.0, 0.5020306503, 0.1140883566, 0.01496504928, 0.001162070201, 3.809758646e-5)
 
+# Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
+# they are called, and one function serves several.
+
 # A layer's sums may be reordered.
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 

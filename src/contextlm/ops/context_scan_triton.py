@@ -82,7 +82,7 @@ def context_scan_triton(
         raise ValueError(
             f"context_scan_triton: {layers} layers of width {width} do not fit on chip"
         )
-    # Imported here, since Triton may not be installed.
+    # Imported here, since Triton may not be installed; mypy then does not find it.
     import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     from contextlm.ops.context_scan_triton_kernel import scan_kernel

@@ -20,6 +20,7 @@ def linear_scan_fla(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -
 
     The initial state goes into the first input, since the kernel passes no gradient to it.
     """
+    # Imported here, since it may not be installed; mypy then does not find it.
     from fla.ops.hgrn import chunk_hgrn  # type: ignore[import-not-found,unused-ignore]
 
     first_B1C = torch.addcmul(inputs_BTC[:, :1], gates_BTC[:, :1], initial_BC.unsqueeze(1))

@@ -30,6 +30,9 @@ _NUMBERS_PER_THREAD = 2**16
 
 _Loop = Callable[..., None]
 
+# Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
+# they are called, and one function serves several.
+
 
 @compiled("contract")
 def _forward(gates_BTC, inputs_BTC, initial_BC, states_BTC):  # type: ignore[no-untyped-def]
