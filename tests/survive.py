@@ -49,7 +49,7 @@ SETTINGS = (
 )
 COMPARED = ("checkpoint/model.safetensors", "history.jsonl", "result.json")
 PRELOADED = [
-    "contextlm.experiment",
+    "contextlm.lab.experiment",
     "contextlm.data.pydocs",
     "contextlm.cli",
     "transformers.trainer",

@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from contextlm.evaluation.result import read_run
-from contextlm.experiment import run
+from contextlm.base.progress import SilentProgress
+from contextlm.lab.experiment import run
 from contextlm.models import base
-from contextlm.progress import SilentProgress
-from contextlm.recipe import load_recipe
+from contextlm.recipe.schema import load_recipe
+from contextlm.results.result import read_run
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding-an-architecture.md").read_text("utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from contextlm.evaluation.result import read_run
 from contextlm.report.page import render_summary
+from contextlm.results.result import read_run
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = sorted(path.parent for path in (DOCS / "measured").glob("*/recipe.yaml"))

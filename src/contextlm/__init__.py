@@ -11,4 +11,4 @@ __version__ = "0.1.0"
 # The console command registers the models only when a command needs them (see contextlm_script).
 if "contextlm_script" not in sys.modules:
     from contextlm import models as models
-    from contextlm.models.input_cache import InputCache as InputCache
+    from contextlm.compress.input_cache import InputCache as InputCache

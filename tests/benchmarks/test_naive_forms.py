@@ -8,10 +8,10 @@ import torch
 
 from contextlm.benchmarks.context_kv import GatherAttention
 from contextlm.benchmarks.phase1 import naive_phase_one
-from contextlm.models.context_kv_layer import ContextAttention, Memory
+from contextlm.models.context_kv.layer import ContextAttention, Memory
 from contextlm.models.layers import ContextBlock
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.oacd import train_context_block
-from contextlm.training.settings import PhaseOneSettings
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from contextlm.benchmarks import phase1_convergence
-from contextlm.training.settings import PhaseOneSettings
+from contextlm.recipe.settings import PhaseOneSettings
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from made_up_corpus import make_corpus
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from contextlm.base.errors import InputError
 from contextlm.data.corpus import Corpus, LaterDocuments
 from contextlm.data.lines import Lines, line_corpus
 from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer, start_of_text
 from contextlm.data.windows import IGNORED
-from contextlm.errors import InputError
 from contextlm.evaluation.quality import evaluate_quality
 
 PAD, BEGIN, END = 0, 2, 3

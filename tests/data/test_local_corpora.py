@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from contextlm.base.errors import InputError
 from contextlm.data.corpora import load_corpus
 from contextlm.data.corpus import is_validation
-from contextlm.errors import InputError
 
 
 def write(path: Path, data: bytes | str) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 import datasets
 import pytest
 
+from contextlm.base.errors import InputError, RunError
 from contextlm.data import hub, named
 from contextlm.data.corpora import load_corpus
-from contextlm.errors import InputError, RunError
 
 ROWS = [
     "",

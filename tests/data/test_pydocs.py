@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from contextlm.base.errors import RunError
 from contextlm.data.corpora import load_corpus
 from contextlm.data.corpus import is_validation
 from contextlm.data.pydocs import read_pydocs
-from contextlm.errors import RunError
 
 MODULES = {"alpha", "beta", "broken", "latin", "package", "pydoc_data", "quiet", "test", "idlelib"}
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contextlm.base.errors import InputError
 from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
 from contextlm.data.synthetic import MARK, QUESTION, find_task
 from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer
 from contextlm.data.windows import IGNORED
-from contextlm.errors import InputError
 
 NAMES = ["recall:8", "passkey:40", "needles:8"]
 COUNTS = (300, 60)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from made_up_corpus import make_corpus
 
+from contextlm.base.errors import InputError
 from contextlm.data import token_store
 from contextlm.data.corpus import Corpus
 from contextlm.data.pieces import pieces
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.data.tokenizers import encode, load_tokenizer
-from contextlm.errors import InputError
 
 
 def files(folder: Path) -> tuple[Path, Path]:

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import make_corpus
 
+from contextlm.base.errors import InputError, RunError
+from contextlm.base.visible import shown
 from contextlm.data import parallelism
 from contextlm.data import tokenizers as ours
 from contextlm.data.bpe import END_OF_TEXT, train_bpe
@@ -26,8 +28,6 @@ from contextlm.data.tokenizers import (
     vocab_entries,
 )
 from contextlm.data.word_level import train_word_level
-from contextlm.errors import InputError, RunError
-from contextlm.visible import shown
 
 ODD_TEXTS = [
     "",

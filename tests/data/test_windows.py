@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from contextlm.base.errors import InputError
 from contextlm.data.windows import IGNORED, Windows, model_inputs
-from contextlm.errors import InputError
 
 
 def naive(tokens: list[int], length: int, stride: int, offset: int) -> list[tuple[list[int], ...]]:

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from contextlm.errors import InputError
+from contextlm.base.errors import InputError
 from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
 
 

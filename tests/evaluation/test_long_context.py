@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from contextlm.base.errors import InputError
+from contextlm.base.progress import SilentProgress
 from contextlm.cli import app
 from contextlm.cli.shell import execute
-from contextlm.errors import InputError
 from contextlm.evaluation.long_context import (
     bucket_edges,
     buckets,
@@ -22,13 +23,12 @@ from contextlm.evaluation.long_context import (
 )
 from contextlm.evaluation.long_report import evaluate_long
 from contextlm.evaluation.memory import position_limit
-from contextlm.evaluation.result import seed_folder
 from contextlm.evaluation.trained import Trained, read_trained
-from contextlm.experiment import run
+from contextlm.lab.experiment import run
 from contextlm.models.base import registry
 from contextlm.models.build import build_config, create_model
-from contextlm.progress import SilentProgress
-from contextlm.recipe import load_recipe
+from contextlm.recipe.schema import load_recipe
+from contextlm.results.result import seed_folder
 
 CPU = torch.device("cpu")
 MODELS = [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from contextlm.base.errors import InputError
+from contextlm.base.progress import SilentProgress
 from contextlm.cli.generation import Sampling, continue_text
-from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import evaluate_checkpoint
-from contextlm.evaluation.result import seed_folder
 from contextlm.evaluation.trained import Trained, read_trained, write_trained
-from contextlm.experiment import run
-from contextlm.progress import SilentProgress
-from contextlm.recipe import load_recipe
+from contextlm.lab.experiment import run
+from contextlm.recipe.schema import load_recipe
+from contextlm.results.result import seed_folder
 
 
 def test_a_note_is_read_back(tmp_path):

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
+from contextlm.base.visible import visible
 from contextlm.cli import app
 from contextlm.cli.shell import execute
-from contextlm.visible import visible
 
 TIMES = int(os.environ.get("CONTEXTLM_FUZZ", "1"))  # `make fuzz` tries so many times as much
 MESSAGES: Counter[str] = Counter()

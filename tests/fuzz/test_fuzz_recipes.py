@@ -12,8 +12,8 @@ from attempts import EXAMPLES, attempt, tries
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contextlm.recipe import Contender, Recipe
-from contextlm.training.settings import PhaseOneSettings, TrainingSettings
+from contextlm.recipe.schema import Contender, Recipe
+from contextlm.recipe.settings import PhaseOneSettings, TrainingSettings
 
 RECIPE = """\
 name: toy

@@ -16,8 +16,8 @@ from attempts import attempt, tries
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contextlm.evaluation.facts import CacheBytes, CorpusFacts, PhaseOneFacts
-from contextlm.evaluation.result import PhaseOneRow, PhaseTwoRow, Result, Timings
+from contextlm.results.facts import CacheBytes, CorpusFacts, PhaseOneFacts
+from contextlm.results.result import PhaseOneRow, PhaseTwoRow, Result, Timings
 
 # Reading is checked and nothing is drawn: the summary cannot be put into a missing document.
 NOTHING_WRITTEN = ("--into", "no-such.md")

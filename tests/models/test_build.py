@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contextlm.errors import InputError
+from contextlm.base.errors import InputError
 from contextlm.models.base import registry
 from contextlm.models.build import (
     baseline_types,

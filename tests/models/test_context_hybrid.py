@@ -16,13 +16,13 @@ from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
 from contextlm.models.alignment import RealFirst
-from contextlm.models.causal_convolution import CausalConvolution
-from contextlm.models.context_hybrid import ContextHybridConfig, ContextHybridForCausalLM
-from contextlm.models.gated_recurrence import GatedRecurrence, RecurrentMixer
-from contextlm.models.hybrid_cache import LatentLayer, RecurrenceLayer, WindowLayer
-from contextlm.models.latent_attention import LatentAttention
+from contextlm.models.hybrid import ContextHybridConfig, ContextHybridForCausalLM
+from contextlm.models.hybrid.cache import LatentLayer, RecurrenceLayer, WindowLayer
+from contextlm.models.hybrid.convolution import CausalConvolution
+from contextlm.models.hybrid.latent import LatentAttention
+from contextlm.models.hybrid.recurrence import GatedRecurrence, RecurrentMixer
+from contextlm.models.hybrid.window import WindowedAttention
 from contextlm.models.steps import Steps
-from contextlm.models.windowed_attention import WindowedAttention
 
 PLAIN = Steps(RealFirst(None), None, None, None, None)
 

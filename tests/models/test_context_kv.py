@@ -12,7 +12,7 @@ from torch import Tensor
 from contextlm.evaluation.memory import measure_cache
 from contextlm.models.base import HasContextBlock
 from contextlm.models.context_kv import ContextKVConfig, ContextKVForCausalLM
-from contextlm.models.context_kv_cache import GridLayer, read_positions
+from contextlm.models.context_kv.cache import GridLayer, read_positions
 from contextlm.ops.dilated_attention import dilated_attention
 
 RULES = [

@@ -13,8 +13,8 @@ from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config
 from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.oacd import train_context_block
-from contextlm.training.settings import PhaseOneSettings
 
 SMALL = {"vocab_size": 31, "hidden_size": 7, "context_dim": 5, "mlp_size": 11, "mlp_layers": 3}
 

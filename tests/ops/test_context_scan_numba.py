@@ -15,7 +15,7 @@ from torch import Tensor
 from contextlm.ops.backends import VARIABLE, use_backend
 from contextlm.ops.compiled import compiled
 from contextlm.ops.context_scan import context_scan, context_scan_backend
-from contextlm.ops.context_scan_numba import erf
+from contextlm.ops.context_scan.numba import erf
 
 
 def make(layers: int, batch: int, tokens: int, width: int, dtype=torch.float64, spread=0.1):

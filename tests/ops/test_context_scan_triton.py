@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from contextlm.ops import context_scan_triton as module
-from contextlm.ops.context_scan_triton import context_scan_triton, is_available, is_supported
+from contextlm.ops.context_scan import triton as module
+from contextlm.ops.context_scan.triton import context_scan_triton, is_available, is_supported
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 INTERPRET = """
 import sys, torch
-from contextlm.ops.context_scan_triton import context_scan_triton, is_available
+from contextlm.ops.context_scan.triton import context_scan_triton, is_available
 assert is_available()
 cases = torch.load(sys.argv[1])
 results = {name: context_scan_triton(*tensors, **more) for name, (tensors, more) in cases.items()}
@@ -38,8 +38,8 @@ from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from contextlm.ops.context_scan_triton import padded_width, warps
-from contextlm.ops.context_scan_triton_kernel import scan_kernel
+from contextlm.ops.context_scan.triton import padded_width, warps
+from contextlm.ops.context_scan.triton_kernel import scan_kernel
 lister = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 binary = Path(sys.argv[2])
 stacks = []

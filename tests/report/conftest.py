@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from contextlm.evaluation.facts import CacheBytes, CorpusFacts, PhaseOneFacts
-from contextlm.evaluation.result import (
+from contextlm.results.facts import CacheBytes, CorpusFacts, PhaseOneFacts
+from contextlm.results.result import (
     Outcome,
     PhaseOneRow,
     PhaseTwoRow,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contextlm.errors import InputError
+from contextlm.base.errors import InputError
 from contextlm.report.embed import embed
 from contextlm.report.page import render_summary
 

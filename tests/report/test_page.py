@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from contextlm.errors import InputError
-from contextlm.evaluation.facts import EmbeddingFacts, StoreFacts
-from contextlm.evaluation.result import Run, StageMemory, read_run
+from contextlm.base.errors import InputError
 from contextlm.report.numbers import ABSENT
 from contextlm.report.page import render_summary, write_report
+from contextlm.results.facts import EmbeddingFacts, StoreFacts
+from contextlm.results.result import Run, StageMemory, read_run
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

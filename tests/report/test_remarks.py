@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from contextlm.evaluation.facts import EmbeddingFacts
 from contextlm.report.remarks import data_remarks
 from contextlm.report.summary import summarise
+from contextlm.results.facts import EmbeddingFacts
 
 LEARNED = EmbeddingFacts(
     source="learned", tokens=117_600, epochs=4, validation_ppl=447.13, frozen=True

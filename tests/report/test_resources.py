@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import contextlm
-from contextlm.evaluation.facts import StoreFacts
-from contextlm.evaluation.result import StageMemory
 from contextlm.report import resource_tables, resources
 from contextlm.report.document import document_figures
 from contextlm.report.numbers import ABSENT, Stat
 from contextlm.report.summary import summarise
 from contextlm.report.terms import terms
+from contextlm.results.facts import StoreFacts
+from contextlm.results.result import StageMemory
 
 # The document's text of 587,970 tokens and its contexts of 256 numbers in float32.
 TRAIN_BYTES = 587_970 * 256 * 4

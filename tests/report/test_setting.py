@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from contextlm.evaluation.result import read_run
 from contextlm.report.notes import notes
 from contextlm.report.page import write_report
 from contextlm.report.summary import summarise_runs
+from contextlm.results.result import read_run
 
 BEYOND = "compare the differences from the baseline rather than the figures themselves."
 BY_SCALE = "Measured at scale "

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from contextlm.evaluation.facts import StoreFacts
 from contextlm.report import details, document, numbers, tables, words
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.numbers import Stat
 from contextlm.report.sheet import escape_markdown
 from contextlm.report.summary import certainty, summarise, summarise_runs
+from contextlm.results.facts import StoreFacts
 
 
 def by_name(rows):

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 
 import contextlm
-from contextlm import distribution
+from contextlm.base import distribution
 from contextlm.cli import app
 from contextlm.cli.shell import execute, leave
 from contextlm.data.windows import Windows
 from contextlm.evaluation.quality import evaluate_quality, evaluator
 from contextlm.models.build import build_config, create_model
 from contextlm.models.layers import ContextBlock
+from contextlm.recipe.settings import PhaseOneSettings, TrainingSettings
 from contextlm.training import next_token
 from contextlm.training.next_token import train_next_token
 from contextlm.training.oacd import train_context_block
-from contextlm.training.settings import PhaseOneSettings, TrainingSettings
 
 CPU = torch.device("cpu")
 VOCABULARY = 30

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contextlm.data.windows import IGNORED, Windows
 from contextlm.models.layers import ContextBlock
+from contextlm.recipe.settings import ContextStoreSettings
 from contextlm.training import context_store
 from contextlm.training.context_store import (
     ContextStore,
@@ -21,7 +22,6 @@ from contextlm.training.context_store import (
     fill_context_store,
     parallel_contexts,
 )
-from contextlm.training.settings import ContextStoreSettings
 
 V, D, C, P = 13, 6, 5, 23
 FLOAT32 = {"rtol": 2e-7, "atol": 1e-9}  # half a unit in the last place on disk

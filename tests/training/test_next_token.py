@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from contextlm.base.errors import InputError, NotFiniteError, RunError
 from contextlm.data.windows import Windows
-from contextlm.errors import InputError, NotFiniteError, RunError
 from contextlm.models.build import build_config, create_model
+from contextlm.recipe.settings import ParameterGroup, TrainingSettings
 from contextlm.training import phase_two_state
 from contextlm.training.checkpoints import damage
 from contextlm.training.epochs import Epoch
 from contextlm.training.next_token import train_next_token
 from contextlm.training.optimisation import build_optimizer, build_schedule
-from contextlm.training.settings import ParameterGroup, TrainingSettings
 from contextlm.training.trainer import next_token_loss
 
 CPU = torch.device("cpu")

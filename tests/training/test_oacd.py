@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from contextlm.models.layers import ContextBlock
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.checkpoints import checkpoints
 from contextlm.training.checkpoints import number as number_of
 from contextlm.training.oacd import batch_generator, oacd_loss, train_context_block
 from contextlm.training.phase_one_state import PhaseOneState
-from contextlm.training.settings import PhaseOneSettings
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, CONTEXT = 11, 7, 5

@@ -13,11 +13,11 @@ import several_processes
 import torch
 from several_processes import CPU, MODELS, RECIPE, STREAMS
 
+from contextlm.base.errors import InputError
 from contextlm.cli import app
 from contextlm.cli.shell import execute
-from contextlm.errors import InputError
-from contextlm.evaluation.result import read_run
-from contextlm.training.settings import TrainingSettings
+from contextlm.recipe.settings import TrainingSettings
+from contextlm.results.result import read_run
 from contextlm.training.sharing import check_processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -177,7 +177,7 @@ def test_the_command_refuses_fsdp2_without_accelerators(folder, capsys):
     ],
 )
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, settings, message):
-    monkeypatch.setattr("contextlm.distribution.world", lambda: 2)
+    monkeypatch.setattr("contextlm.base.distribution.world", lambda: 2)
     with pytest.raises(InputError, match=message):
         check_processes(TrainingSettings(**settings), CPU)
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
 from contextlm.models.build import build_config, create_model
-from contextlm.models.context_kv_layer import ContextAttention, Memory
-from contextlm.recipe import load_recipe
+from contextlm.models.context_kv.layer import ContextAttention, Memory
+from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.optimisation import build_optimizer
-from contextlm.training.settings import TrainingSettings
 from contextlm.training.trainer import next_token_loss
 
 VOCABULARY = 50257

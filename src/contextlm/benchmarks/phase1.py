@@ -15,6 +15,7 @@ from torch import Tensor
 
 from contextlm.benchmarks.harness import Outcome, Setting, Target, milliseconds, timing
 from contextlm.models.layers import ContextBlock, ContextLayer
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.oacd import (
     batch_generator,
@@ -22,7 +23,6 @@ from contextlm.training.oacd import (
     oacd_loss,
     train_context_block,
 )
-from contextlm.training.settings import PhaseOneSettings
 
 TOKENS, VOCABULARY, WIDTH, EMBEDDING, ITERATIONS = 587_970, 50_257, 256, 768, 18
 CPU = torch.device("cpu")

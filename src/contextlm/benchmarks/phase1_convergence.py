@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from contextlm.base.device import resolve_device
+from contextlm.base.errors import InputError, RunError
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store, cache_folder
 from contextlm.data.tokenizers import load_tokenizer, vocab_entries
-from contextlm.device import resolve_device
-from contextlm.errors import InputError, RunError
 from contextlm.evaluation.quality import effective_rank, sample_rows
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config, create_model
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.oacd import train_context_block
-from contextlm.training.settings import PhaseOneSettings
 
 # Model type, phase-1 settings, and the document's own iterations.
 CASES = (

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from contextlm.base.errors import InputError, unknown_name
+from contextlm.base.paths import is_folder
 from contextlm.benchmarks.questions import QUESTIONS
 from contextlm.cli.output import print_json, print_table
-from contextlm.errors import InputError, unknown_name
-from contextlm.paths import is_folder
 
 if TYPE_CHECKING:
     from contextlm.benchmarks.harness import Outcome

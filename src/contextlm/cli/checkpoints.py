@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from contextlm.base.errors import InputError
+from contextlm.base.live_line import LiveLine
+from contextlm.base.paths import is_folder
+from contextlm.base.visible import shown
 from contextlm.cli.comparisons import AsJson, Device
-from contextlm.cli.live_line import LiveLine
 from contextlm.cli.output import print_facts, print_json
 from contextlm.cli.prompt import read_prompt
-from contextlm.errors import InputError
-from contextlm.paths import is_folder
-from contextlm.visible import shown
 
 if TYPE_CHECKING:
     from contextlm.evaluation.checkpoint import CheckpointReport

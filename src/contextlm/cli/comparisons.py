@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from contextlm.base.distribution import launched_rank
+from contextlm.base.errors import InputError
+from contextlm.base.visible import shown, visible
 from contextlm.cli.output import (
     REPORT_FILES,
     duration,
@@ -19,12 +22,9 @@ from contextlm.cli.output import (
     scientific,
     writable_folder,
 )
-from contextlm.distribution import launched_rank
-from contextlm.errors import InputError
-from contextlm.visible import shown, visible
 
 if TYPE_CHECKING:
-    from contextlm.recipe import Recipe
+    from contextlm.recipe.schema import Recipe
 
 MOST_SEEDS = 1000
 
@@ -128,14 +128,14 @@ def run(
         raise InputError("--dry-run: goes with a new run, not with --resume")
     if resume and (recipe is None or _is_run(recipe)):
         _no_changes({"--scale": scale, "--set": overrides, "--seeds": seeds})
-        from contextlm.resume import newest_unfinished
+        from contextlm.lab.resume import newest_unfinished
 
         folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
         _resume(folder, device, as_json)
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
-    from contextlm.recipe import load_recipe
+    from contextlm.recipe.schema import load_recipe
 
     resolved = load_recipe(
         recipe,
@@ -153,7 +153,7 @@ def run(
 
     found = None
     if resume:
-        from contextlm.resume import unfinished_run_of
+        from contextlm.lab.resume import unfinished_run_of
 
         found = unfinished_run_of(resolved, place)
         if found is None:
@@ -162,9 +162,9 @@ def run(
         _resume(found, device, as_json)
         return
 
-    from contextlm import experiment
-    from contextlm.interrupts import termination_raises
-    from contextlm.progress import RichProgress
+    from contextlm.base.interrupts import termination_raises
+    from contextlm.base.progress import RichProgress
+    from contextlm.lab import experiment
 
     with RichProgress() as progress, termination_raises():
         folder = experiment.run(resolved, place, device=device, progress=progress)
@@ -183,11 +183,11 @@ def _no_changes(options: dict[str, object]) -> None:
 
 def _resume(folder: Path, device: str, as_json: bool) -> None:
     """Go on with an unfinished run; of a finished one only the table is shown."""
-    from contextlm import experiment
-    from contextlm.evaluation.result import read_run
-    from contextlm.interrupts import termination_raises
-    from contextlm.progress import RichProgress
-    from contextlm.run_folder import is_unfinished
+    from contextlm.base.interrupts import termination_raises
+    from contextlm.base.progress import RichProgress
+    from contextlm.lab import experiment
+    from contextlm.lab.run_folder import is_unfinished
+    from contextlm.results.result import read_run
 
     if is_unfinished(folder):
         with RichProgress() as progress, termination_raises():
@@ -205,7 +205,7 @@ def _resume(folder: Path, device: str, as_json: bool) -> None:
 def _show_run(folder: Path, as_json: bool) -> None:
     if launched_rank():
         return  # one of several processes, of which the first speaks
-    from contextlm.evaluation.result import read_run
+    from contextlm.results.result import read_run
 
     runs = [read_run(folder)]
     paths = {name: folder / name for name in REPORT_FILES}
@@ -232,8 +232,8 @@ def params(
     contextlm params context-pythia --set contenders.context-pythia.model.context_dim=256 --json
     ```
     """
-    from contextlm.plan import count_parameters
-    from contextlm.recipe import load_recipe
+    from contextlm.lab.plan import count_parameters
+    from contextlm.recipe.schema import load_recipe
 
     resolved = load_recipe(recipe, scale=scale, overrides=overrides or [])
     counts = count_parameters(resolved)
@@ -266,7 +266,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
-    from contextlm.plan import dry_run
+    from contextlm.lab.plan import dry_run
     from contextlm.report.numbers import human_bytes
 
     plan = dry_run(recipe, device=device)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from contextlm.cli.live_line import LiveLine
+from contextlm.base.errors import InputError
+from contextlm.base.live_line import LiveLine
 from contextlm.cli.long_prompt import ReadPrompt, prompt_ids, read_long_prompt
 from contextlm.cli.streaming import TextStream, TokenCount
-from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import load_checkpoint
 from contextlm.evaluation.memory import cache_argument, cache_bytes
 from contextlm.evaluation.trained import read_trained

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from contextlm.base.errors import InputError
 from contextlm.data.pieces import encode_pieces
-from contextlm.errors import InputError
 from contextlm.evaluation.memory import CHUNK, cache_argument, feed, position_limit
 
 PIECE = 2**15  # characters that are tokenised at once

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from contextlm.errors import InputError
-from contextlm.visible import json_visible, shown, visible
+from contextlm.base.errors import InputError
+from contextlm.base.visible import json_visible, shown, visible
 
 if TYPE_CHECKING:
-    from contextlm.evaluation.result import Run
+    from contextlm.results.result import Run
 
 # What the report of a run consists of.
 REPORT_FILES = ("report.md", "report.html", "curves.png", "frontier.png")
@@ -150,7 +150,7 @@ def writable_folder(text: str, option: str) -> Path:
     """
     if not text.strip():
         raise InputError(f"{option} {shown(text)}: expected the name of a folder")
-    from contextlm.data.folders import why_not_writable
+    from contextlm.base.folders import why_not_writable
 
     problem = why_not_writable(Path(text))
     if problem is not None:

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
-from contextlm.errors import InputError
-from contextlm.visible import shown
+from contextlm.base.errors import InputError
+from contextlm.base.visible import shown
 
 _BLOCK = 2**15  # bytes
 

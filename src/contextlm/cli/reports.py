@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from contextlm.base.errors import InputError, RunError
+from contextlm.base.paths import is_file
 from contextlm.cli.comparisons import AsJson
 from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
-from contextlm.errors import InputError, RunError
-from contextlm.paths import is_file
 
 
 def report(
@@ -55,9 +55,9 @@ def report(
     contextlm report runs/demo-001 --into README.md
     ```
     """
-    from contextlm.evaluation.result import read_run
     from contextlm.report.embed import embed, embedded
     from contextlm.report.page import render_summary, write_report
+    from contextlm.results.result import read_run
 
     _check_runs(runs)
     place = _default_folder(runs) if out is None else writable_folder(out, "--out")
@@ -91,7 +91,7 @@ def _default_folder(runs: list[Path]) -> Path:
         place = runs[0]
     else:
         place = Path(os.path.commonpath([run.resolve().parent for run in runs])) / "report"
-    from contextlm.data.folders import why_not_writable
+    from contextlm.base.folders import why_not_writable
 
     problem = why_not_writable(place)
     if problem is not None:

@@ -18,10 +18,10 @@ from typing import NoReturn
 import typer
 from typer.main import get_command
 
-from contextlm.distribution import ToldByMainError, launched_rank
-from contextlm.errors import InputError, RunError, is_out_of_memory
-from contextlm.interrupts import Terminated
-from contextlm.visible import shortened, visible
+from contextlm.base.distribution import ToldByMainError, launched_rank
+from contextlm.base.errors import InputError, RunError, is_out_of_memory
+from contextlm.base.interrupts import Terminated
+from contextlm.base.visible import shortened, visible
 
 FAULT, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 

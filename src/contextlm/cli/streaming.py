@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
-from contextlm.visible import visible
+from contextlm.base.visible import visible
 
 
 class TextStream(BaseStreamer):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from contextlm.base.errors import InputError, RunError
 from contextlm.cli.comparisons import (
     AsJson,
     Device,
@@ -16,10 +17,9 @@ from contextlm.cli.comparisons import (
     read_seeds,
 )
 from contextlm.cli.output import plain, print_comparison, print_json, writable_folder
-from contextlm.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from contextlm.sweep import SweepOutcome
+    from contextlm.lab.sweep import SweepOutcome
 
 
 def sweep(
@@ -80,21 +80,21 @@ def sweep(
     contextlm sweep my.yaml --grid training.batch_size=8,16 --grid training.schedule=linear,cosine
     ```
     """
-    from contextlm.sweep import Resources, check_ray, run_sweep
-    from contextlm.sweep_grid import read_grid, settings_of
+    from contextlm.lab.sweep import Resources, check_ray, run_sweep
+    from contextlm.lab.sweep_grid import read_grid, settings_of
 
     check_ray()
     values = read_grid(grid or [], overrides or [])
     _check_resources(cpus, gpus)
     wanted = None if seeds is None else read_seeds(seeds)
-    from contextlm.recipe import load_recipe
+    from contextlm.recipe.schema import load_recipe
 
     name = load_recipe(recipe, scale=scale, overrides=overrides or [], seeds=wanted).name
     folder = writable_folder(f"runs/sweep-{name}" if out is None else out, "--out")
     settings = settings_of(
         recipe, values, folder, scale=scale, overrides=overrides or [], seeds=wanted
     )
-    from contextlm.progress import RichProgress
+    from contextlm.base.progress import RichProgress
 
     with RichProgress() as progress:
         try:
@@ -128,7 +128,7 @@ def _write(
     name: str, grid: dict[str, list[Any]], folder: Path, outcome: SweepOutcome
 ) -> dict[str, Any]:
     """Write sweep.md and sweep.json; what the latter holds."""
-    from contextlm.files import write_json, write_text
+    from contextlm.base.files import write_json, write_text
     from contextlm.report.sweep_table import facts, markdown, sweep_rows
 
     report: dict[str, Any] = plain(

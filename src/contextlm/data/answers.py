@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from contextlm.base.errors import InputError
 from contextlm.data.windows import IGNORED
-from contextlm.errors import InputError
 
 
 class Answers(Dataset[dict[str, torch.Tensor]]):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from contextlm.base.errors import unknown_name
 from contextlm.data.corpus import Corpus, first_documents
 from contextlm.data.local import jsonl_corpus, text_corpus
 from contextlm.data.named import pile, ultrachat, wikitext
 from contextlm.data.pydocs import pydocs
 from contextlm.data.synthetic import find_task, synthetic
-from contextlm.errors import unknown_name
 
 __all__ = ["CORPORA", "Corpus", "load_corpus"]
 

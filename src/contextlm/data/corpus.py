@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
-from contextlm.errors import InputError
+from contextlm.base.errors import InputError
 
 VALIDATION_PERCENT = 5
 

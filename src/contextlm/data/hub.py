@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from contextlm.errors import RunError
+from contextlm.base.errors import RunError
 
 T = TypeVar("T")
 

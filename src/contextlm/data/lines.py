@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from contextlm.base.errors import InputError
 from contextlm.data.corpus import Corpus, LaterDocuments, is_validation
 from contextlm.data.windows import IGNORED
-from contextlm.errors import InputError
 
 VALIDATION_PERCENT = 20
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from contextlm.base.errors import InputError
+from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.visible import visible
 from contextlm.data.corpus import Corpus, split_documents, text_fingerprint
-from contextlm.errors import InputError
-from contextlm.paths import is_file, is_folder, with_home
-from contextlm.visible import visible
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 

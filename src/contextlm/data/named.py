@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from contextlm.base.errors import InputError
+from contextlm.base.paths import is_folder, with_home
 from contextlm.data.corpus import Corpus, checked_counts, text_fingerprint
 from contextlm.data.hub import load_split
-from contextlm.errors import InputError
-from contextlm.paths import is_folder, with_home
 
 ULTRACHAT_VALIDATION_START = 50_000
 ULTRACHAT_DEFAULT = (2_000, 20)

@@ -22,8 +22,8 @@ from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 
+from contextlm.base.errors import RunError
 from contextlm.data.corpus import Corpus, LaterDocuments, split_documents
-from contextlm.errors import RunError
 
 _VERSION = "pydocs 1"
 _LEFT_OUT = frozenset({"test", "tests", "idle_test", "idlelib", "turtledemo", "__pycache__"})

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+from contextlm.base.errors import InputError
 from contextlm.data.corpus import Corpus, LaterDocuments, checked_counts, is_validation
-from contextlm.errors import InputError
 
 QUESTION, MARK = "?", "*"
 DOCUMENTS = (20_000, 1_000)

@@ -18,12 +18,12 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from contextlm.base.errors import InputError
+from contextlm.base.files import atomic_open, write_json
+from contextlm.base.folders import why_not_writable
 from contextlm.data.corpus import Corpus
-from contextlm.data.folders import why_not_writable
 from contextlm.data.pieces import encode_pieces
 from contextlm.data.tokenizers import encode, tokenizer_hash, vocab_entries
-from contextlm.errors import InputError
-from contextlm.files import atomic_open, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contextlm.base.errors import InputError, unknown_name
+from contextlm.base.files import write_text
+from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.visible import shown
 from contextlm.data.bpe import END_OF_TEXT, SMALLEST_BPE, train_bpe
 from contextlm.data.corpus import Corpus
 from contextlm.data.hub import from_hub
 from contextlm.data.named import data_folder
 from contextlm.data.parallelism import parallel_tokenizers
 from contextlm.data.word_level import SMALLEST_WORD_LEVEL, WORD_LEVEL_ROLES, train_word_level
-from contextlm.errors import InputError, unknown_name
-from contextlm.files import write_text
-from contextlm.paths import is_file, is_folder, with_home
-from contextlm.visible import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from contextlm.errors import InputError
+from contextlm.base.errors import InputError
 
 IGNORED = -100  # a target that no loss and no score counts
 

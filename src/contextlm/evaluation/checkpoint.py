@@ -19,12 +19,15 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm import models as models  # registers our architectures with the Auto classes
+from contextlm.base.device import resolve_device
+from contextlm.base.errors import InputError
+from contextlm.base.paths import is_file
+from contextlm.base.visible import shown
+from contextlm.compress.input_cache import InputCache
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store, cache_folder
 from contextlm.data.tokenizers import keeps_all_words, vocab_entries
 from contextlm.data.windows import Windows
-from contextlm.device import resolve_device
-from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint_files import (
     INDEX,
     WEIGHTS,
@@ -33,16 +36,13 @@ from contextlm.evaluation.checkpoint_files import (
     check_weights,
     read_object,
 )
-from contextlm.evaluation.facts import CacheBytes
 from contextlm.evaluation.input_cache import InputCacheReport, compare_input_cache
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.trained import read_trained
 from contextlm.models.build import check_values, config_class, meta_model, reason
-from contextlm.models.input_cache import InputCache
-from contextlm.paths import is_file
-from contextlm.visible import shown
+from contextlm.results.facts import CacheBytes
 
 CACHE_LENGTHS = (128, 512, 2048, 8192)
 # Quantised weights are stored packed, several to a number.

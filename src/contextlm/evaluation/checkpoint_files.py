@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from contextlm.errors import InputError
-from contextlm.paths import is_file
-from contextlm.visible import shown
+from contextlm.base.errors import InputError
+from contextlm.base.paths import is_file
+from contextlm.base.visible import shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

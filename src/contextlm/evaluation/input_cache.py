@@ -8,10 +8,10 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from contextlm.evaluation.facts import CacheBytes
+from contextlm.compress.input_cache import InputCache
 from contextlm.evaluation.memory import measure_cache
 from contextlm.evaluation.speed import Speed, measure_speed
-from contextlm.models.input_cache import InputCache
+from contextlm.results.facts import CacheBytes
 
 
 class InputCacheReport(BaseModel):

@@ -11,13 +11,12 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from contextlm.base.errors import InputError
 from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
 from contextlm.data.synthetic import MARK, Task, find_task, synthetic
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
-from contextlm.errors import InputError
 from contextlm.evaluation.checkpoint import load_checkpoint
-from contextlm.evaluation.facts import CacheBytes, RetrievalAccuracy
 from contextlm.evaluation.long_context import (
     TIMES,
     Bucket,
@@ -29,6 +28,7 @@ from contextlm.evaluation.long_context import (
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.trained import Trained, read_trained
+from contextlm.results.facts import CacheBytes, RetrievalAccuracy
 
 WINDOWS = 16
 QUESTIONS = 1000

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from contextlm.errors import RunError
-from contextlm.evaluation.facts import CacheBytes
+from contextlm.base.errors import RunError
+from contextlm.results.facts import CacheBytes
 
 CHUNK = 1024
 

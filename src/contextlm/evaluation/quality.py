@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from contextlm import distribution
+from contextlm.base import distribution
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.models.layers import ContextBlock
 

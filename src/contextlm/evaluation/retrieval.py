@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from contextlm.data.synthetic import Task
-from contextlm.evaluation.facts import RetrievalAccuracy
 from contextlm.evaluation.quality import evaluate_quality
+from contextlm.results.facts import RetrievalAccuracy
 
 
 def retrieval_accuracy(

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from contextlm.errors import InputError
-from contextlm.evaluation.run_files import first_problem
-from contextlm.files import write_json
+from contextlm.base.errors import InputError
+from contextlm.base.files import write_json
+from contextlm.results.run_files import first_problem
 
 NAME = "contextlm.json"
 

@@ -14,9 +14,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from contextlm.errors import InputError, unknown_name
+from contextlm.base.errors import InputError, unknown_name
+from contextlm.base.visible import shortened, shown
 from contextlm.models.base import registry
-from contextlm.visible import shortened, shown
 
 # transformers' own architectures that the documentation and the tests speak of; any other causal
 # language model of transformers can be named too.

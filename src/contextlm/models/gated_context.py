@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from contextlm.models.gated_recurrence import GatedRecurrence
+from contextlm.models.hybrid.recurrence import GatedRecurrence
 from contextlm.models.layers import ContextBlock, ContextStep
 from contextlm.ops.linear_scan import linear_scan
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contextlm.evaluation.result import PhaseOneRow, PhaseTwoRow, Run
 from contextlm.report import numbers
 from contextlm.report.document import loss
 from contextlm.report.numbers import ABSENT
 from contextlm.report.sheet import Column, Table, make_table
 from contextlm.report.summary import SummaryRow
+from contextlm.results.result import PhaseOneRow, PhaseTwoRow, Run
 
 _SEED = Column("seed", "text")
 _SETTINGS = (Column("key", "text"), Column("value", "text"))

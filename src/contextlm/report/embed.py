@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from contextlm.errors import InputError
-from contextlm.files import atomic_open
+from contextlm.base.errors import InputError
+from contextlm.base.files import atomic_open
 
 
 def embed(document: Path, block: str | None, text: str) -> None:

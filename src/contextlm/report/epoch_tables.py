@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from contextlm.evaluation.result import PhaseTwoRow
 from contextlm.report import numbers
 from contextlm.report.document import reported_value
 from contextlm.report.numbers import ABSENT, Stat, with_deviation
 from contextlm.report.sheet import Column, Table, make_table
 from contextlm.report.summary import SummaryRow
+from contextlm.results.result import PhaseTwoRow
 
 BEST = " *"  # beside the validation figure of a best epoch
 

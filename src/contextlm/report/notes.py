@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contextlm.evaluation.facts import PhaseOneFacts, TuningTrial
-from contextlm.evaluation.result import Run
 from contextlm.report import numbers
 from contextlm.report.document import windows_of_train_ppl
 from contextlm.report.frontier import comparable_groups
 from contextlm.report.numbers import amount
 from contextlm.report.setting import setting_notes
 from contextlm.report.summary import SummaryRow, run_labels
+from contextlm.results.facts import PhaseOneFacts, TuningTrial
+from contextlm.results.result import Run
 
 STOP_AT = 0.9  # a recipe's phase 1 stops at this converged share unless it says otherwise
 MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched

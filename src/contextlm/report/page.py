@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from contextlm.errors import InputError
-from contextlm.evaluation.result import Run
-from contextlm.files import atomic_open, write_text
-from contextlm.paths import is_folder
+from contextlm.base.errors import InputError
+from contextlm.base.files import atomic_open, write_text
+from contextlm.base.paths import is_folder
+from contextlm.base.visible import visible
 from contextlm.report import details, plots, resource_tables, tables, words
 from contextlm.report.epoch_tables import epoch_tables
 from contextlm.report.notes import detail_notes, notes
@@ -27,7 +27,7 @@ from contextlm.report.retrieval_table import retrieval_table
 from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
 from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
 from contextlm.report.terms import terms
-from contextlm.visible import visible
+from contextlm.results.result import Run
 
 FILES = ("report.md", "report.html", "curves.png", "frontier.png")
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from contextlm.evaluation.result import Outcome, PhaseTwoRow
+from contextlm.base.visible import visible
 from contextlm.report import numbers
 from contextlm.report.axes import (
     FONT,
@@ -31,7 +31,7 @@ from contextlm.report.axes import (
 )
 from contextlm.report.frontier import comparable_groups, headline_length, pareto
 from contextlm.report.summary import SummaryRow
-from contextlm.visible import visible
+from contextlm.results.result import Outcome, PhaseTwoRow
 
 
 def png(figure: Figure) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from contextlm.evaluation.facts import EmbeddingFacts
 from contextlm.report import numbers
 from contextlm.report.summary import SummaryRow
+from contextlm.results.facts import EmbeddingFacts
 
 
 def data_remarks(rows: Sequence[SummaryRow]) -> list[str]:

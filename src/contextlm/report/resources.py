@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from contextlm.evaluation.result import Outcome, Timings
 from contextlm.report.numbers import Stat
+from contextlm.results.result import Outcome, Timings
 
 DATA_LOADED = "data loaded"
 MODEL_INITIALISED = "model initialised"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from contextlm.evaluation.result import Run
 from contextlm.report import numbers
 from contextlm.report.summary import SummaryRow, run_labels
+from contextlm.results.result import Run
 
 FULL = "full"
 SMOKE = "smoke"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from contextlm.visible import visible
+from contextlm.base.visible import visible
 
 Kind = Literal["text", "measured", "reported"]
 

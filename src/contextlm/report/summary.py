@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal
 
-from contextlm.evaluation.facts import CacheBytes, CorpusFacts, EmbeddingFacts
-from contextlm.evaluation.result import Outcome, Run
 from contextlm.report.numbers import Stat, percent_change
 from contextlm.report.resources import StageSummary, StoreSummary, stage_summaries, store_summary
+from contextlm.results.facts import CacheBytes, CorpusFacts, EmbeddingFacts
+from contextlm.results.result import Outcome, Run
 
 Certainty = Literal["beyond", "within", "one seed", "two seeds"]
 SEEDS_TO_TELL = 3

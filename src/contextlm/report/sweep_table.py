@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from contextlm.evaluation.result import Run
 from contextlm.report.numbers import ABSENT, decimal, percent, signed_percent, with_deviation
 from contextlm.report.summary import SummaryRow, summarise
+from contextlm.results.result import Run
 
 
 @dataclass(frozen=True)

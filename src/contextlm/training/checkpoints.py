@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from contextlm.files import sync_files, write_json
+from contextlm.base.files import sync_files, write_json
 
 MANIFEST = "manifest.json"
 KEPT = 2  # so that there is one to fall back on

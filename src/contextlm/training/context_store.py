@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from contextlm.base.errors import RunError
+from contextlm.base.files import atomic_open, write_json
 from contextlm.data.windows import Windows
-from contextlm.errors import RunError
-from contextlm.files import atomic_open, write_json
 from contextlm.models.layers import ContextBlock
-from contextlm.training.settings import ContextStoreSettings
+from contextlm.recipe.settings import ContextStoreSettings
 
 CHUNK = 4096
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

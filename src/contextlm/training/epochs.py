@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from contextlm.errors import NotFiniteError
+from contextlm.base.errors import NotFiniteError
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from contextlm import distribution
-from contextlm.interrupts import deferred
+from contextlm.base import distribution
+from contextlm.base.interrupts import deferred
+from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.checkpoints import Tell, silent
 from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
 from contextlm.training.fully_sharded import copy_to_shard, sharding_arguments, take_weights
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.phase_two_state import CheckpointKeeper
-from contextlm.training.settings import TrainingSettings
 from contextlm.training.sharing import check_processes
 from contextlm.training.trainer import Evaluate, NextTokenTrainer, training_arguments
 

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contextlm import distribution
+from contextlm.base import distribution
 from contextlm.models.layers import ContextBlock
+from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.phase_one_state import Iteration, PhaseOneState
-from contextlm.training.settings import PhaseOneSettings
 from contextlm.training.stream_parts import (
     Part,
     context_before,

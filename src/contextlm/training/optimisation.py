@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from contextlm.errors import InputError
-from contextlm.training.settings import TrainingSettings
+from contextlm.base.errors import InputError
+from contextlm.recipe.settings import TrainingSettings
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from contextlm.files import atomic_folder
+from contextlm.base.files import atomic_folder
 from contextlm.training.checkpoints import Tell, prune, seal, sealed, silent
 
 _PREFIX = "iteration"

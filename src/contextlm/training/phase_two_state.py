@@ -33,9 +33,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from contextlm.errors import NotFiniteError, RunError, is_out_of_memory
-from contextlm.files import write_json
-from contextlm.interrupts import Deferred
+from contextlm.base.errors import NotFiniteError, RunError, is_out_of_memory
+from contextlm.base.files import write_json
+from contextlm.base.interrupts import Deferred
 from contextlm.training.checkpoints import Tell, number, prune, seal, sealed
 from contextlm.training.epochs import Epoch, EpochRecorder
 

@@ -15,10 +15,10 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from contextlm import distribution
+from contextlm.base import distribution
+from contextlm.base.errors import InputError
 from contextlm.data.windows import IGNORED
-from contextlm.errors import InputError
-from contextlm.training.settings import TrainingSettings
+from contextlm.recipe.settings import TrainingSettings
 
 
 class SizedDataset(Protocol):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contextlm import distribution
+from contextlm.base import distribution
 
 
 @dataclass(frozen=True)

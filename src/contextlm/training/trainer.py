@@ -24,12 +24,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from contextlm import distribution
+from contextlm.base import distribution
+from contextlm.base.errors import InputError, NotFiniteError, RunError
 from contextlm.data.windows import IGNORED, model_inputs
-from contextlm.errors import InputError, NotFiniteError, RunError
+from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.optimisation import build_optimizer, build_schedule
 from contextlm.training.phase_two_state import CheckpointKeeper
-from contextlm.training.settings import TrainingSettings
 from contextlm.training.sharing import SharedLoader
 
 # Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".

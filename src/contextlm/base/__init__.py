@@ -1,0 +1,1 @@
+"""Errors, files, locks, interrupts, progress, devices: what knows nothing of language models."""

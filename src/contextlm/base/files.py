@@ -1,0 +1,172 @@
+"""Writing files and folders so that each appears whole or not at all; what a wrong name meant.
+
+A leaf module: every room may import it, it imports no room.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from contextlm.base.errors import RunError
+
+_PART = ".part"  # ends the hidden name under which something is written
+# What a disk says when it is full, over quota, read-only or broken.
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextmanager
+def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; rename it to `path` only if the block succeeds.
+
+    The data is flushed to the disk before the rename, so after a crash `path` holds either the old
+    content or the new one, never a part. Parent folders are made as needed.
+
+    Args:
+        path: the file to create or replace.
+        mode: ``"w"`` for UTF-8 text, ``"wb"`` for bytes.
+
+    Raises:
+        RunError: the disk is full or failing; `path` is as it was.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    with _disk_faults_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, mode, encoding=encoding) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's file is private to its owner
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `path`; it becomes `path` only if the block succeeds.
+
+    All files in it are flushed to the disk first. A folder that is there already is replaced: for a
+    moment there is none, but never a part of one.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        RunError: the disk is full or failing; `path` is as it was.
+    """
+    with _disk_faults_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART))
+        try:
+            yield partial
+            sync_files(partial)
+            partial.chmod(0o777 & ~_umask())
+            if path.exists():
+                replaced = partial.with_name(f"{partial.name}.old{_PART}")
+                path.rename(replaced)
+                partial.rename(path)
+                shutil.rmtree(replaced)
+            else:
+                partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Flush every file in `folder`, and the folders themselves, to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(place, name), os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(place))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, so that a rename outlives a loss of power.
+
+    Windows cannot open a folder for this; there nothing happens.
+    """
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process was writing in `folder` when it ended.
+
+    Only for a folder that no other process writes into.
+    """
+    for place in folder.rglob(f".*{_PART}"):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_faults_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        raise RunError(
+            f"{path}: {error.strerror}: it was not written, and nothing half-written remains"
+        ) from error
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path`, whole or not at all."""
+    with atomic_open(path) as stream:
+        stream.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def nearest_file(path: Path, suffixes: Container[str]) -> str:
+    """A hint at the file beside `path` whose name is nearest, or nothing.
+
+    Args:
+        path: that does not exist.
+        suffixes: of the files to choose among.
+    """
+    names: list[str] = []
+    with suppress(OSError):
+        names = [file.name for file in path.parent.iterdir() if file.suffix in suffixes]
+    near = difflib.get_close_matches(path.name, sorted(names), n=1)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""

@@ -1,0 +1,146 @@
+"""How long work tells what it is doing: headings, finished lines, and bars on a terminal.
+
+A leaf module: every room may import it, it imports `visible` only, and it needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TextIO
+
+import rich.progress as bars
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+from contextlm.base.visible import visible
+
+
+class Bar(Protocol):
+    """One piece of work of known size, while it runs."""
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+
+
+class Progress(Protocol):
+    """Where work reports to. Lines stay; bars vanish when their work is done."""
+
+    def stage(self, title: str) -> None:
+        """A heading: which contender and seed is at work."""
+
+    def line(self, text: str) -> None:
+        """One finished line, e.g. ``epoch 3  train loss 5.1  validation loss 5.3  *``."""
+
+    def update(self, text: str) -> None:
+        """What is at work at this moment; gone with the next heading, line or bar."""
+
+    def bar(self, total: int, description: str) -> AbstractContextManager[Bar]:
+        """A bar of `total` units for the time of a `with` block."""
+
+
+class _SilentBar:
+    def advance(self, n: int = 1) -> None:
+        """Shows nothing."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def stage(self, title: str) -> None:
+        """Shows nothing."""
+
+    def line(self, text: str) -> None:
+        """Shows nothing."""
+
+    def update(self, text: str) -> None:
+        """Shows nothing."""
+
+    def bar(self, total: int, description: str) -> AbstractContextManager[Bar]:
+        """A bar that shows nothing."""
+        return nullcontext(_SilentBar())
+
+
+class RichProgress(AbstractContextManager["RichProgress"]):
+    """Headings and lines on stderr; bars too when it is a terminal, and none in a log file.
+
+    Leaving its `with` block gives the terminal back as it was.
+
+    Args:
+        file: where to write instead of stderr.
+    """
+
+    def __init__(self, file: TextIO | None = None):
+        self._console = Console(file=file, stderr=file is None, highlight=False)
+        # A terminal has room for one live display: either a remark, or the bars of nested blocks.
+        self._remark: Status | None = None
+        self._bars: bars.Progress | None = None
+
+    def __exit__(self, *exception: object) -> None:
+        self._clear()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, title: str) -> None:
+        """Print a heading with an empty line above it."""
+        self._clear()
+        self._console.print(f"\n{visible(title)}", style="bold", markup=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bars if there are any."""
+        self._clear()
+        self._console.print(visible(text), markup=False, soft_wrap=True)
+
+    def update(self, text: str) -> None:
+        """Show a remark with a spinner, unless bars are up or this is no terminal."""
+        self._clear()
+        if self._console.is_terminal and self._bars is None:
+            self._remark = self._console.status(escape(visible(text)))
+            self._remark.start()
+
+    @contextmanager
+    def bar(self, total: int, description: str) -> Iterator[Bar]:
+        """Show a bar for the time of the block, below those of the blocks around it."""
+        if not self._console.is_terminal:
+            yield _SilentBar()
+            return
+        self._clear()
+        outermost = self._bars is None
+        display = self._bars = self._bars or self._new_bars()
+        task = display.add_task(visible(description), total=total)
+        try:
+            yield _RichBar(display, task)
+        finally:
+            display.remove_task(task)
+            if outermost:
+                display.stop()
+                self._bars = None
+
+    def _new_bars(self) -> bars.Progress:
+        display = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=None),
+            bars.MofNCompleteColumn(),
+            bars.TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        display.start()
+        return display
+
+    def _clear(self) -> None:
+        if self._remark is not None:
+            self._remark.stop()
+            self._remark = None
+
+
+class _RichBar:
+    def __init__(self, display: bars.Progress, task: bars.TaskID):
+        self._display = display
+        self._task = task
+
+    def advance(self, n: int = 1) -> None:
+        """Move the bar on."""
+        self._display.advance(self._task, n)

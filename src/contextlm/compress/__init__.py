@@ -1,0 +1,1 @@
+"""Smaller caches for models that are trained already."""

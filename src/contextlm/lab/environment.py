@@ -1,0 +1,121 @@
+"""What a run ran on: versions, commit, hardware. For `environment.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import contextlm
+from contextlm.base import distribution
+from contextlm.base.errors import InputError
+from contextlm.base.files import write_json
+from contextlm.base.progress import Progress
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "numba",
+    "huggingface_hub",
+    "pydantic",
+    "pyyaml",
+    "matplotlib",
+    "jinja2",
+)
+
+
+def describe_environment(device: torch.device, seeds: list[int]) -> dict[str, Any]:
+    """Versions, commit and hardware as plain JSON values."""
+    return {
+        "contextlm": contextlm.__version__,
+        "commit": _commit(),
+        "seeds": seeds,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "processes": distribution.world(),
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def note_changes(file: Path, now: dict[str, Any], progress: Progress) -> None:
+    """Add what differs now to an ``environment.json``, and tell it.
+
+    Args:
+        file: of a run that is resumed.
+        now: as `describe_environment` gives it.
+        progress: takes a line.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        begun = json.loads(file.read_text("utf-8"))
+        before, after = _flat(begun), _flat(now)
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"{file}: cannot be read") from None
+    changes = {key: value for key, value in after.items() if before.get(key) != value}
+    if not changes:
+        return
+    told = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in changes.items())
+    progress.line(
+        f"not as when the run began: {told}; figures may differ from an undisturbed run's"
+    )
+    write_json(file, {**begun, "resumed_under": {**begun.get("resumed_under", {}), **changes}})
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    packages = environment.get("packages", {})
+    rest = {k: v for k, v in environment.items() if k not in ("packages", "resumed_under")}
+    return {**rest, **packages}
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that runs, marked when it has changes; None when installed."""
+    root = Path(contextlm.__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit} (with uncommitted changes)" if changes else commit
+
+
+def _processor() -> str:
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(known.get("cpu_name") or platform.processor() or platform.machine())
+
+
+def _memory() -> int | None:
+    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,326 @@
+"""Everything that a run needs, made and checked before anything is written to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
+
+from contextlm.base.errors import InputError
+from contextlm.data.answers import Answers
+from contextlm.data.corpora import load_corpus
+from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.synthetic import MARK, find_task
+from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.tokenizers import (
+    keeps_all_words,
+    known_vocab_size,
+    load_tokenizer,
+    start_of_text,
+    vocab_entries,
+)
+from contextlm.data.windows import Windows
+from contextlm.evaluation.memory import position_limit
+from contextlm.evaluation.quality import unigram_perplexity
+from contextlm.lab.embeddings import (
+    Embedding,
+    LearningText,
+    check_learning_text,
+    load_pretrained,
+)
+from contextlm.models.base import HasContextBlock, ReadsStoredContexts
+from contextlm.models.build import build_config, check_forward, meta_model
+from contextlm.recipe.schema import Contender, Recipe
+from contextlm.results.facts import CorpusFacts
+from contextlm.training.optimisation import parameter_groups
+
+Samples = Windows | Lines | Answers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's data and configurations, ready to train on.
+
+    `train` and `validation` map a contender's name to its samples, all over the same text;
+    `stream` and `validation_stream` are the texts that they cover. `validation_bytes` counts the
+    UTF-8 bytes behind the validation windows' `facts.validation_tokens`; None for lines, and where
+    tokens do not stand for all of the text. `embedding` replaces the models' own, where there is
+    one, and `learning_text` is what one is still to be learned from.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    configs: Mapping[str, PreTrainedConfig]
+    train: Mapping[str, Samples]
+    validation: Mapping[str, Samples]
+    stream: np.ndarray
+    validation_stream: np.ndarray
+    validation_bytes: int | None
+    facts: CorpusFacts
+    embedding: Embedding | None
+    learning_text: LearningText | None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the corpus and the tokenizer, cut samples, and check that every contender fits them.
+
+    What can be checked without the corpus is checked first.
+
+    Raises:
+        InputError: the recipe, its corpus or a contender is not usable; nothing was written.
+        RunError: a hub is needed and cannot be reached.
+    """
+    if (recipe.unit == "answers") != (find_task(recipe.corpus) is not None):
+        raise InputError(
+            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: made-up tasks, and only "
+            "they, are trained with unit 'answers'"
+        )
+    expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
+    _check_contenders(recipe, expected_size)
+    limits = recipe.documents
+    corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
+    if recipe.unit == "lines":
+        corpus = line_corpus(corpus)  # before a tokenizer learns from what is held out
+    tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
+    vocab_size = _vocab_size(recipe, tokenizer)
+    if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
+        _check_contenders(recipe, vocab_size)
+    ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
+    configs = {
+        contender.name: build_config(contender.model, vocab_size, **ids)
+        for contender in recipe.contenders
+    }
+    stores = [
+        build_token_store(corpus, split, tokenizer, cache_folder())
+        for split in ("train", "validation")
+    ]
+    train = _samples(recipe, stores[0], "train", tokenizer, configs)
+    validation = _samples(recipe, stores[1], "validation", tokenizer, configs)
+    first = recipe.contenders[0].name
+    _check_batches(recipe, len(train[first]))
+    facts = CorpusFacts(
+        name=corpus.name,
+        tokenizer=recipe.tokenizer,
+        vocab_size=vocab_size,
+        train_tokens=train[first].tokens_covered,
+        validation_tokens=validation[first].tokens_covered,
+        train_windows=len(train[first]),
+        validation_windows=len(validation[first]),
+        sequence_length=recipe.sequence_length,
+        unigram_ppl=unigram_perplexity(
+            train[first].stream(), validation[first].stream(), vocab_size
+        ),
+    )
+    exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
+    stream, validation_stream = _longest(train), _longest(validation)
+    learning = stream if recipe.embedding.tokens is None else stores[0].tokens
+    embedding, learning_text = _embedding(recipe, configs, tokenizer, learning, validation_stream)
+    return Prepared(
+        tokenizer=tokenizer,
+        configs=configs,
+        train=train,
+        validation=validation,
+        stream=stream,
+        validation_stream=validation_stream,
+        validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
+        facts=facts,
+        embedding=embedding,
+        learning_text=learning_text,
+    )
+
+
+def _embedding(
+    recipe: Recipe,
+    configs: Mapping[str, PreTrainedConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: np.ndarray,
+    validation: np.ndarray,
+) -> tuple[Embedding | None, LearningText | None]:
+    """Pretrained embeddings, or the text to learn some from, or neither."""
+    if recipe.embedding.source == "random":
+        return None, None
+    shape = embedding_shape(configs)
+    if recipe.embedding.source == "pretrained":
+        return load_pretrained(recipe.embedding.path, tokenizer, *shape), None
+    return None, check_learning_text(recipe.embedding, LearningText(tokens, validation, *shape))
+
+
+def _longest(samples: Mapping[str, Samples]) -> np.ndarray:
+    """The text behind all contenders' windows; another target offset may take a window less."""
+    return max(samples.values(), key=lambda s: s.tokens_covered).stream()
+
+
+def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) -> bool:
+    """Whether phase 2 gives this contender the contexts of a store."""
+    wanted = recipe.context_store is not None and contender.use_store
+    return wanted and isinstance(model.base_model, ReadsStoredContexts)
+
+
+def embedding_shape(configs: Mapping[str, PreTrainedConfig]) -> tuple[int, int]:
+    """Entries and width of the embeddings, which must be the same for all contenders.
+
+    Raises:
+        InputError: they differ.
+    """
+    shapes = {
+        name: tuple(meta_model(config).get_input_embeddings().weight.shape)
+        for name, config in configs.items()
+    }
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise InputError(
+                f"embedding: one table serves all contenders, but {first} needs "
+                f"{shapes[first][0]} x {shapes[first][1]} and {name} {shape[0]} x {shape[1]}"
+            )
+    return shapes[first]
+
+
+def _check_batches(recipe: Recipe, windows: int) -> None:
+    for contender in recipe.contenders:
+        training = recipe.training_of(contender)
+        if training.drop_last and windows < training.batch_size:
+            raise InputError(
+                f"contenders.{contender.name}: training.drop_last drops an incomplete batch, and "
+                f"{windows} training windows do not make one batch of {training.batch_size}"
+            )
+
+
+def windows_per_epoch(recipe: Recipe, contender: Contender, prepared: Prepared) -> int:
+    """Training windows that an epoch really uses: a dropped last batch does not count."""
+    training = recipe.training_of(contender)
+    windows = prepared.facts.train_windows
+    return windows - windows % training.batch_size if training.drop_last else windows
+
+
+def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
+    for contender in recipe.contenders:
+        try:
+            _check_contender(recipe, contender, vocab_size)
+        except InputError as error:
+            raise InputError(f"contenders.{contender.name}: {error}") from None
+
+
+def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> None:
+    config = build_config(contender.model, vocab_size)
+    if config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size {config.vocab_size} is less than the recipe's {vocab_size} entries"
+        )
+    if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
+        # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
+        raise InputError(
+            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]', or "
+            f"leave the model out: --set contenders.{contender.name}=null"
+        )
+    model = meta_model(config)
+    positions = position_limit(model)
+    if positions is not None and recipe.sequence_length > positions:
+        raise InputError(
+            f"sequence_length {recipe.sequence_length} is more than the model's "
+            f"{positions} positions"
+        )
+    check_forward(model)
+    parameter_groups(model, recipe.training_of(contender))
+    if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
+        raise InputError(
+            f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"
+        )
+    if reads_store(recipe, contender, model):
+        _check_frozen(model)
+
+
+def _check_frozen(model: PreTrainedModel) -> None:
+    """A store is right only as long as nothing that the contexts depend on learns."""
+    parts = ("embed_tokens", "embed_norm", "context_block")
+    for name, parameter in model.base_model.named_parameters():
+        if parameter.requires_grad and name.startswith(parts):
+            raise InputError(
+                f"context_store: {name} learns in phase 2, which would make the stored contexts "
+                "wrong: freeze it (freeze_context, freeze_embedding), or set use_store to false"
+            )
+
+
+def _vocab_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int:
+    # A BPE trained on a small corpus may end with fewer entries than were asked for; the model has
+    # the size that was asked for, as `contextlm params` says.
+    size = max(vocab_entries(tokenizer), known_vocab_size(recipe.tokenizer) or 0)
+    if recipe.vocab_size is None:
+        return size
+    if recipe.vocab_size < size:
+        raise InputError(
+            f"vocab_size {recipe.vocab_size} is less than the {size} entries of tokenizer "
+            f"{recipe.tokenizer!r}"
+        )
+    return recipe.vocab_size
+
+
+def _samples(
+    recipe: Recipe,
+    store: TokenStore,
+    split: str,
+    tokenizer: PreTrainedTokenizerFast,
+    configs: Mapping[str, PreTrainedConfig],
+) -> Mapping[str, Samples]:
+    """The split's samples by contender, all of the same text."""
+    if recipe.unit == "windows":
+        return _windows(recipe, store, split, configs)
+    if recipe.unit == "answers":
+        answers = Answers(
+            store.tokens,
+            store.document_offsets,
+            recipe.sequence_length,
+            mark=int(tokenizer.convert_tokens_to_ids(MARK)),
+            pad=int(tokenizer.pad_token_id),
+            unknown=tokenizer.unk_token_id,
+            samples=getattr(recipe.samples, split, None),
+            name=f"corpus {recipe.corpus!r} ({split})",
+        )
+        return dict.fromkeys(configs, answers)
+    lines = Lines(
+        store.tokens,
+        store.document_offsets,
+        recipe.sequence_length,
+        begin=start_of_text(tokenizer),
+        pad=int(tokenizer.pad_token_id),
+        samples=getattr(recipe.samples, split, None),
+        name=f"corpus {recipe.corpus!r} ({split})",
+    )
+    return dict.fromkeys(configs, lines)
+
+
+def _windows(
+    recipe: Recipe, store: TokenStore, split: str, configs: Mapping[str, PreTrainedConfig]
+) -> dict[str, Windows]:
+    """The split's windows by contender, cut from the same tokens.
+
+    A recipe with a context store treats the text as one stream: the incomplete last window counts,
+    and a model that reads tokens before a window gets them.
+    """
+    tokens = store.tokens
+    limit = getattr(recipe.tokens, split, None)
+    if limit is not None:
+        if len(tokens) < limit:
+            raise InputError(
+                f"tokens.{split}: {limit} asked for, but corpus {recipe.corpus!r} has {len(tokens)}"
+            )
+        tokens = tokens[:limit]
+    streams = recipe.context_store is not None
+
+    def cut(contender: Contender) -> Windows:
+        decoder = meta_model(configs[contender.name]).base_model if streams else None
+        return Windows(
+            tokens,
+            recipe.sequence_length,
+            recipe.stride,
+            recipe.target_offset_of(contender),
+            getattr(recipe.samples, split, None),
+            history=getattr(decoder, "history_tokens", 0),
+            fill=streams,
+            name=f"corpus {recipe.corpus!r} ({split})",
+        )
+
+    return {contender.name: cut(contender) for contender in recipe.contenders}

@@ -1,0 +1,213 @@
+"""The attention layer of Context-KV: token embeddings read a memory of contexts (DESIGN 1.3).
+
+`ContextAttention` reads contexts, `TokenAttention` (the baseline) the last tokens themselves.
+
+Shape suffixes: B batch, T tokens, S memory entries, M entries read by a token, D embedding width,
+C an entry's width, N heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contextlm.models.alignment import RealFirst
+from contextlm.models.cache import RecentLayer
+from contextlm.models.context_kv.cache import Reading
+from contextlm.ops.dilated_attention import Anchor, dilated_attention, gather_attention
+
+
+class Memory(NamedTuple):
+    """The contexts that T tokens are to read.
+
+    Attributes:
+        entries: ``[B, S, C]``. Without `reading` they are the tokens' own and, in front, those of
+            the positions just before.
+        start_B: position of each row's first token; None: all rows start at 0.
+        reading: which entries each token reads, where they do not lie one position apart.
+    """
+
+    entries: Tensor
+    start_B: Tensor | None = None
+    reading: Reading | None = None
+
+    def of_last(self, queries: int, tokens: int, history: int) -> Memory:
+        """The same for the last so many of the T tokens, which read so far back at most."""
+        if self.reading is not None:
+            reading = Reading(*(columns[:, -queries:] for columns in self.reading))
+            return Memory(self.entries, reading=reading)
+        start_B = torch.zeros(1, dtype=torch.long, device=self.entries.device)
+        start_B = start_B if self.start_B is None else self.start_B
+        return Memory(self.entries[:, -(history + queries) :], start_B + tokens - queries)
+
+
+class TokenWindow(NamedTuple):
+    """The tokens that the last of them are to read, in the order of the input.
+
+    Attributes:
+        entries: ``[B, T, C]``, embeddings of the new tokens.
+        mask_BT: False at padding, or None.
+        state: keys and values of earlier tokens, moved on by reading; None: there are none, and no
+            later ones will come.
+    """
+
+    entries: Tensor
+    mask_BT: Tensor | None
+    state: RecentLayer | None
+
+
+class MemoryAttention(nn.Module):
+    """Attention of each token's embedding to M entries of a memory; what both kinds share.
+
+    Args:
+        hidden_size: D.
+        entry_dim: C.
+        heads: N.
+        interval: positions from one entry that is read to the next.
+        size: M.
+        anchor: where the earlier entries lie (`dilated_attention`).
+        padding: whether missing entries take part as zero vectors or are left out.
+        dropout: on the attention weights in training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        entry_dim: int,
+        heads: int,
+        *,
+        interval: int,
+        size: int,
+        anchor: Anchor,
+        padding: Literal["zeros", "mask"],
+        dropout: float,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.interval = interval
+        self.size = size
+        self.anchor = anchor
+        self.padding = padding
+        self.dropout = dropout
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(entry_dim, hidden_size)
+        self.value = nn.Linear(entry_dim, hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def _attend(
+        self,
+        stream_BTD: Tensor,
+        key_BSD: Tensor,
+        value_BSD: Tensor,
+        start_B: Tensor | None = None,
+        reading: Reading | None = None,
+    ) -> Tensor:
+        """What each token reads, ``[B, T, D]``; for the last two see `Memory`."""
+        query_BNTE = self._heads(self.query(stream_BTD))
+        memory = (self._heads(key_BSD), self._heads(value_BSD))
+        dropout = self.dropout if self.training else 0.0
+        pads: dict[str, Tensor] = {}
+        if self.padding == "zeros":  # the key and the value of a zero vector are the biases
+            pads["pad_key_HE"] = self.key.bias.view(self.heads, -1)
+            pads["pad_value_HE"] = self.value.bias.view(self.heads, -1)
+        if reading is not None:
+            mixed_BNTE = gather_attention(query_BNTE, *memory, *reading, dropout=dropout, **pads)
+        else:
+            mixed_BNTE = dilated_attention(
+                query_BNTE,
+                *memory,
+                interval=self.interval,
+                size=self.size,
+                anchor=self.anchor,
+                start_B=start_B,
+                dropout=dropout,
+                **pads,
+            )
+        return self.output(mixed_BNTE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class ContextAttention(MemoryAttention):
+    """Reads contexts. Decoding keeps these, narrower than keys and values, and projects a few."""
+
+    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
+        """What each token reads, ``[B, T, D]``."""
+        if memory.reading is not None and stream_BTD.shape[1] == 1:
+            memory = _only_read(memory.entries, memory.reading)
+        entries_BSC, start_B, reading = memory
+        keys_BSD, values_BSD = self.key(entries_BSC), self.value(entries_BSC)
+        return self._attend(stream_BTD, keys_BSD, values_BSD, start_B, reading)
+
+
+class TokenAttention(MemoryAttention):
+    """Reads the last M tokens, side by side, as any attention with a sliding window does.
+
+    Decoding keeps keys and values, ``[B, <= M - 1, 2 D]``.
+    """
+
+    def forward(self, stream_BTD: Tensor, window: TokenWindow) -> Tensor:
+        """What the last T tokens of the window read, ``[B, T, D]``; the others only serve them."""
+        entries_BSD = torch.cat([self.key(window.entries), self.value(window.entries)], dim=-1)
+        state = RecentLayer(self.size - 1) if window.state is None else window.state
+        before = entries_BSD.shape[1] - stream_BTD.shape[1]
+        if before:
+            _append(state, entries_BSD[:, :before], window.mask_BT, slice(before))
+        start_B = state.counts
+        both_BSD, order = _append(
+            state, entries_BSD[:, before:], window.mask_BT, slice(before, None)
+        )
+        keys_BSD, values_BSD = both_BSD.chunk(2, dim=-1)
+        return order.undo(self._attend(order.apply(stream_BTD), keys_BSD, values_BSD, start_B))
+
+
+class ContextKVLayer(nn.Module):
+    """``h = LN(e + attention)``, then ``h + LN(W_2 GELU(W_1 h))``.
+
+    Args:
+        attention: reads the memory.
+        intermediate_size: width of the feed-forward part.
+        dropout: on the outputs of attention and feed-forward part.
+        eps: of the layer norms.
+    """
+
+    def __init__(
+        self, attention: MemoryAttention, intermediate_size: int, dropout: float, eps: float
+    ):
+        super().__init__()
+        width = attention.output.out_features
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.up = nn.Linear(width, intermediate_size)
+        self.down = nn.Linear(intermediate_size, width)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, stream_BTD: Tensor, memory: Memory | TokenWindow) -> Tensor:
+        """``[B, T, D]``; the memory is of the attention's own kind."""
+        read_BTD = self.dropout(self.attention(stream_BTD, memory))
+        hidden_BTD = self.attention_norm(stream_BTD + read_BTD)
+        branch_BTD = self.feed_forward_norm(self.down(F.gelu(self.up(hidden_BTD))))
+        return hidden_BTD + self.dropout(branch_BTD)
+
+
+def _append(
+    state: RecentLayer, new_BTE: Tensor, mask_BS: Tensor | None, columns: slice
+) -> tuple[Tensor, RealFirst]:
+    """Old and new entries, each row's real ones first among the new, and the order of these."""
+    mask_BT = None if mask_BS is None else mask_BS[:, columns]
+    order = RealFirst.of(mask_BT)
+    return state.append(order.apply(new_BTE), mask_BT), order
+
+
+def _only_read(entries_BSC: Tensor, reading: Reading) -> Memory:
+    """The entries that a single token reads, so that no other is projected in vain."""
+    columns_BM = reading.columns[:, 0]
+    read_BMC = entries_BSC.gather(1, columns_BM.unsqueeze(-1).expand(-1, -1, entries_BSC.shape[-1]))
+    in_order_M = torch.arange(columns_BM.shape[1], device=columns_BM.device)
+    columns_BTM = in_order_M.expand_as(reading.columns)
+    return Memory(read_BMC, reading=Reading(columns_BTM, reading.real))

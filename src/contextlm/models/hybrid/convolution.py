@@ -1,0 +1,57 @@
+"""The short convolution before a recurrence or an attention: each channel, a few tokens back.
+
+Shape suffixes: B batch, T new tokens, C channels, S tokens before the new ones and these.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from contextlm.models.hybrid.cache import Taps
+from contextlm.models.layers import OwnStart
+from contextlm.models.steps import Steps
+
+
+class CausalConvolution(OwnStart):
+    """A depthwise convolution over a token and those before it, started as the identity.
+
+    Args:
+        width: C.
+        taps: tokens that each output sees, itself included; at least 1.
+    """
+
+    def __init__(self, width: int, taps: int):
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(taps, width))  # the current token's first
+        self.bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the identity."""
+        identity = torch.zeros_like(self.weight)
+        identity[0] = 1
+        init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
+        init.zeros_(self.bias)
+
+    def forward(self, inputs_BTC: Tensor, state: Taps | None, steps: Steps) -> Tensor:
+        """``[B, T, C]``; inputs before a row's first token are zero.
+
+        Args:
+            inputs_BTC: of the new tokens, real ones first.
+            state: where the inputs before them are kept, or None: there are none.
+            steps: the new tokens.
+        """
+        before, tokens = self.taps - 1, inputs_BTC.shape[1]
+        if state is None:
+            all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
+        else:
+            all_BSC = state.with_taps(inputs_BTC, before, steps)
+        out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
+        for back in range(1, self.taps):
+            earlier_BTC = all_BSC[:, before - back : before - back + tokens]
+            out_BTC = torch.addcmul(out_BTC, earlier_BTC, self.weight[back])
+        return out_BTC

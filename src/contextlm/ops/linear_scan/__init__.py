@@ -1,0 +1,159 @@
+"""The gated linear recurrence, one public op with several backends.
+
+For every token t and every channel::
+
+    h_t = a_t h_{t-1} + b_t
+
+Backends: ``eager``, a loop over tokens, works everywhere and is the truth for the others;
+``numba``, one compiled loop for a CPU; ``parallel``, parallel in time, in plain torch, also under
+torch.compile; ``fla``, the kernels of flash-linear-attention on a GPU. All are differentiable,
+``eager`` and ``parallel`` more than once.
+
+Shape suffixes: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from contextlm.ops.backends import AUTO, is_installed, requested_backend
+
+BACKENDS = ("eager", "numba", "parallel", "fla")
+# Chosen while torch.compile traces, which cannot trace the choosing.
+_requested = torch.compiler.assume_constant_result(requested_backend)
+# Measured: below, a handful of torch's calls costs less than any set-up.
+_FEWEST_TOKENS = 4
+_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
+
+
+def linear_scan(
+    gates_BTC: Tensor,
+    inputs_BTC: Tensor,
+    initial_BC: Tensor | None = None,
+    *,
+    mask_BT: Tensor | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Run the recurrence over T tokens; differentiable in gates, inputs and initial state.
+
+    The state is kept in float32 at least, the result rounded to the inputs' type: who carries a
+    state from call to call passes float32 inputs.
+
+    Args:
+        gates_BTC: a, usually from 0 to 1; not negative (``fla`` works with their logarithms).
+        inputs_BTC: b.
+        initial_BC: the state before the first token; None: zero.
+        mask_BT: False where a token is padding: the state passes it unchanged.
+        backend: one of `BACKENDS`, or ``auto`` (see `ops.backends`), which takes the fastest that
+            fits the tensors.
+
+    Returns:
+        The state after every token, ``[B, T, C]``, in the inputs' type.
+
+    Raises:
+        ValueError: shapes that do not fit, no tokens, or a backend that is unknown or does not fit.
+    """
+    _check_shapes(gates_BTC, inputs_BTC, initial_BC, mask_BT)
+    name = linear_scan_backend(gates_BTC, inputs_BTC, backend=backend)
+    result_type = inputs_BTC.dtype
+    state_type = _state_type(gates_BTC, inputs_BTC)
+    gates_BTC, inputs_BTC = gates_BTC.to(state_type), inputs_BTC.to(state_type)
+    if initial_BC is None:
+        initial_BC = torch.zeros_like(inputs_BTC[:, 0])
+    if mask_BT is not None:
+        keep_BT1 = mask_BT.unsqueeze(-1)
+        gates_BTC = torch.where(keep_BT1, gates_BTC, 1)
+        inputs_BTC = torch.where(keep_BT1, inputs_BTC, 0)
+    if name == "numba":
+        from contextlm.ops.linear_scan.numba import linear_scan_numba as run
+    elif name == "parallel":
+        from contextlm.ops.linear_scan.parallel import linear_scan_parallel as run
+    elif name == "fla":
+        from contextlm.ops.linear_scan.fla import linear_scan_fla as run
+    else:
+        run = _eager
+    return run(gates_BTC, inputs_BTC, initial_BC.to(state_type)).to(result_type)
+
+
+def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str = AUTO) -> str:
+    """The backend that `linear_scan` takes.
+
+    Args:
+        gates_BTC: as given to `linear_scan`.
+        inputs_BTC: as given to `linear_scan`.
+        backend: what the call says.
+
+    Raises:
+        ValueError: the backend is unknown, or does not fit the tensors.
+    """
+    tensors = (gates_BTC, inputs_BTC)
+    name = _requested("linear_scan", backend, BACKENDS)
+    if name == AUTO and gates_BTC.shape[1] < _FEWEST_TOKENS:
+        return "eager"
+    obstacles = {"numba": _obstacle_to_numba(*tensors), "fla": _obstacle_to_fla(*tensors)}
+    if obstacles.get(name):
+        raise ValueError(f"linear_scan backend {name!r} {obstacles[name]}")
+    if name != AUTO:
+        return name
+    fitting = [kernel for kernel, obstacle in obstacles.items() if not obstacle]
+    if fitting:
+        return fitting[0]
+    # A CPU gains nothing from more, but parallel, work; a trace of the loop is as long as the text.
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    return "eager" if on_cpu and not _traced(*tensors) else "parallel"
+
+
+def _traced(*tensors: Tensor) -> bool:
+    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+
+
+def _obstacle_to_numba(*tensors: Tensor) -> str:
+    """Why compiled code cannot take these tensors; empty if it can."""
+    if _traced(*tensors):
+        return "cannot be traced"
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "runs on a CPU only"
+    return "" if is_installed("numba") else "needs the package numba"
+
+
+def _obstacle_to_fla(*tensors: Tensor) -> str:
+    """Why flash-linear-attention's kernels cannot take these tensors; empty if they can."""
+    if _traced(*tensors):
+        return "cannot be traced"
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return "runs on a CUDA device only"
+    if _state_type(*tensors) != torch.float32:
+        return "computes in float32 only"
+    return "" if is_installed("fla") else "needs the package flash-linear-attention"
+
+
+def _state_type(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 where that is given."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def _eager(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
+    """The plain loop; differentiable as often as wanted."""
+    states_BC = [initial_BC]
+    for gate_BC, input_BC in zip(gates_BTC.unbind(1), inputs_BTC.unbind(1), strict=True):
+        states_BC.append(torch.addcmul(input_BC, gate_BC, states_BC[-1]))
+    return torch.stack(states_BC[1:], dim=1)
+
+
+def _check_shapes(
+    gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor | None, mask_BT: Tensor | None
+) -> None:
+    shape = inputs_BTC.shape
+    if len(shape) != 3 or shape[1] == 0:
+        raise ValueError(f"linear_scan needs inputs [B, T, C] with T >= 1, got {tuple(shape)}")
+    for what, tensor, fitting in (
+        ("gates", gates_BTC, shape),
+        ("initial state", initial_BC, (shape[0], shape[2])),
+        ("mask", mask_BT, shape[:2]),
+    ):
+        if tensor is not None and tensor.shape != fitting:
+            found, wanted = tuple(tensor.shape), tuple(fitting)
+            raise ValueError(f"linear_scan needs the {what} as {wanted}, got {found}")

@@ -1,0 +1,1 @@
+"""What a run found, typed and versioned: written by evaluation and lab, read by the report."""

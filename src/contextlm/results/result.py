@@ -1,0 +1,226 @@
+"""What a run leaves behind, typed and versioned: results, timings, history, environment.
+
+A `Result` holds no times, so that two runs of one recipe can be compared byte by byte; times live
+in `Timings`. Pydantic only: reading a run needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from contextlm.base.errors import InputError
+from contextlm.base.paths import is_file
+from contextlm.base.visible import shown
+from contextlm.results.facts import (
+    CacheBytes,
+    CorpusFacts,
+    Count,
+    EmbeddingFacts,
+    Figure,
+    Finite,
+    Perplexity,
+    PhaseOneFacts,
+    Positive,
+    Record,
+    RetrievalAccuracy,
+    StoreFacts,
+    TuningFacts,
+)
+from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
+
+RESULT_VERSION: Literal[1] = 1
+
+
+class Result(Record):
+    """One contender with one seed. Losses in nats per token, `accuracy` and `converged` in 0..1.
+
+    `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
+    length only if every token is predicted from all before it. It is None, too, where samples are
+    lines or questions, and where the tokenizer has one token for all unknown words.
+    `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
+    empty but for a corpus of tasks.
+    """
+
+    version: Literal[1] = RESULT_VERSION
+    recipe: str
+    scale: str
+    contender: str
+    architecture: str
+    baseline: bool
+    seed: Count
+    target_offset: Positive
+    precision: str
+    corpus: CorpusFacts
+    parameters_total: Count
+    parameters_trainable: Count
+    validation_loss: Figure
+    validation_ppl: Perplexity
+    bits_per_byte: Figure | None
+    accuracy: Figure
+    train_ppl_running: Perplexity
+    train_ppl: Perplexity
+    train_ppl_windows: Count | None = None
+    retrieval: list[RetrievalAccuracy] = []
+    best_epoch: Count
+    epochs: Count
+    learning_rate: Figure | None = None
+    tuning: TuningFacts | None = None
+    phase1: PhaseOneFacts | None
+    embedding: EmbeddingFacts | None = None
+    store: StoreFacts | None = None
+    cache: list[CacheBytes]
+    cache_dtype: str
+    reported: dict[str, Finite]
+    reported_epochs: dict[str, list[Finite | None]] = {}
+
+    @property
+    def train_validation_ratio(self) -> float:
+        """Train PPL over validation PPL, both on the best weights."""
+        return self.train_ppl / self.validation_ppl
+
+
+class StageMemory(Record):
+    """Memory in use when a stage ended: of the process (resident) and of the accelerator."""
+
+    stage: str
+    host_bytes: Count
+    accelerator_bytes: Count | None
+
+
+class Timings(Record):
+    """Seconds, rates and peak memory of one contender and seed."""
+
+    phase1_seconds: Figure | None
+    store_seconds: Figure | None = None
+    stages: list[StageMemory] = []
+    epoch_seconds: list[Figure]
+    evaluation_seconds: Figure
+    total_seconds: Figure
+    training_tokens_per_second: Figure
+    prefill_tokens_per_second: Figure
+    decode_tokens_per_second: Figure
+    speed_tokens: Count
+    peak_host_bytes: Count
+    peak_accelerator_bytes: Count | None
+
+
+class PhaseOneRow(Record):
+    """One iteration of context training."""
+
+    phase: Literal[1] = 1
+    iteration: Count
+    converged: Figure
+    loss: Figure | None
+
+
+class PhaseTwoRow(Record):
+    """One epoch of next-token training."""
+
+    phase: Literal[2] = 2
+    epoch: Count
+    train_loss: Figure
+    train_ppl: Figure
+    validation_loss: Figure
+    validation_ppl: Figure
+    accuracy: Figure
+    learning_rate: Figure
+
+
+class Outcome(Record):
+    """All that one contender and seed left in its folder."""
+
+    result: Result
+    timings: Timings
+    history: list[PhaseOneRow | PhaseTwoRow]
+
+
+class Run(Record):
+    """A run folder, read back. `recipe` is the resolved recipe, `environment` what it ran on."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    outcomes: list[Outcome]
+
+    def missing_seeds(self) -> dict[str, list[int]]:
+        """The recipe's seeds without a result, by contender; contenders that lack none left out."""
+        done = {(o.result.contender, o.result.seed) for o in self.outcomes}
+        seeds = self.recipe.get("seeds", [0])
+        names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
+        missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
+        return {name: lacking for name, lacking in missing.items() if lacking}
+
+
+def seed_folder(run: Path, contender: str, seed: int) -> Path:
+    """Where one contender and seed keeps its files."""
+    return run / contender / f"seed-{seed}"
+
+
+def read_outcome(run: Path, contender: str, seed: int) -> Outcome:
+    """Read what one contender and seed left in the folder `run`.
+
+    Raises:
+        InputError: a file is missing, damaged, of another version or of another contender or seed,
+            or leads out of the run folder; the message names it.
+    """
+    folder = seed_folder(run, contender, seed)
+    file = folder / "result.json"
+    result = _read_record(Result, run, file)
+    for key, value, place in (
+        ("contender", result.contender, contender),
+        ("seed", result.seed, seed),
+    ):
+        if value != place:
+            raise InputError(
+                f"{file}: {key}: expected {place!r} in this folder, got {shown(value)}"
+            )
+    return Outcome(
+        result=result,
+        timings=_read_record(Timings, run, folder / "timings.json"),
+        history=_read_history(run, folder / "history.jsonl"),
+    )
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder with every contender and seed that has finished, in the recipe's order.
+
+    Raises:
+        InputError: it is not a run folder, or one of its files is damaged.
+    """
+    recipe = read_recipe(folder)
+    environment = read_mapping(folder, folder / "environment.json")
+    outcomes = [
+        read_outcome(folder, contender["name"], seed)
+        for contender in recipe["contenders"]
+        for seed in recipe.get("seeds", [0])
+        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
+    ]
+    return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _read_record(kind: type[R], run: Path, file: Path) -> R:
+    try:
+        return kind.model_validate_json(read_text(run, file))
+    except ValidationError as error:
+        raise InputError(f"{file}: {first_problem(error)}") from None
+
+
+def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
+    rows: list[PhaseOneRow | PhaseTwoRow] = []
+    for number, line in enumerate(read_text(run, path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
+            rows.append(kind.model_validate(row))
+        except ValidationError as error:
+            raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise InputError(f"{path}: line {number} is damaged") from None
+    return rows

@@ -1,0 +1,77 @@
+"""Told to stop: at once, or at the next good moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from contextlm.base.interrupts import Terminated, deferred, termination_raises
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent with os.kill")
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_sigterm_raises_within_the_block_and_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), termination_raises():
+        send(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_the_first_signal_waits_for_a_good_moment(number: signal.Signals, kind: type) -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt) as caught, deferred() as asked:  # noqa: PT012
+        assert not asked
+        send(number)
+        reached.append(bool(asked))
+        asked.raise_now()
+        reached.append("not this")
+    assert reached == [True]
+    assert caught.type is kind
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_the_second_signal_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred():  # noqa: PT012
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        raise AssertionError("not reached")
+
+
+def test_at_the_end_of_the_block_it_is_raised_at_the_latest() -> None:
+    with pytest.raises(Terminated), deferred():
+        send(signal.SIGTERM)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred() as asked:
+            send(signal.SIGINT)
+            assert not asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_thread_changes_nothing() -> None:
+    seen: list[Any] = []
+
+    def work() -> None:
+        with deferred() as asked, termination_raises():
+            seen.append(bool(asked))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

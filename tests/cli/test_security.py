@@ -1,0 +1,340 @@
+"""What strangers' text must not do: become markup, run, steer a terminal, or make us call out.
+
+A run whose every string is a script is trained for real, with no network to be had; its report is
+read by a parser, and by Chromium where there is one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import yaml
+
+from contextlm.base.progress import RichProgress
+from contextlm.base.visible import json_visible, shortened, shown, visible
+from contextlm.cli import app
+from contextlm.cli.output import print_json, print_table
+from contextlm.cli.shell import execute
+
+EVIL = "<script>alert(1)</script>"
+BREAKOUT = '"><img src=x onerror="document.title=1">'
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+VOID = {"meta", "img", "br"}
+
+RECIPE: dict[str, Any] = {
+    "name": "poisoned",
+    "question": EVIL,
+    "document": EVIL,
+    "corpus": f"text:{EVIL}",
+    "tokenizer": f"tokenizer/{EVIL}",
+    "sequence_length": 8,
+    "samples": {"train": 4, "validation": 2},
+    "embedding": {"path": EVIL},
+    "training": {"epochs": 1},
+    "evaluation": {"cache_lengths": [8], "speed_tokens": 8},
+    "contenders": [
+        {
+            "name": "base",
+            "baseline": True,
+            "model": {"type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "summary_type": EVIL},
+            "reported": {EVIL: 1.0},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    """Every attempt to reach another machine, each of which fails; none may be made."""
+    made: list[Any] = []
+
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        made.append((arguments, options))
+        raise OSError("no network here")
+
+    patch = pytest.MonkeyPatch()
+    for name in ("connect", "connect_ex"):
+        patch.setattr(socket.socket, name, refuse)
+    for name in ("create_connection", "getaddrinfo"):
+        patch.setattr(socket, name, refuse)
+    patch.setenv("CONTEXTLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.delenv("CONTEXTLM_DATA", raising=False)
+    yield made
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, calls: list[Any]) -> Iterator[Path]:
+    """The folder of a run of `RECIPE`, on a text and a tokenizer that hold the same string."""
+    from transformers import PreTrainedTokenizerFast
+
+    from contextlm.data.bpe import END_OF_TEXT, train_bpe
+
+    place = tmp_path_factory.mktemp("poisoned")
+    # A slash cannot be in a name: a folder `<script>alert(1)<` and in it `script>` read the same.
+    (place / EVIL).parent.mkdir()
+    (place / EVIL).write_text(f"{EVIL} some words\n" * 60)
+    backend = train_bpe([EVIL * 9], 300)
+    backend.add_special_tokens([EVIL])
+    ends = {"eos_token": END_OF_TEXT, "pad_token": EVIL}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(
+        place / "tokenizer" / EVIL
+    )
+    (place / "poisoned.yaml").write_text(yaml.safe_dump(RECIPE))
+    patch = pytest.MonkeyPatch()
+    patch.chdir(place)
+    assert execute(app, ["run", "poisoned.yaml", "--device", "cpu"]) == 0
+    yield place / "runs" / "poisoned-001"
+    patch.undo()
+
+
+def poison(value: Any, text: str, keep: frozenset[str]) -> Any:
+    """Every string in a nest replaced, and every key that is not in `keep`."""
+    if isinstance(value, dict):
+        return {
+            key if key in keep else text + key: inner
+            if key in {"version", "phase", "contender", "source"}
+            else poison(inner, text, keep)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [poison(inner, text, keep) for inner in value]
+    return text if isinstance(value, str) else value
+
+
+def poisoned_report(run: Path, text: str, place: Path) -> Path:
+    """The report of a copy of the run, in whose files every string is `text`."""
+    copy = place / run.name
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint", "report*"))
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    changed = poison(recipe, text, frozenset({"name", "question", "document", "contenders"}))
+    changed["contenders"][0]["name"] = "base"  # the only string that is held to a rule, see below
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(changed))
+    environment = copy / "environment.json"
+    environment.write_text(
+        json.dumps(poison(json.loads(environment.read_text()), text, frozenset()))
+    )
+    for name in ("result.json", "timings.json"):
+        file = copy / "base" / "seed-0" / name
+        record = json.loads(file.read_text())
+        keep = frozenset(key for key in keys(record) if key != EVIL)
+        file.write_text(json.dumps(poison(record, text, keep)))
+    assert execute(app, ["report", str(copy)]) == 0
+    return copy
+
+
+def keys(value: Any) -> Iterator[str]:
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)):
+            yield from keys(inner)
+    if isinstance(value, dict):
+        yield from value
+
+
+class Page(HTMLParser):
+    """The elements of a page, their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.titles: list[str] = []
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._inside.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if "title" in self._inside:
+            self.titles.append(data)
+
+
+def assert_text_stayed_text(page: str, text: str, times: int) -> None:
+    """The page holds `text` at least so many times, as text, and nothing that could run."""
+    seen = Page(page)
+    assert not seen.elements & {"script", "iframe", "object", "embed", "svg", "link", "base"}
+    assert all(not name.startswith("on") for name, _ in seen.attributes)
+    sources = [value or "" for name, value in seen.attributes if name in ("src", "href")]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "".join(seen.text).count(text) >= times
+
+
+def test_a_real_run_of_a_poisoned_recipe_shows_text(run: Path) -> None:
+    # question, document, corpus, tokenizer (twice), embedding path, summary type, figure's name
+    assert_text_stayed_text((run / "report.html").read_text(), EVIL, 8)
+    markdown = (run / "report.md").read_text()
+    assert "<script" not in markdown
+    assert markdown.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
+
+
+@pytest.mark.parametrize("text", [EVIL, BREAKOUT, "$\\frac{1}$ `x` [a](javascript:alert(1))"])
+def test_a_run_folder_of_nothing_else_shows_text(run: Path, text: str, tmp_path: Path) -> None:
+    copy = poisoned_report(run, text, tmp_path)
+    page = (copy / "report.html").read_text()
+    assert_text_stayed_text(page, text, 25)
+    assert Page(page).titles == [f"{text}: contextlm report"]
+    markdown = (copy / "report.md").read_text()
+    assert "<script" not in markdown
+    assert "<img" not in markdown
+    assert "[a](" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", EVIL),
+        ("contenders.base.name", EVIL),
+        ("contenders.base.model.type", EVIL),
+        ("contenders.base.model.activation_function", EVIL),
+        ("training.parameter_groups", f"[{{match: '{EVIL}', learning_rate: 1e-3}}]"),
+        ("embedding.source", EVIL),
+        ("unit", EVIL),
+    ],
+)
+def test_where_a_rule_forbids_it_it_is_refused(
+    run: Path, key: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = execute(app, ["run", "poisoned.yaml", "--dry-run", "--set", f"{key}={value}"])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert key.rpartition(".")[2] in error
+    assert error.count("\n") == 1
+
+
+def test_a_scale_and_a_folder_may_not_be_called_so_either(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(app, ["run", "poisoned.yaml", "--scale", EVIL]) == 2
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("name: base", f"name: {EVIL}"))
+    assert execute(app, ["report", str(copy)]) == 2
+    assert "contenders.0.name" in capsys.readouterr().err
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    return found
+
+
+def document_in_browser(program: str, page: Path, profile: Path) -> str:
+    """The page as the browser has it after all scripts have run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    done = subprocess.run(
+        [program, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+def test_chromium_shows_a_poisoned_report_as_text(run: Path, tmp_path: Path) -> None:
+    program = browser()
+    page = poisoned_report(run, EVIL, tmp_path) / "report.html"
+    shown_page = document_in_browser(program, page, tmp_path / "profile")
+    assert_text_stayed_text(shown_page, EVIL, 25)
+    # And without the page's own ban on scripts; then with one string not escaped, which is seen.
+    bare = page.read_text().replace("http-equiv", "data-gone")
+    page.write_text(bare)
+    assert_text_stayed_text(document_in_browser(program, page, tmp_path / "profile"), EVIL, 25)
+    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;"
+    page.write_text(bare.replace(f"<h1>{escaped}", "<h1><script>document.title = 7</script>", 1))
+    broken = Page(document_in_browser(program, page, tmp_path / "profile"))
+    assert "script" in broken.elements
+    assert broken.titles == ["7"]
+
+
+def test_nothing_calls_out_unless_a_hub_is_named(
+    run: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(run / "base" / "seed-0" / "checkpoint")
+    for arguments in (
+        ["run", "demo", "--scale", "smoke", "--dry-run"],
+        ["params", "context-pythia"],
+        ["report", str(run)],
+        ["eval", checkpoint, "--corpus", f"text:{EVIL}", "--sequence-length", "8"],
+        ["generate", checkpoint, "some", "--max-new-tokens", "2"],
+        ["list"],
+    ):
+        assert execute(app, arguments) == 0, arguments
+    capsys.readouterr()
+    assert calls == []
+    # The guard itself works: a corpus of the hub is what asks for the network.
+    assert execute(app, ["run", "demo", "--set", "corpus=wikitext-2", "--dry-run"]) == 1
+    assert "hub" in capsys.readouterr().err
+    assert calls != []
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+STEERING = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\x7f"
+
+
+def test_a_file_name_cannot_steer_the_terminal(
+    run: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(f"notes{STEERING}.txt").write_text("some words of a text\n" * 60)
+    for name in ("notes", "gone"):
+        corpus = json.dumps(f"text:{name}{STEERING}.txt")
+        execute(app, ["run", "poisoned.yaml", "--dry-run", "--set", f"corpus={corpus}"])
+        out, err = capsys.readouterr()
+        assert (out + err).replace("\n", "").isprintable()
+        assert "\\x1b[2J" in out + err
+
+
+def test_tables_json_and_progress_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table([STEERING], [[STEERING]], caption=STEERING)
+    print_json({"text": STEERING + "\udcff"})
+    table, _, line = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    assert table.replace("\n", "").isprintable()
+    assert line.isprintable()
+    assert json.loads(line)["text"] == STEERING + "\udcff"
+    out = io.StringIO()
+    with RichProgress(out) as progress:
+        progress.stage(STEERING)
+        progress.line(STEERING)
+    assert out.getvalue().replace("\n", "").isprintable()
+
+
+def test_text_that_can_be_seen_stays_as_it_is() -> None:
+    plain = "grün 日本 👩\u200d🚀 a\tb\n\u3000\xa0"
+    assert visible(plain) == plain
+    assert json_visible(json.dumps(plain, ensure_ascii=False)) == json.dumps(
+        plain, ensure_ascii=False
+    )
+    assert visible("\x00\x1b\x85\u2028\u202e\ufeff\ud800\U000e0001") == (
+        "\\x00\\x1b\\x85\\u2028\\u202e\\ufeff\\ud800\\U000e0001"
+    )
+
+
+def test_long_values_are_shortened_in_the_middle() -> None:
+    assert shown("x" * 9) == repr("x" * 9)
+    assert len(shown("a" * 5000 + "z")) == 120
+    assert shown("a" * 5000 + "z").endswith("z'")
+    assert shown(10**5000) == "a number of thousands of digits"
+    assert shortened("abc", 3) == "abc"

@@ -1,0 +1,423 @@
+"""Recipes: reading, merging, and that a malformed one ends in one line that names the culprit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from contextlm.base.errors import InputError
+from contextlm.base.strict_yaml import dump, parse
+from contextlm.recipe.schema import Recipe, builtin_recipes, dump_recipe, load_recipe, recipe_scales
+
+RECIPE = """
+name: toy
+question: Does it work?
+tokenizer: bpe:256
+sequence_length: 32
+samples: {train: 20, validation: 4}
+seeds: [0, 1]
+training: {learning_rate: 1e-3, betas: [0.8, 0.95], epochs: 3}
+contenders:
+  - name: base
+    baseline: true
+    model: {type: gpt2, n_embd: 16, n_layer: 2}
+    reported: {val_ppl: 10.5}
+  - name: ours
+    model: {type: context_pythia, rope_theta: 1e4}
+    phase1: {noise: 0.05}
+    training: {learning_rate: 5e-4}
+scales:
+  small: {sequence_length: 16, training: {epochs: 2}}
+  smoke:
+    samples: {train: 4, validation: 2}
+    contenders: {base: {model: {n_layer: 1}}, ours: {phase1: {max_iterations: 2}}}
+  alone: {contenders: {ours: null}}
+  more: {contenders: {third: {model: {type: llama}}}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(RECIPE, "utf-8")
+    return path
+
+
+def load(path: Path, *overrides: str, scale: str | None = None) -> Recipe:
+    return load_recipe(str(path), scale=scale, overrides=overrides)
+
+
+def problem(path: Path, *overrides: str, scale: str | None = None) -> str:
+    """The error's message, which must be one line."""
+    with pytest.raises(InputError) as caught:
+        load(path, *overrides, scale=scale)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def changed(path: Path, old: str, new: str) -> Path:
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+    return path
+
+
+def test_a_contender_that_only_the_scale_has_can_be_left_out_and_changed() -> None:
+    overrides = ["contenders.one-latent=null", "contenders.no-gates.model.window=32"]
+    recipe = load_recipe("frontier", scale="small-ablations", overrides=overrides)
+    assert "one-latent" not in [contender.name for contender in recipe.contenders]
+    assert recipe.contender("no-gates").model["window"] == 32
+    with pytest.raises(InputError, match="did you mean 'no-gates'"):
+        load_recipe("frontier", scale="small-ablations", overrides=["contenders.no-gate=null"])
+
+
+def test_full_is_the_top_level(recipe_file: Path) -> None:
+    recipe = load(recipe_file)
+    assert recipe == load(recipe_file, scale="full")
+    assert (recipe.scale, recipe.sequence_length, recipe.training.epochs) == ("full", 32, 3)
+    assert recipe.training.learning_rate == 1e-3
+    assert recipe.training.betas == (0.8, 0.95)
+    assert recipe.baseline.name == "base"
+
+
+def test_a_scale_merges_deeply_and_leaves_the_rest(recipe_file: Path) -> None:
+    recipe = load(recipe_file, scale="small")
+    assert (recipe.scale, recipe.sequence_length, recipe.training.epochs) == ("small", 16, 2)
+    assert recipe.training.learning_rate == 1e-3
+
+
+def test_a_scale_addresses_contenders_by_name(recipe_file: Path) -> None:
+    base, ours = load(recipe_file, scale="smoke").contenders
+    assert base.model == {"type": "gpt2", "n_embd": 16, "n_layer": 1}
+    assert base.baseline
+    assert ours.phase1 is not None
+    assert (ours.phase1.noise, ours.phase1.max_iterations) == (0.05, 2)
+
+
+def test_a_scale_may_leave_out_or_add_a_contender(recipe_file: Path) -> None:
+    assert [c.name for c in load(recipe_file, scale="alone").contenders] == ["base"]
+    assert [c.name for c in load(recipe_file, scale="more").contenders] == ["base", "ours", "third"]
+
+
+def test_set_applies_after_the_scale_and_in_order(recipe_file: Path) -> None:
+    recipe = load(recipe_file, "sequence_length=8", "sequence_length=9", scale="small")
+    assert recipe.sequence_length == 9
+    recipe = load(recipe_file, "corpus=text:my notes/", "training.learning_rate=3e-4", "seeds=[5]")
+    assert (recipe.corpus, recipe.training.learning_rate) == ("text:my notes/", 3e-4)
+    assert recipe.seeds == [5]
+
+
+def test_set_reaches_a_contenders_model_with_numbers_as_numbers(recipe_file: Path) -> None:
+    ours = load(recipe_file, "contenders.ours.model.rope_theta=1e6").contenders[1]
+    assert ours.model["rope_theta"] == 1e6
+    assert ours.model["type"] == "context_pythia"
+
+
+def test_a_contenders_training_overrides_the_recipes(recipe_file: Path) -> None:
+    recipe = load(recipe_file)
+    base, ours = (recipe.training_of(contender) for contender in recipe.contenders)
+    assert (base.learning_rate, ours.learning_rate) == (1e-3, 5e-4)
+    assert ours.epochs == base.epochs == 3
+    assert ours.betas == (0.8, 0.95)
+
+
+def test_target_offset_falls_back_to_the_recipes(recipe_file: Path) -> None:
+    recipe = load(recipe_file, "target_offset=2", "contenders.ours.target_offset=1")
+    assert [recipe.target_offset_of(contender) for contender in recipe.contenders] == [2, 1]
+
+
+def test_seeds_replace_the_recipes(recipe_file: Path) -> None:
+    assert load_recipe(str(recipe_file), seeds=[7]).seeds == [7]
+
+
+def test_scales_are_listed(recipe_file: Path) -> None:
+    assert recipe_scales(str(recipe_file)) == ["small", "smoke", "alone", "more", "full"]
+
+
+@pytest.mark.parametrize(
+    ("override", "culprits"),
+    [
+        ("trainig.epochs=2", ["'trainig'", "'training'"]),
+        ("training.lerning_rate=1", ["'training.lerning_rate'", "'training.learning_rate'"]),
+        ("contenders.ours.phase1.nois=1", ["'contenders.ours.phase1.nois'", "phase1.noise'"]),
+        ("contenders.ours.modle.x=1", ["'contenders.ours.modle'", "'contenders.ours.model'"]),
+        ("contenders.ours.training.epoch=2", ["'contenders.ours.training.epoch'", "epochs'"]),
+        ("contenders.our.model.x=1", ["'our'", "'ours'"]),
+        ("contenders.ours=3", ["contenders.ours", "mapping"]),
+        ("contenders=[]", ["contenders", "mapping"]),
+        ("contenders.ours.name=3", ["contenders", "name", "string"]),
+        ("contenders.ours.name=base", ["'base'", "twice"]),
+        ("contenders.ours.baseline=true", ["exactly one", "baseline"]),
+        ("contenders.base.baseline=false", ["exactly one", "baseline"]),
+        ("contenders.base.model.type=3", ["contenders.base", "type"]),
+        ("contenders.ours.training.epochs=0", ["contenders.ours.training.epochs", "got 0"]),
+        ("training.epochs=true", ["training.epochs", "integer", "got True"]),
+        ("training.learning_rate=.inf", ["training.learning_rate", "finite"]),
+        ("training.optimizer=sgd", ["training.optimizer", "'adamw'", "got 'sgd'"]),
+        ("training.betas=[0.9, 1.5]", ["training.betas.1", "less than 1"]),
+        ("seeds=[]", ["seeds", "at least 1"]),
+        ("seeds=[1, 1]", ["seeds", "twice"]),
+        ("seeds=[-1]", ["seeds.0", "got -1"]),
+        ("sequence_length=0", ["sequence_length", "got 0"]),
+        ("name=a/b", ["name", "'a/b'"]),
+        ("scale=smoke", ["scale", "--scale"]),
+        ("nokey", ["'nokey'", "key=value"]),
+        ("=3", ["'=3'", "key=value"]),
+        ("a..b=3", ["'a..b=3'", "key=value"]),
+        ("corpus=[", ["--set 'corpus=['", "YAML"]),
+        ("seeds=!!int ''", ["--set", "YAML"]),
+        ("learning_rate=1", ["'learning_rate'", "did you mean 'training.learning_rate'?"]),
+        ("cache_lengths=[1]", ["did you mean 'evaluation.cache_lengths'?"]),
+        ("max_iterations=3", ["did you mean 'contenders.NAME.phase1.max_iterations'?"]),
+        ("contenders.ours.epochs=3", ["did you mean 'contenders.ours.training.epochs'?"]),
+        ("contenders.ours.noise=3", ["did you mean 'contenders.ours.phase1.noise'?"]),
+        ("corpus=text:", ["corpus: expected text:PATH, PATH is missing"]),
+        ("corpus=jsonl: x", ["corpus: expected jsonl:PATH, no space may follow the colon"]),
+        ("training=3", ["training: expected a mapping, got 3"]),
+        ("contenders.ours.phase1=x", ["contenders.ours.phase1: expected a mapping, got 'x'"]),
+        ("contenders.a b={model: {type: gpt2}}", ["only letters, digits, '-' and '_' are allowed"]),
+        ("name=a b", ["only letters, digits, '.', '-' and '_' are allowed", "got 'a b'"]),
+        ("contenders.ours.model.x=!!binary aGk=", ["contenders.ours.model.x", "JSON"]),
+    ],
+)
+def test_a_wrong_value_is_named(recipe_file: Path, override: str, culprits: list[str]) -> None:
+    message = problem(recipe_file, override)
+    for culprit in culprits:
+        assert culprit in message
+
+
+@pytest.mark.parametrize("text", ["corpus=[", "x={a: b: c}", "x=\x00", "x='a", "x=*b", "x=%"])
+def test_yaml_errors_are_in_our_words(recipe_file: Path, text: str) -> None:
+    message = problem(recipe_file, text)
+    assert "not valid YAML" in message
+    assert "unicode string" not in message
+    assert "^" not in message
+
+
+def test_a_missing_file_or_a_folder_is_said_to_be_one(tmp_path: Path, recipe_file: Path) -> None:
+    assert f"did you mean {str(recipe_file)!r}?" in problem(tmp_path / "toy.yml")
+    assert problem(tmp_path / "else.yaml") == f"{tmp_path / 'else.yaml'}: no such file"
+    assert problem(tmp_path) == f"{tmp_path}: is a folder, not a recipe"
+
+
+def test_an_unknown_scale_is_named_with_the_nearest(recipe_file: Path) -> None:
+    message = problem(recipe_file, scale="smok")
+    assert "'smok'" in message
+    assert "'smoke'" in message
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(InputError, match="unknown recipe 'no-such-recipe'"):
+        load_recipe("no-such-recipe")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "culprit"),
+    [
+        ("  - name: ours", "  - nam: ours", "entry 2 needs a 'name'"),
+        ("  - name: ours", "  - name: 3", "entry 2 needs a 'name'"),
+        ("  - name: ours", "  - name: base", "'base' is named twice"),
+        ("name: toy", "name: toy\nname: toy2", "'name' stands twice"),
+        ("name: toy", "name: toy\nscale: small", "'scale' cannot be set"),
+        ("scales:\n", "scales:\n  full: {}\n", "'full' is the recipe's top level"),
+        ("scales:\n", "scales:\n  3: {}\n", "scales: expected a mapping"),
+        ("  small: {", "  small: [{", "not valid YAML"),
+        ("tokenizer: bpe:256\n", "", "tokenizer: field required"),
+        ("name: toy", 'name: "\\ud800"', "surrogate"),
+        ("sequence_length: 32", "sequence_length: '32'", "sequence_length"),
+    ],
+)
+def test_a_malformed_file_is_named(recipe_file: Path, old: str, new: str, culprit: str) -> None:
+    message = problem(changed(recipe_file, old, new))
+    assert culprit in message
+    assert recipe_file.name in message
+
+
+def test_a_scale_that_is_no_mapping(recipe_file: Path) -> None:
+    changed(recipe_file, "alone: {contenders: {ours: null}}", "alone: 3")
+    assert "scale 'alone'" in problem(recipe_file, scale="alone")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "3", "text", "1: 2", "[[[[", "a: *b", "\tx", "---\n---"]
+)
+def test_what_is_no_mapping_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, "utf-8")
+    assert "bad.yaml" in problem(path)
+
+
+def test_a_value_that_contains_itself(recipe_file: Path) -> None:
+    changed(recipe_file, "type: gpt2,", "type: gpt2, self: &s {x: *s},")
+    assert "contenders.base.model" in problem(recipe_file)
+    text = recipe_file.read_text("utf-8")
+    loop = "training: &t {epochs: *t}\nscales: {smoke: {training: *t}}\n"
+    head = text[: text.index("training:")] + text[text.index("contenders:") : text.index("scales:")]
+    recipe_file.write_text(head + loop, "utf-8")
+    assert "nested too deeply" in problem(recipe_file, scale="smoke")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "missing.yaml" in problem(tmp_path / "missing.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml" in problem(tmp_path / "folder.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "UTF-8" in problem(tmp_path / "latin.yaml")
+    with pytest.raises(InputError):
+        load_recipe("null\0byte.yaml")
+
+
+def test_dumping_and_loading_gives_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    odd = 'contenders.ours.model.note="3e-4"'
+    for scale in ("full", "smoke"):
+        recipe = load(recipe_file, odd, "question='2020-01-01 \u00e9'", scale=scale)
+        copy = tmp_path / "resolved.yaml"
+        copy.write_text(dump_recipe(recipe), "utf-8")
+        assert load(copy) == recipe
+        plain = yaml.safe_load(copy.read_text("utf-8"))  # other readers see the same
+        assert plain.pop("resolved_from") == recipe.scale
+        assert plain == recipe.model_dump(mode="json", exclude={"scale"})
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_recipe_that_is_installed_loads_at_every_scale(name: str) -> None:
+    scales = recipe_scales(name)
+    assert {"smoke", "small", "full"} <= set(scales)
+    for scale in scales:
+        recipe = load_recipe(name, scale=scale)
+        assert recipe.name == name
+        assert recipe.question
+
+
+# Text without surrogates and without most control characters: what a UTF-8 file can hold.
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(codec="utf-8"))
+)
+VALUES = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+KEYS = st.sampled_from(
+    [
+        *Recipe.model_fields,
+        *("scales", "training.epochs", "training.betas", "contenders.base", "contenders.new"),
+        *("contenders.ours.model", "contenders.ours.phase1", "contenders.ours.training"),
+        *("contenders.base.name", "contenders.base.baseline", "evaluation.cache_lengths"),
+    ]
+)
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def only_input_errors(path: Path, *overrides: str, scale: str | None = None) -> None:
+    try:
+        message = ""
+        recipe = load(path, *overrides, scale=scale)
+    except InputError as error:
+        message = str(error)
+    else:
+        assert parse(dump_recipe(recipe), "dump")
+    assert "\n" not in message
+
+
+@QUICK
+@given(key=KEYS, value=VALUES)
+def test_any_value_at_any_key(tmp_path_factory: Any, key: str, value: Any) -> None:
+    raw = yaml.safe_load(RECIPE)
+    place = raw
+    *parents, last = key.replace("contenders.", "scales.smoke.contenders.").split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    path = tmp_path_factory.mktemp("recipe") / "any.yaml"
+    path.write_text(dump(raw), "utf-8")
+    only_input_errors(path)
+    only_input_errors(path, scale="smoke")
+
+
+@QUICK
+@given(key=KEYS | st.text(), value=st.text() | st.sampled_from(["!!int ''", "&a [*a]", "[" * 2000]))
+def test_any_override(tmp_path_factory: Any, key: str, value: str) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    path.write_text(RECIPE, "utf-8")
+    only_input_errors(path, f"{key}={value}")
+
+
+@QUICK
+@given(start=st.integers(0, len(RECIPE)), end=st.integers(0, len(RECIPE)), text=st.text())
+def test_a_damaged_file(tmp_path_factory: Any, start: int, end: int, text: str) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "damaged.yaml"
+    damaged = RECIPE[:start] + text + RECIPE[end:]
+    path.write_bytes(damaged.encode("utf-8", "surrogatepass"))
+    only_input_errors(path)
+
+
+@QUICK
+@given(value=VALUES)
+def test_what_is_dumped_is_read_back(value: Any) -> None:
+    read = parse(dump({"value": value}), "dump")
+    # repr, so that nan equals nan, and 1 differs from 1.0 and from True
+    assert repr(read) == repr({"value": value})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.accumulation=3", "accumulation (3) must divide batch_size (16)"),
+        ("training.schedule=linear", "minimum_ratio is for schedule cosine, not linear"),
+        ("training={accumulation: 2, drop_last: true}", "drop_last with accumulation"),
+        ("training.schedule_unit=epoch", "warmup with schedule_unit epoch"),
+        ("training.optimizer=adam", "weight_decay is for optimizer adamw"),
+    ],
+)
+def test_training_values_that_do_not_fit_together(override, message):
+    with pytest.raises(InputError) as caught:
+        load_recipe("demo", overrides=[override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "overrides", "departures"),
+    [
+        ("full", [], []),
+        ("next", [], []),  # more contenders, the others as they were
+        ("samples-100", [], []),  # with the document's figures for it
+        ("samples-100", ["documents.train=90"], ["documents.train"]),
+        ("full", ["seeds=[5]", "evaluation.batch_size=1"], []),
+        ("full", ["documents.train=100", "embedding=learned"], ["documents.train", "embedding"]),
+        (
+            "full",
+            ["contenders.context-kv.model.interval=50"],
+            ["contenders.context-kv.model.interval"],
+        ),
+    ],
+)
+def test_a_recipe_knows_where_it_departs_from_its_top_level(scale, overrides, departures, tmp_path):
+    recipe = load_recipe("context-kv", scale=scale, overrides=overrides)
+    assert recipe.departs_from_full == departures
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), "utf-8")
+    assert load_recipe(str(file)) == recipe
+    again = load_recipe(str(file), overrides=["training.epochs=3"])
+    assert again.departs_from_full == sorted([*departures, "training.epochs"])
+
+
+def test_departures_that_are_no_list_are_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    text = dump_recipe(load_recipe("context-kv"))
+    file.write_text(text.replace("departs_from_full: []", "departs_from_full: 3"), "utf-8")
+    with pytest.raises(InputError, match="departs_from_full: expected a list"):
+        load_recipe(str(file))
+
+
+def test_an_older_resolved_recipe_does_not_know_its_departures(tmp_path):
+    resolved = yaml.safe_load(dump_recipe(load_recipe("context-kv", scale="small")))
+    del resolved["departs_from_full"]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(resolved), "utf-8")
+    assert load_recipe(str(file)).departs_from_full is None
