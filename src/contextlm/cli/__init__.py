@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from contextlm import __version__
-from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports, sweeping
+from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports
 from contextlm.cli.help import PlainCommand, PlainGroup
 from contextlm.cli.shell import execute, leave
 
@@ -60,7 +60,7 @@ def contextlm(
 
 
 app.command("run", cls=PlainCommand)(comparisons.run)
-app.command("sweep", cls=PlainCommand)(sweeping.sweep)
+app.command("sweep", cls=PlainCommand, hidden=True)(comparisons.sweep)
 app.command("params", cls=PlainCommand)(comparisons.params)
 app.command("report", cls=PlainCommand)(reports.report)
 app.command("eval", cls=PlainCommand)(checkpoints.evaluate)

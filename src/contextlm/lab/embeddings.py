@@ -182,15 +182,15 @@ def learn_embedding(
     Args:
         settings: size and training of the small GPT-2.
         text: what it reads, as `check_learning_text` gives it.
-        device: where to compute.
-        folder: for working files, from which it goes on; removed when it is done.
-        progress: is told what happens.
+        device: where it is trained.
+        folder: for working files, from which it resumes; removed when it is done.
+        progress: gets its epochs.
 
     Raises:
         RunError: the loss is not finite.
     """
     precision = resolve_precision("auto", device)
-    file = cache_folder() / "embeddings" / f"{_key(settings, text, precision)}.safetensors"
+    file = _file(settings, text, device)
     known = distribution.from_main(_read(file))
     if known is not None:
         progress.line(f"embeddings: learned before, {_described(known.facts)}")
@@ -211,6 +211,16 @@ def learn_embedding(
         shutil.rmtree(folder, ignore_errors=True)
     progress.line(f"embeddings: {_described(facts)}")
     return embedding
+
+
+def is_learned(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> bool:
+    """Whether `learn_embedding` has been here before with the same arguments."""
+    return _file(settings, text, device).exists()
+
+
+def _file(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> Path:
+    key = _key(settings, text, resolve_precision("auto", device))
+    return cache_folder() / "embeddings" / f"{key}.safetensors"
 
 
 def _train(

@@ -31,6 +31,7 @@ from contextlm.results.facts import (
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
+from contextlm.results.trials import Divergence, read_divergence
 
 RESULT_VERSION: Literal[1] = 1
 
@@ -156,10 +157,12 @@ class Run(Record):
     recipe: dict[str, Any]
     environment: dict[str, Any]
     outcomes: list[Outcome]
+    diverged: list[Divergence] = []
 
     def missing_seeds(self) -> dict[str, list[int]]:
         """The recipe's seeds without a result, by contender; contenders that lack none left out."""
         done = {(o.result.contender, o.result.seed) for o in self.outcomes}
+        done |= {(d.contender, d.seed) for d in self.diverged}
         seeds = self.recipe.get("seeds", [0])
         names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
         missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
@@ -204,13 +207,23 @@ def read_run(folder: Path) -> Run:
     """
     recipe = read_recipe(folder)
     environment = read_mapping(folder, folder / "environment.json")
-    outcomes = [
-        read_outcome(folder, contender["name"], seed)
-        for contender in recipe["contenders"]
-        for seed in recipe.get("seeds", [0])
-        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
-    ]
-    return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
+    outcomes, diverged = [], []
+    for contender in recipe["contenders"]:
+        for seed in recipe.get("seeds", [0]):
+            place = seed_folder(folder, contender["name"], seed)
+            if is_file(place / "result.json"):
+                divergence = read_divergence(place)
+                if divergence is None:
+                    outcomes.append(read_outcome(folder, contender["name"], seed))
+                else:
+                    diverged.append(divergence)
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        environment=environment,
+        outcomes=outcomes,
+        diverged=diverged,
+    )
 
 
 R = TypeVar("R", bound=Record)

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError
 from contextlm.data.tokenizers import known_vocab_size
-from contextlm.lab.preparation import Prepared, prepare
+from contextlm.lab.preparation import Entry, Prepared, prepare
 from contextlm.models.build import build_config, meta_model
 from contextlm.recipe.schema import Contender, Recipe
-from contextlm.training.precision import resolve_precision
 
 # A training step reaches only a part of what one large matrix product reaches: losses, norms and
 # optimisers are bound by memory. Seen on two cores; the estimate is a guide, not a promise.
@@ -35,7 +34,7 @@ class ParameterCount(BaseModel):
     trainable_phase2: int
 
 
-class ContenderPlan(ParameterCount):
+class ContenderCost(ParameterCount):
     """Cost of one contender over all seeds and epochs; time and memory are rough estimates.
 
     Where the recipe tunes, FLOPs and time hold the trials of the grid, not those beyond its ends.
@@ -50,7 +49,7 @@ class ContenderPlan(ParameterCount):
     memory_bytes_estimate: int
 
 
-class Plan(BaseModel):
+class RecipeCost(BaseModel):
     """Cost of a whole recipe."""
 
     name: str
@@ -59,7 +58,7 @@ class Plan(BaseModel):
     tokenizer: str
     train_tokens: int
     validation_tokens: int
-    contenders: list[ContenderPlan]
+    contenders: list[ContenderCost]
 
 
 def count_parameters(recipe: Recipe) -> list[ParameterCount]:
@@ -71,7 +70,7 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
     vocab_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer)
     if vocab_size is None:
         raise InputError(f"tokenizer {recipe.tokenizer!r}: it has no tokenizer.json to count")
-    return [_count(c, _meta(c, vocab_size)) for c in recipe.contenders]
+    return [_count(c.name, _meta(c, vocab_size)) for c in recipe.contenders]
 
 
 def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
@@ -81,7 +80,7 @@ def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
         raise InputError(f"contenders.{contender.name}: {error}") from None
 
 
-def dry_run(recipe: Recipe, *, device: str) -> Plan:
+def dry_run(recipe: Recipe, *, device: str) -> RecipeCost:
     """Check a recipe with its corpus and estimate what a run would take; writes no run folder.
 
     Time rests on one quick measurement of this machine's matrix products; memory counts weights,
@@ -90,11 +89,10 @@ def dry_run(recipe: Recipe, *, device: str) -> Plan:
     Raises:
         InputError: the recipe or its corpus is not usable.
     """
-    where = resolve_device(device)
-    prepared = prepare(recipe)
-    contenders = [_plan(recipe, contender, prepared, where) for contender in recipe.contenders]
+    prepared = prepare(recipe, resolve_device(device))
+    contenders = [_cost(prepared, entry) for entry in prepared.entries.values()]
     facts = prepared.facts
-    return Plan(
+    return RecipeCost(
         name=recipe.name,
         scale=recipe.scale,
         corpus=facts.name,
@@ -105,37 +103,31 @@ def dry_run(recipe: Recipe, *, device: str) -> Plan:
     )
 
 
-def _count(contender: Contender, model: PreTrainedModel) -> ParameterCount:
+def _count(name: str, model: PreTrainedModel) -> ParameterCount:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ParameterCount(
-        name=contender.name, total=total, trainable=trainable, trainable_phase2=trainable
-    )
+    return ParameterCount(name=name, total=total, trainable=trainable, trainable_phase2=trainable)
 
 
-def _plan(
-    recipe: Recipe, contender: Contender, prepared: Prepared, device: torch.device
-) -> ContenderPlan:
-    training = recipe.training_of(contender)
-    model = meta_model(prepared.configs[contender.name])
-    counts = _count(contender, model)
+def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
+    recipe, training, model = prepared.recipe, entry.training, entry.meta
+    counts = _count(entry.contender.name, model)
     tokens = prepared.facts.train_windows * recipe.sequence_length
     trials = 0 if recipe.tuning is None else len(recipe.tuning.learning_rates)
     share = 0.0 if recipe.tuning is None else recipe.tuning.share
     runs = training.epochs * (len(recipe.seeds) + trials * share)
     # A backward pass costs about two forward passes.
     flops = 3.0 * _forward_flops(model, recipe.sequence_length) * tokens * runs
-    precision = resolve_precision(training.precision, device)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if entry.precision == "bfloat16" else torch.float32
     logits = training.batch_size * recipe.sequence_length * model.config.vocab_size
-    return ContenderPlan(
+    return ContenderCost(
         **counts.model_dump(),
         tokens_per_epoch=tokens,
         epochs=training.epochs,
         seeds=len(recipe.seeds),
         tuning_trials=trials,
         flops=flops,
-        seconds_estimate=flops / (_EFFICIENCY * _matmul_flops_per_second(device, dtype)),
+        seconds_estimate=flops / (_EFFICIENCY * _matmul_flops_per_second(prepared.device, dtype)),
         # float32 weights, gradients and two moments; logits, their float copy and gradient.
         memory_bytes_estimate=4 * (counts.total + 3 * counts.trainable + 3 * logits),
     )

@@ -14,22 +14,13 @@ from PIL import Image
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.progress import SilentProgress
 from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
-from contextlm.lab.experiment import run
-from contextlm.lab.plan import count_parameters, dry_run
+from contextlm.lab.estimate import count_parameters, dry_run
 from contextlm.lab.preparation import prepare
+from contextlm.lab.running import extend, run
 from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import read_run, seed_folder
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(cache, monkeypatch):
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(cache))
-    monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +45,7 @@ def test_the_run_folder_holds_what_it_should(demo):
     for outcome in demo.outcomes:
         place = seed_folder(demo.folder, outcome.result.contender, outcome.result.seed)
         names = {path.name for path in place.iterdir()}
-        assert names == {"history.jsonl", "result.json", "timings.json", "checkpoint"}
+        assert names == {"job.json", "history.jsonl", "result.json", "timings.json", "checkpoint"}
         assert (place / "checkpoint" / "model.safetensors").is_file()
         assert (place / "checkpoint" / "tokenizer.json").is_file()
     for name in ("curves.png", "frontier.png"):
@@ -118,8 +109,7 @@ def test_results_hold_no_times_and_the_environment_names_versions(demo):
         assert "seconds" not in (place / "result.json").read_text()
         assert "seconds" not in (place / "history.jsonl").read_text()
     environment = json.loads((demo.folder / "environment.json").read_text())
-    assert {"contextlm", "python", "packages", "seeds", "cores", "device"} <= set(environment)
-    assert environment["seeds"] == [0, 3]
+    assert {"contextlm", "python", "packages", "cores", "device"} <= set(environment)
 
 
 def test_one_recipe_gives_one_result_and_never_overwrites(demo):
@@ -203,9 +193,9 @@ def test_the_full_scale_is_the_documents_setting():
 
 def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = dry_run(load_recipe("demo", scale="smoke"), device="cpu")
-    assert plan.train_tokens == 48 * 32 + 1
-    pythia = plan.contenders[0]
+    cost = dry_run(load_recipe("demo", scale="smoke"), device="cpu")
+    assert cost.train_tokens == 48 * 32 + 1
+    pythia = cost.contenders[0]
     # Two layers and the head; two operations per weight and token, attention scores and values.
     weights = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64) + 32 * 512
     attention = 2 * 2 * 32 * 32
@@ -217,14 +207,15 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_windows_of_all_contenders_cover_the_same_text():
     overrides = ["contenders.context-pythia.target_offset=2"]
-    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
-    assert set(prepared.train) == {
+    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides), CPU)
+    assert set(prepared.entries) == {
         "pythia",
         "context-pythia",
         "context-pythia-projected",
         "hybrid",
     }
-    two, one = prepared.train["context-pythia"], prepared.train["context-pythia-projected"]
+    names = ("context-pythia", "context-pythia-projected")
+    two, one = (prepared.entries[name].train for name in names)
     assert (one.target_offset, two.target_offset) == (1, 2)
     assert len(one) == len(two) == 48
     assert (one[7]["input_ids"] == two[7]["input_ids"]).all()
@@ -282,15 +273,78 @@ def test_transformers_own_models_are_contenders(tmp_path):
     assert cache["gpt2"] == {tokens: tokens * full for tokens in (32, 64)}
 
 
-def test_a_run_that_breaks_down_leaves_no_working_checkpoints(tmp_path):
+def test_one_contender_that_diverges_does_not_end_the_others(tmp_path):
+    """A rate of 1e30 gives an infinite loss; the others are trained, and the report is made."""
+    overrides = [
+        "contenders.context-pythia.training.learning_rate=1e30",
+        "contenders.context-pythia-projected=null",
+        "training.precision=float32",
+    ]
+    recipe = load_recipe("demo", scale="smoke", overrides=overrides)
+    lines = []
+    progress = SilentProgress()
+    progress.line = lines.append
+    done = read_run(run(recipe, tmp_path, device="cpu", progress=progress))
+    assert [o.result.contender for o in done.outcomes] == ["pythia", "hybrid"]
+    (divergence,) = done.diverged
+    assert (divergence.contender, divergence.seed) == ("context-pythia", 0)
+    assert "loss is" in divergence.diverged
+    assert any(line.startswith("diverged: ") for line in lines)
+    assert "diverged" in (done.folder / "report.md").read_text("utf-8")
+    assert list(tmp_path.rglob("checkpoint-*")) == []
+    # It is a result: the same again would end the same way.
+    before = (done.folder / "context-pythia/seed-0/result.json").stat().st_mtime_ns
+    extend({done.folder: recipe}, device="cpu", progress=SilentProgress())
+    assert (done.folder / "context-pythia/seed-0/result.json").stat().st_mtime_ns == before
+
+
+def test_a_run_in_which_all_diverge_fails(tmp_path):
     overrides = ["training.learning_rate=1e30", "training.precision=float32"]
     recipe = load_recipe("demo", scale="smoke", overrides=overrides)
-    with pytest.raises(RunError, match="training loss is"):
+    with pytest.raises(RunError, match="every training diverged, the first: the training loss is"):
         run(recipe, tmp_path, device="cpu", progress=SilentProgress())
     assert list(tmp_path.rglob("checkpoint-*")) == []
-    assert not list(tmp_path.rglob("result.json"))
 
 
+def test_a_finished_run_gets_a_contender_and_seeds_more(toy, tmp_path):
+    """Only what is missing is trained; the late contender is compared with the same baseline."""
+    two = load_recipe(toy)
+    folder = run(two, tmp_path, device="cpu", progress=SilentProgress())
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    assert len(before) == 2
+    third = "contenders.late={model: {type: gpt2, n_embd: 16, n_layer: 2, n_head: 2}}"
+    # It names neither `ours` nor its seed: both stay.
+    recipe = load_recipe(toy, overrides=[third, "contenders.ours=null"], seeds=[1, 2])
+    extend({folder: recipe}, device="cpu", progress=SilentProgress())
+    done = read_run(folder)
+    keys = [(o.result.contender, o.result.seed) for o in done.outcomes]
+    assert keys == [(name, seed) for name in ("base", "ours", "late") for seed in (0, 1, 2)]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert load_recipe(str(folder / "recipe.yaml")).seeds == [0, 1, 2]
+    assert not (folder / "_working").exists()
+    report = (folder / "report.md").read_text("utf-8")
+    assert "late" in report
+    whole = run(load_recipe(str(folder / "recipe.yaml")), tmp_path, **QUIETLY)
+    for outcome, other in zip(done.outcomes, read_run(whole).outcomes, strict=True):
+        assert outcome.result == other.result
+
+    changed = load_recipe(toy, overrides=["training.epochs=2"], seeds=[0, 1, 2, 3])
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as caught:
+        extend({folder: changed}, device="cpu", progress=SilentProgress())
+    assert "base, seed 0: " in str(caught.value)
+    assert "training.epochs differs" in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == contents
+    for override, message in (
+        ("contenders.ours.baseline=true", "its baseline is base, and the recipe's is ours"),
+        ("name=other", "is a run of toy, not of other"),
+    ):
+        more = [override, *(["contenders.base.baseline=false"] if "ours" in override else [])]
+        with pytest.raises(InputError, match=message):
+            extend({folder: load_recipe(toy, overrides=more)}, **QUIETLY)
+
+
+QUIETLY = {"device": "cpu", "progress": SilentProgress()}
 QUICK = [
     "training.epochs=1",
     "training.precision=float32",
@@ -402,7 +456,7 @@ def test_a_stored_runs_checkpoint_gives_its_figures_over_the_whole_stream(tmp_pa
     """What phase 2 read from the store is what the checkpoint computes by the recurrence."""
     recipe = stored("context_store.fill=sequential")
     done = finish(recipe, tmp_path)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, CPU)
     tokens = torch.from_numpy(prepared.validation_stream.astype("int64")).unsqueeze(0)
     for outcome in done.outcomes:
         folder = seed_folder(done.folder, outcome.result.contender, 0) / "checkpoint"
@@ -430,9 +484,8 @@ def test_a_store_needs_what_the_contexts_depend_on_frozen(tmp_path, override, ke
     assert "use_store" in message
     assert not (tmp_path / "runs").exists()
     # Either remedy that the message names is one.
-    prepare(
-        stored(f"contenders.layerwise.model.{override}", "contenders.layerwise.use_store=false")
-    )
+    remedy = "contenders.layerwise.use_store=false"
+    prepare(stored(f"contenders.layerwise.model.{override}", remedy), CPU)
 
 
 def test_bits_per_byte_are_for_the_next_token_only(tmp_path):
@@ -446,14 +499,14 @@ def test_bits_per_byte_are_for_the_next_token_only(tmp_path):
     done = finish(load_recipe("demo", scale="smoke", overrides=overrides), tmp_path)
     one, two = (outcome.result for outcome in done.outcomes)
     assert (one.target_offset, two.target_offset) == (1, 2)
-    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides))
+    prepared = prepare(load_recipe("demo", scale="smoke", overrides=overrides), CPU)
     bits = one.validation_loss / math.log(2) * len(prepared.validation_stream)
     assert one.bits_per_byte == pytest.approx(bits / prepared.validation_bytes, rel=1e-12)
     assert two.bits_per_byte is None
 
 
 def test_unigram_perplexity_equals_a_count():
-    prepared = prepare(load_recipe("demo", scale="smoke"))
+    prepared = prepare(load_recipe("demo", scale="smoke"), CPU)
     seen = Counter(prepared.stream.tolist())
     total = len(prepared.stream) + 512  # every entry counts once more
     losses = [-math.log((seen[token] + 1) / total) for token in prepared.validation_stream.tolist()]
@@ -466,7 +519,7 @@ def test_a_missing_package_of_mamba_is_named(monkeypatch):
     model = "{type: mamba, hidden_size: 16, num_hidden_layers: 1, use_mambapy: true}"
     overrides = [f"contenders.mamba={{model: {model}}}"]
     made = load_recipe("demo", scale="smoke", overrides=overrides)
-    prepare(made)
+    prepare(made, CPU)
     monkeypatch.setattr("contextlm.lab.preparation.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"contenders\.mamba: .*contextlm\[mamba\]"):
-        prepare(made)
+        prepare(made, CPU)
