@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from contextlm.lab.running import run
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config
 
@@ -22,6 +21,7 @@ from contextlm.lab.embeddings import (
     load_pretrained,
 )
 from contextlm.lab.preparation import prepare
+from contextlm.lab.running import run
 from contextlm.models.context_token import ContextTokenConfig, ContextTokenForCausalLM
 from contextlm.recipe.schema import load_recipe
 from contextlm.recipe.settings import EmbeddingSettings

@@ -15,6 +15,7 @@ from contextlm.base.errors import InputError, RunError
 from contextlm.base.progress import SilentProgress
 from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
 from contextlm.lab.estimate import count_parameters, dry_run
+from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare
 from contextlm.lab.running import extend, run
 from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
@@ -294,7 +295,7 @@ def test_one_contender_that_diverges_does_not_end_the_others(tmp_path):
     assert list(tmp_path.rglob("checkpoint-*")) == []
     # It is a result: the same again would end the same way.
     before = (done.folder / "context-pythia/seed-0/result.json").stat().st_mtime_ns
-    extend({done.folder: recipe}, device="cpu", progress=SilentProgress())
+    extend([Point({}, recipe, "")], done.folder, device="cpu", progress=SilentProgress())
     assert (done.folder / "context-pythia/seed-0/result.json").stat().st_mtime_ns == before
 
 
@@ -315,7 +316,7 @@ def test_a_finished_run_gets_a_contender_and_seeds_more(toy, tmp_path):
     third = "contenders.late={model: {type: gpt2, n_embd: 16, n_layer: 2, n_head: 2}}"
     # It names neither `ours` nor its seed: both stay.
     recipe = load_recipe(toy, overrides=[third, "contenders.ours=null"], seeds=[1, 2])
-    extend({folder: recipe}, device="cpu", progress=SilentProgress())
+    extend([Point({}, recipe, "")], folder, device="cpu", progress=SilentProgress())
     done = read_run(folder)
     keys = [(o.result.contender, o.result.seed) for o in done.outcomes]
     assert keys == [(name, seed) for name in ("base", "ours", "late") for seed in (0, 1, 2)]
@@ -331,7 +332,7 @@ def test_a_finished_run_gets_a_contender_and_seeds_more(toy, tmp_path):
     changed = load_recipe(toy, overrides=["training.epochs=2"], seeds=[0, 1, 2, 3])
     contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(InputError) as caught:
-        extend({folder: changed}, device="cpu", progress=SilentProgress())
+        extend([Point({}, changed, "")], folder, device="cpu", progress=SilentProgress())
     assert "base, seed 0: " in str(caught.value)
     assert "training.epochs differs" in str(caught.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == contents
@@ -341,7 +342,7 @@ def test_a_finished_run_gets_a_contender_and_seeds_more(toy, tmp_path):
     ):
         more = [override, *(["contenders.base.baseline=false"] if "ours" in override else [])]
         with pytest.raises(InputError, match=message):
-            extend({folder: load_recipe(toy, overrides=more)}, **QUIETLY)
+            extend([Point({}, load_recipe(toy, overrides=more), "")], folder, **QUIETLY)
 
 
 QUIETLY = {"device": "cpu", "progress": SilentProgress()}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +26,6 @@ from contextlm.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from contextlm.base.progress import Progress
     from contextlm.lab.grid import Point
     from contextlm.recipe.schema import Recipe
 
@@ -186,21 +184,21 @@ def run(
     cache_folder()  # so that one that cannot be used is told before the corpus is prepared
     if dry_run:
         _show_cost(points[0].recipe, device, as_json)
-    elif into is not None:
-        _extend(points, into, bool(grid), device, workers, as_json)
-    else:
-        found = None
-        if resume:
-            from contextlm.lab.run_folder import unfinished_run_of
+        return
+    from contextlm.lab import run_folder, running
 
-            name = _folder_name(points, bool(grid))
-            found = unfinished_run_of([point.recipe for point in points], place, name)
-            if found is None:
-                print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
-        if found is not None:
-            _resume(found, device, workers, as_json)
-        else:
-            _start(points, place, bool(grid), device, workers, as_json)
+    found = None
+    if resume:
+        name = running.folder_name(points)
+        found = run_folder.unfinished_run_of([point.recipe for point in points], place, name)
+        if found is None:
+            print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
+    if found is not None:
+        _resume(found, device, workers, as_json)
+    elif into is not None:
+        _show(_at_work(running.extend, points, into, device=device, workers=workers), as_json)
+    else:
+        _show(_at_work(running.run_points, points, place, device=device, workers=workers), as_json)
 
 
 def sweep(
@@ -237,7 +235,9 @@ def sweep(
         from contextlm.lab.run_folder import POINTS
 
         write_json(place / POINTS, {})
-    _extend(points, place, True, device, workers, as_json)
+    from contextlm.lab import running
+
+    _show(_at_work(running.extend, points, place, device=device, workers=workers), as_json)
 
 
 def _points(
@@ -259,69 +259,19 @@ def _points(
     )
 
 
-def _folder_name(points: list[Point], is_grid: bool) -> str:
-    from contextlm.lab.running import grid_name
-
-    return grid_name(points[0].recipe) if is_grid else points[0].recipe.name
-
-
 def _is_run(folder: Path) -> bool:
     from contextlm.lab.run_folder import POINTS
 
     return any((folder / name).is_file() for name in ("recipe.yaml", POINTS))
 
 
-@contextmanager
-def _at_work() -> Iterator[Progress]:
+def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path:
+    """What `work` returns, its progress shown; SIGTERM ends it like Ctrl-C."""
     from contextlm.base.interrupts import termination_raises
     from contextlm.base.progress import RichProgress
 
     with RichProgress() as progress, termination_raises():
-        yield progress
-
-
-def _start(
-    points: list[Point],
-    place: Path,
-    is_grid: bool,
-    device: str,
-    workers: int | None,
-    as_json: bool,
-) -> None:
-    from contextlm.lab import running
-
-    with _at_work() as progress:
-        if is_grid:
-            folder = running.run_grid(
-                points, place, device=device, progress=progress, workers=workers
-            )
-        else:
-            folder = running.run(
-                points[0].recipe, place, device=device, progress=progress, workers=workers
-            )
-    _show(folder, as_json)
-
-
-def _extend(
-    points: list[Point],
-    folder: Path,
-    is_grid: bool,
-    device: str,
-    workers: int | None,
-    as_json: bool,
-) -> None:
-    from contextlm.lab import running
-
-    if is_grid:
-        with _at_work() as progress:
-            running.extend_grid(points, folder, device=device, progress=progress, workers=workers)
-    else:
-        if not (folder / "recipe.yaml").is_file():
-            raise InputError(f"--into {folder}: not a run folder")
-        recipes = {folder: points[0].recipe}
-        with _at_work() as progress:
-            running.extend(recipes, device=device, progress=progress, workers=workers)
-    _show(folder, as_json)
+        return work(*arguments, progress=progress, **options)
 
 
 def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> None:
@@ -330,8 +280,7 @@ def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> No
     from contextlm.lab.run_folder import is_unfinished, points_of
 
     if any(map(is_unfinished, points_of(folder) or [folder])):
-        with _at_work() as progress:
-            running.resume(folder, device=device, progress=progress, workers=workers)
+        _at_work(running.resume, folder, device=device, workers=workers)
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
     _show(folder, as_json)

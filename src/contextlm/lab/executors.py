@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ class Here(AbstractContextManager["Here"]):
     def advance(self, runs: Runs) -> bool:
         """Do the first job that is ready."""
         for run, planner in runs:
-            ready = distribution.by_main(lambda run=run, planner=planner: planner.ready(run))
+            ready = distribution.by_main(partial(planner.ready, run))
             if ready:
                 job = ready[0]
                 self.progress.stage(self._clock.heading(job, runs))

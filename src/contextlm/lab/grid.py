@@ -17,7 +17,10 @@ from contextlm.recipe.schema import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of values, the recipe with them, and the name of its run folder."""
+    """One combination of values, the recipe with them, and the name of its run folder.
+
+    A recipe as it is counts as one point, without values or a name.
+    """
 
     values: dict[str, Any]
     recipe: Recipe
@@ -84,7 +87,9 @@ def points_of_grid(
 
 
 def _folder_name(values: Mapping[str, Any]) -> str:
-    """Readable, and another one for other values."""
+    """Readable, and another one for other values; empty where there are none."""
+    if not values:
+        return ""
     described = ",".join(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in values.items())
     slug = re.sub(r"[^A-Za-z0-9.,=+-]+", "_", described)[:60].lstrip(".")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -147,8 +147,11 @@ def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path |
         known = [load_recipe(str(run / "recipe.yaml")) for run in runs]
         if {_dumped(recipe) for recipe in known} == wanted:
             return folder
-        pairs = zip(known, recipes, strict=False)
-        keys = [key for pair in pairs for key in differing_keys(*map(_plain, pair))]
+        keys = [
+            key
+            for one, other in zip(known, recipes, strict=False)
+            for key in differing_keys(one.model_dump(mode="json"), other.model_dump(mode="json"))
+        ]
         differing = differing or (folder, ", ".join(dict.fromkeys(keys)) or "the grid")
     if differing is None:
         return None
@@ -157,10 +160,6 @@ def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path |
         f"--resume: the recipe is not that of the unfinished {folder}: {what} differs (leave out "
         f"--resume to begin a new run, or `contextlm run --resume {folder}` to resume that one)"
     )
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
 
 
 def _dumped(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +49,18 @@ def run(
 ) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
-    Where a launcher (torchrun, accelerate) started several processes, all call this and share each
-    job; the first alone writes and tells `progress`.
-
     Args:
         recipe: the comparison.
-        out: where run folders go; this run gets a new numbered one.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        progress: gets headings, epochs and what is at work.
-        workers: do the jobs in so many workers of Ray instead of this process.
+        out, device, progress, workers: as for `run_points`.
 
     Returns:
         The run folder.
-
-    Raises:
-        InputError: the recipe, its corpus or the device is not usable; nothing was written.
-        RunError: a fault while running; what had finished stays.
     """
-    with _processes(device, progress) as (own_device, progress):
-        planner = _planner(recipe, own_device, progress)
-        folder = shared_folder(lambda: new_folder(out, recipe.name, lambda at: _begin(at, planner)))
-        with _held([folder]):
-            _complete([(folder, planner)], progress, workers)
-    return folder
+    point = Point({}, recipe, "")
+    return run_points([point], out, device=device, progress=progress, workers=workers)
 
 
-def run_grid(
+def run_points(
     points: Sequence[Point],
     out: Path,
     *,
@@ -81,34 +68,37 @@ def run_grid(
     progress: Progress,
     workers: int | None = None,
 ) -> Path:
-    """Run a recipe at every point of a grid, each in a run folder of its own.
+    """Run a recipe, or every point of a grid: each is a run folder of its own, with its report.
+
+    Where a launcher (torchrun, accelerate) started several processes, all call this and share each
+    job; the first alone writes and tells `progress`.
 
     Args:
-        points: their recipes.
-        out: where the grid's new numbered folder goes.
-        device, progress, workers: as for `run`.
+        points: of a grid; one without values for a recipe as it is.
+        out: where run folders go; this run or grid gets a new numbered one.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        progress: gets headings, epochs and what is at work.
+        workers: do the jobs in so many workers of Ray instead of this process.
 
     Returns:
-        The grid's folder, with the points' folders and a report of all.
+        The folder of the run, or of the grid, which holds those of its points and a report of all.
 
     Raises:
-        InputError, RunError: as for `run`.
+        InputError: a recipe, its corpus or the device is not usable; nothing was written.
+        RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
             for name, planner in planners.items():
-                _begin(at / name, planner)
-            write_json(at / POINTS, {point.name: point.values for point in points})
+                write_run(at / name, planner, describe_environment(own_device))
+            _note_points(at, points)
 
-        name = grid_name(points[0].recipe)
-        folder = shared_folder(lambda: new_folder(out, name, fill))
+        folder = shared_folder(lambda: new_folder(out, folder_name(points), fill))
         runs = [(folder / name, planner) for name, planner in planners.items()]
         with _held([run for run, _ in runs]):
-            _complete(runs, progress, workers)
-        if distribution.is_main():
-            report_grid(folder)
+            _complete(runs, folder, progress, workers)
     return folder
 
 
@@ -120,7 +110,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
     Args:
         folder: the run's or the grid's.
         device: ``auto`` or the kind of device that it began on.
-        progress, workers: as for `run`.
+        progress, workers: as for `run_points`.
 
     Raises:
         InputError: no unfinished run is there, another process is at work on it, or the recipe, the
@@ -132,81 +122,72 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
         raise InputError(f"{folder}: no unfinished run is in there")
     progress.line(f"resuming {folder}")
     recipes = {run: load_recipe(str(run / "recipe.yaml")) for run in runs}
-    extend(recipes, device=device, progress=progress, workers=workers)
-    if runs != [folder]:
-        report_grid(folder)
-    return folder
+    return _extend(recipes, folder, device, progress, workers)
 
 
 def extend(
-    recipes: Mapping[Path, Recipe],
-    *,
-    device: str,
-    progress: Progress,
-    workers: int | None = None,
-) -> None:
-    """Do what run folders lack of recipes, which may name more contenders and seeds than they hold.
-
-    What a run holds and its recipe does not name stays in it, and is compared with what is new.
-
-    Args:
-        recipes: by run folder; one that does not exist is made.
-        device, progress, workers: as for `run`.
-
-    Raises:
-        InputError: a run holds a contender and seed of the same name that other data, another model
-            or another training made, as the message says; nothing was changed.
-        RunError: a fault while running; what had finished stays.
-    """
-    with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
-        known = [folder for folder in recipes if (folder / "recipe.yaml").is_file()]
-        stack.enter_context(_held(known))
-        runs = []
-        for folder, recipe in recipes.items():
-            wanted = recipe
-            if folder in known:
-                wanted = distribution.by_main(lambda f=folder, r=recipe: merged(f, r))
-            runs.append((folder, _planner(wanted, own_device, progress)))
-        if distribution.is_main():
-            for folder, planner in runs:  # all are checked before anything is changed
-                for job in planner.jobs if folder in known else ():
-                    check_job(folder, job)
-            for folder, planner in runs:
-                if folder in known:
-                    _add_to(folder, planner, progress)
-                else:
-                    with atomic_folder(folder) as partial:
-                        _begin(partial, planner)
-                    stack.enter_context(held(folder))
-        _complete(runs, progress, workers)
-
-
-def extend_grid(
     points: Sequence[Point],
     folder: Path,
     *,
     device: str,
     progress: Progress,
     workers: int | None = None,
-) -> None:
-    """Do what a grid lacks, new points among it, and report it all.
+) -> Path:
+    """Do what a run or grid lacks of recipes, which may name more contenders, seeds and points.
+
+    What it holds and the recipes do not name stays in it, and is compared with what is new.
 
     Args:
-        points: their recipes.
-        folder: the grid's.
-        device, progress, workers: as for `run`.
+        points: as for `run_points`.
+        folder: of the run or the grid.
+        device, progress, workers: as for `run_points`.
 
     Raises:
-        InputError, RunError: as for `extend`.
+        InputError: there is no such run or grid, or it holds a contender and seed of the same name
+            that other data, another model or another training made: the message names the keys
+            that differ. Nothing was changed.
+        RunError: a fault while running; what had finished stays.
     """
-    known = read_points(folder)
+    if points[0].values:
+        read_points(folder)
+    elif not (folder / "recipe.yaml").is_file():
+        raise InputError(f"{folder}: not a run folder")
     recipes = {folder / point.name: point.recipe for point in points}
-    with _processes(device, progress) as (_, progress):
+    return _extend(recipes, folder, device, progress, workers, points)
+
+
+def _extend(
+    recipes: Mapping[Path, Recipe],
+    folder: Path,
+    device: str,
+    progress: Progress,
+    workers: int | None,
+    points: Sequence[Point] = (),
+) -> Path:
+    with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
+        known = [run for run in recipes if (run / "recipe.yaml").is_file()]
+        stack.enter_context(_held(known))
+        runs = []
+        for run, recipe in recipes.items():
+            wanted = recipe
+            if run in known:
+                wanted = distribution.by_main(partial(merged, run, recipe))
+            runs.append((run, _planner(wanted, own_device, progress)))
         if distribution.is_main():
-            write_json(folder / POINTS, {**known, **{p.name: p.values for p in points}})
-        extend(recipes, device=device, progress=progress, workers=workers)
-        if distribution.is_main():
-            report_grid(folder)
+            for run, planner in runs:  # all are checked before anything is changed
+                for job in planner.jobs if run in known else ():
+                    check_job(run, job)
+            environment = describe_environment(own_device)
+            for run, planner in runs:
+                if run in known:
+                    _add_to(run, planner, environment, progress)
+                else:
+                    with atomic_folder(run) as new:
+                        write_run(new, planner, environment)
+                    stack.enter_context(held(run))
+            _note_points(folder, points)
+        _complete(runs, folder, progress, workers)
+    return folder
 
 
 def merged(run: Path, given: Recipe) -> Recipe:
@@ -229,9 +210,18 @@ def merged(run: Path, given: Recipe) -> Recipe:
     return given.model_copy(update={"contenders": [*before, *mine.values()], "seeds": seeds})
 
 
-def grid_name(recipe: Recipe) -> str:
-    """What the folders of a recipe's grids are called, before their numbers."""
-    return f"{recipe.name}-grid"
+def folder_name(points: Sequence[Point]) -> str:
+    """What the folders of such a run or grid are called, before their numbers."""
+    name = points[0].recipe.name
+    return f"{name}-grid" if points[0].values else name
+
+
+def _note_points(folder: Path, points: Sequence[Point]) -> None:
+    """Note the values of a grid's points in its folder."""
+    values = {point.name: point.values for point in points if point.values}
+    if values:
+        known = read_points(folder) if (folder / POINTS).exists() else {}
+        write_json(folder / POINTS, {**known, **values})
 
 
 def read_points(folder: Path) -> dict[str, dict[str, Any]]:
@@ -289,44 +279,43 @@ def _held(runs: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-def _begin(folder: Path, planner: Planner) -> None:
-    write_run(folder, planner, describe_environment(planner.prepared.device))
-
-
-def _add_to(folder: Path, planner: Planner, progress: Progress) -> None:
+def _add_to(run: Path, planner: Planner, environment: dict[str, Any], progress: Progress) -> None:
     """Note in a run folder what is to be done in it now."""
-    environment = describe_environment(planner.prepared.device)
-    note_changes(folder / "environment.json", environment, progress)
-    if planner.left(folder) or not (folder / "report.html").exists():
-        mark_unfinished(folder)
-    write_text(folder / "recipe.yaml", dump_recipe(planner.prepared.recipe))
-    for job in planner.left(folder):
-        write_job(folder, job)
+    note_changes(run / "environment.json", environment, progress)
+    left = planner.left(run)
+    if left or not (run / "report.html").exists():
+        mark_unfinished(run)
+    write_text(run / "recipe.yaml", dump_recipe(planner.prepared.recipe))
+    for job in left:
+        write_job(run, job)
 
 
-def _complete(runs: Runs, progress: Progress, workers: int | None) -> None:
+def _complete(runs: Runs, folder: Path, progress: Progress, workers: int | None) -> None:
     """Do whatever of the runs is not done yet, then write their reports."""
-    with _noting([folder for folder, _ in runs]):
+    with _noting(folder):
         with Here(progress) if workers is None else RayWorkers(workers, progress) as executor:
             carry_out(runs, executor)
-        for folder, _ in runs if distribution.is_main() else ():
-            found = read_run(folder)
+        if not distribution.is_main():
+            return
+        for run, _ in runs:
+            found = read_run(run)
             if found.outcomes:
-                write_report([found], folder)
-            finish(folder)
+                write_report([found], run)
+            finish(run)
             if not found.outcomes:
                 why = found.diverged[0].diverged
                 raise NotFiniteError(f"every training diverged, the first: {why}")
+        if points_of(folder):
+            report_grid(folder)
 
 
 @contextmanager
-def _noting(runs: Sequence[Path]) -> Iterator[None]:
+def _noting(folder: Path) -> Iterator[None]:
     """Note on whatever ends the runs, an interrupt too, what there is and how to resume."""
-    folder = runs[0] if len(runs) == 1 else runs[0].parent
     try:
         yield
     except BaseException as error:  # passed on as it is, with the notes
-        finished = any(path for run in runs for path in run.glob("*/*/result.json"))
+        finished = any(folder.rglob("seed-*/result.json"))
         error.add_note(
             f"what finished is in {folder}" if finished else f"nothing had finished in {folder}"
         )
