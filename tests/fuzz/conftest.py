@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr("contextlm.cli.shell.get_command", functools.cache(get_command))
     patch.chdir(folder)
     # A plan's seconds rest on a measurement, which is nobody's input.
-    patch.setattr("contextlm.lab.plan._matmul_flops_per_second", lambda device, dtype: 1e10)
+    patch.setattr("contextlm.lab.estimate._matmul_flops_per_second", lambda device, dtype: 1e10)
     yield folder
     patch.undo()
 
