@@ -34,16 +34,17 @@ from contextlm.models.build import create_model
 from contextlm.recipe.schema import Contender, Recipe
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings
-from contextlm.training.next_token import NextTokenOutcome, train_next_token
+from contextlm.training.next_token import train_next_token
+from contextlm.training.optimisation import resolve_precision
 from contextlm.training.phase_one_state import PhaseOneState
-from contextlm.training.precision import resolve_precision
+from contextlm.training.phase_two_state import PhaseTwo
 
 
 @dataclass(frozen=True)
 class _Trained:
     """What training left, beside the model itself."""
 
-    outcome: NextTokenOutcome
+    outcome: PhaseTwo
     precision: str
     contexts: Contexts
 
@@ -209,7 +210,7 @@ def _first(windows: Text, count: int | None) -> Subset[dict[str, torch.Tensor]]:
 def _quality_fields(
     validation: Quality,
     train: Quality,
-    outcome: NextTokenOutcome,
+    outcome: PhaseTwo,
     prepared: Prepared,
     target_offset: int,
 ) -> dict[str, float | int | None]:

@@ -60,7 +60,7 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
     with distribution.joined(_usable_device(device)) as where:
         if not distribution.is_main():
             progress = SilentProgress()
-        check_recipe(recipe, where)
+        check_recipe(recipe)
         progress.update(f"preparing corpus {recipe.corpus}")
         prepared = distribution.main_first(lambda: prepare(recipe))
         check_same_data(prepared)
@@ -94,7 +94,7 @@ def tune_one(
         RunError: training broke down at every rate, or another fault.
     """
     where = _usable_device(device)
-    check_recipe(recipe, where)
+    check_recipe(recipe)
     working = working_folder(folder, contender)
     try:
         prepared = prepare(recipe)
@@ -135,7 +135,7 @@ def run_one(
         RunError: a fault while running.
     """
     where = _usable_device(device)
-    check_recipe(recipe, where)
+    check_recipe(recipe)
     prepared = prepare(recipe)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     write_json(folder / "environment.json", describe_environment(where, recipe.seeds))
@@ -174,7 +174,7 @@ def resume(folder: Path, *, device: str, progress: Progress) -> Path:
                 f"name it with --device"
             )
         recipe = load_recipe(str(folder / "recipe.yaml"))
-        check_recipe(recipe, where)
+        check_recipe(recipe)
         progress.line(f"resuming {folder}")
         progress.update(f"preparing corpus {recipe.corpus}")
         prepared = prepare(recipe)

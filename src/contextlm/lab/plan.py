@@ -15,7 +15,7 @@ from contextlm.data.tokenizers import known_vocab_size
 from contextlm.lab.preparation import Prepared, prepare
 from contextlm.models.build import build_config, meta_model
 from contextlm.recipe.schema import Contender, Recipe
-from contextlm.training.precision import resolve_precision
+from contextlm.training.optimisation import resolve_precision
 
 # A training step reaches only a part of what one large matrix product reaches: losses, norms and
 # optimisers are bound by memory. Seen on two cores; the estimate is a guide, not a promise.

@@ -117,6 +117,20 @@ class PhaseOneRow(Record):
     loss: Figure | None
 
 
+class StepRow(Record):
+    """One optimiser step of next-token training, counted from 1 over all epochs.
+
+    `loss` is that step's own, over all targets of its batch. A training of more steps than a plot
+    can tell apart keeps one in every so many, evenly.
+    """
+
+    phase: Literal[2] = 2
+    step: Count
+    epoch: Count
+    loss: Figure
+    learning_rate: Figure
+
+
 class PhaseTwoRow(Record):
     """One epoch of next-token training."""
 
@@ -130,12 +144,15 @@ class PhaseTwoRow(Record):
     learning_rate: Figure
 
 
+HistoryRow = PhaseOneRow | StepRow | PhaseTwoRow
+
+
 class Outcome(Record):
     """All that one contender and seed left in its folder."""
 
     result: Result
     timings: Timings
-    history: list[PhaseOneRow | PhaseTwoRow]
+    history: list[HistoryRow]
 
 
 class Run(Record):
@@ -212,12 +229,13 @@ def _read_record(kind: type[R], run: Path, file: Path) -> R:
         raise InputError(f"{file}: {first_problem(error)}") from None
 
 
-def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
-    rows: list[PhaseOneRow | PhaseTwoRow] = []
+def _read_history(run: Path, path: Path) -> list[HistoryRow]:
+    rows: list[HistoryRow] = []
     for number, line in enumerate(read_text(run, path).splitlines(), start=1):
         try:
             row = json.loads(line)
-            kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
+            of_phase_two = StepRow if "step" in row else PhaseTwoRow
+            kind = PhaseOneRow if row["phase"] == 1 else of_phase_two
             rows.append(kind.model_validate(row))
         except ValidationError as error:
             raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
