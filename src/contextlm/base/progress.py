@@ -20,8 +20,8 @@ from contextlm.base.visible import visible
 class Bar(Protocol):
     """One piece of work of known size, while it runs."""
 
-    def advance(self, n: int = 1) -> None:
-        """`n` more units are done."""
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        """`n` more units are done; `text` takes the description's place."""
 
 
 class Progress(Protocol):
@@ -41,7 +41,7 @@ class Progress(Protocol):
 
 
 class _SilentBar:
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, text: str | None = None) -> None:
         """Shows nothing."""
 
 
@@ -141,6 +141,7 @@ class _RichBar:
         self._display = display
         self._task = task
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, text: str | None = None) -> None:
         """Move the bar on."""
-        self._display.advance(self._task, n)
+        described = {} if text is None else {"description": visible(text)}
+        self._display.update(self._task, advance=n, **described)

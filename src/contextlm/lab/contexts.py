@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
-from contextlm.base.errors import NotFiniteError
 from contextlm.base.progress import Progress
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import memory_now
@@ -23,12 +22,7 @@ from contextlm.lab.preparation import Entry, Prepared, Samples
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.results.facts import PhaseOneFacts, StoreFacts
 from contextlm.results.result import StageMemory
-from contextlm.training.context_store import (
-    ContextStore,
-    StoredWindows,
-    fill_context_store,
-    open_context_store,
-)
+from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
 from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
 from contextlm.training.phase_one_state import PhaseOneState
 
@@ -73,6 +67,8 @@ def make_contexts(
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
 
+    With several processes all call this; rank 0 does the work.
+
     Args:
         job, prepared, entry: whose.
         model: trained in place.
@@ -92,20 +88,16 @@ def make_contexts(
         return Contexts(train, validation)
     outcome = None
     if phase1 is not None:
-        try:
-            outcome = train_context_block(
-                decoder.context_block,
-                decoder.embed_normalised,
-                prepared.stream,
-                phase1,
-                seed=seed,
-                device=device,
-                on_iteration=IterationWatcher(progress, history),
-                state=state,
-            )
-        except FloatingPointError as error:
-            kept = "" if state is None else f"; {state.last()}"
-            raise NotFiniteError(f"{error}{kept}") from None
+        outcome = train_context_block(
+            decoder.context_block,
+            decoder.embed_normalised,
+            prepared.stream,
+            phase1,
+            seed=seed,
+            device=device,
+            on_iteration=IterationWatcher(progress, history),
+            state=state,
+        )
         stages.append(stage_memory("after phase 1", device))
     elif decoder.context_block.frozen:
         progress.line("the context block stays as it was drawn: it is frozen and has no phase1")
@@ -155,12 +147,7 @@ def _fill(
     block, embed = decoder.context_block, decoder.embed_normalised
 
     def fill(tokens: np.ndarray, start_PC: Tensor, passes: int) -> ContextStore:
-        def make() -> ContextStore:
-            return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
-
-        if distribution.world() == 1:
-            return make()
-        return open_context_store(distribution.by_main(lambda: make().path))
+        return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
 
     fresh_PC = initial_contexts(len(prepared.validation_stream), block.context_dim, seed, device)
     if outcome is None:

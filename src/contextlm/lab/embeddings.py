@@ -40,8 +40,9 @@ from contextlm.lab.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.recipe.settings import EmbeddingSettings, TrainingSettings
 from contextlm.results.facts import EmbeddingFacts
-from contextlm.training.next_token import NextTokenOutcome, train_next_token
-from contextlm.training.precision import resolve_precision
+from contextlm.training.next_token import train_next_token
+from contextlm.training.optimisation import resolve_precision
+from contextlm.training.phase_two_state import PhaseTwo
 
 # What transformers raises for a folder that holds no whole model.
 _UNUSABLE = (
@@ -231,7 +232,7 @@ def _train(
     precision: str,
     folder: Path,
     progress: Progress,
-) -> NextTokenOutcome:
+) -> PhaseTwo:
     """Train the small GPT-2; it ends with its best epoch's weights."""
     length = settings.sequence_length
     validation = Windows(text.validation, length, name="the validation split")

@@ -35,8 +35,7 @@ from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.results.facts import CorpusFacts
-from contextlm.training.optimisation import parameter_groups
-from contextlm.training.precision import resolve_precision
+from contextlm.training.optimisation import parameter_groups, resolve_precision
 
 Samples = Windows | Lines | Answers
 

@@ -263,7 +263,7 @@ def _processes(device: str, progress: Progress) -> Iterator[tuple[torch.device, 
 
 
 def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planner:
-    check_recipe(recipe, device)
+    check_recipe(recipe)
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     check_same_data(prepared)

@@ -38,8 +38,9 @@ from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings
 from contextlm.results.trials import Divergence, TrialResult
-from contextlm.training.next_token import NextTokenOutcome, train_next_token
+from contextlm.training.next_token import train_next_token
 from contextlm.training.phase_one_state import PhaseOneState
+from contextlm.training.phase_two_state import PhaseTwo
 
 
 def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
@@ -145,7 +146,7 @@ def _with_rate(entry: Entry, rate: float) -> Entry:
 class _Trained:
     """What training left, beside the model itself."""
 
-    phase2: NextTokenOutcome
+    phase2: PhaseTwo
     contexts: Contexts
 
 

@@ -151,7 +151,6 @@ def own_setting(raw: Mapping[str, Any], where: str, scale: str) -> str:
 # Keys of a recipe and of a contender.
 _NO_DEPARTURE = {"contenders", "document", "evaluation", "name", "question", "scale", "seeds"}
 _NO_DEPARTURE |= {"baseline", "reported", "reported_epochs"}
-_NO_DEPARTURE |= {"distributed"}  # of training; it changes rounding only
 
 
 def _differences(full: Mapping[str, Any], changed: Mapping[str, Any], above: str) -> list[str]:

@@ -116,6 +116,20 @@ class PhaseOneRow(Record):
     loss: Figure | None
 
 
+class StepRow(Record):
+    """One optimiser step of next-token training, counted from 1 over all epochs.
+
+    `loss` is that step's own, over all targets of its batch. A training of more steps than a plot
+    can tell apart keeps one in every so many, evenly.
+    """
+
+    phase: Literal[2] = 2
+    step: Count
+    epoch: Count
+    loss: Figure
+    learning_rate: Figure
+
+
 class PhaseTwoRow(Record):
     """One epoch of next-token training."""
 
@@ -129,17 +143,7 @@ class PhaseTwoRow(Record):
     learning_rate: Figure
 
 
-class StepRow(Record):
-    """One step of next-token training; `step` counts from 1 over all epochs."""
-
-    phase: Literal[2] = 2
-    step: Count
-    epoch: Count
-    loss: Figure
-    learning_rate: Figure
-
-
-HistoryRow = PhaseOneRow | PhaseTwoRow | StepRow
+HistoryRow = PhaseOneRow | StepRow | PhaseTwoRow
 
 
 class Outcome(Record):
