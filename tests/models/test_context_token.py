@@ -220,13 +220,9 @@ def test_contexts_with_a_cache_or_of_a_wrong_length_are_refused():
     model = make()
     ids = torch.randint(V, (2, 5))
     contexts = torch.zeros(2, 6, C, dtype=torch.float64)
-    refused = [
-        {"contexts": contexts, "past_key_values": model.new_cache()},
-        {"contexts": contexts[:, 1:]},
-        {"contexts": contexts[:, :1]},
-        {"contexts": torch.cat([contexts, contexts], dim=1)},
-    ]
-    for arguments in refused:
-        with pytest.raises(ValueError, match="the token before the window and the window, only"):
-            model(ids, **arguments)
+    with pytest.raises(ValueError, match="together with a cache"):
+        model(ids, contexts=contexts, past_key_values=model.new_cache())
+    for wrong in (contexts[:, 1:], contexts[:, :1], torch.cat([contexts, contexts], dim=1)):
+        with pytest.raises(ValueError, match=f"6 in all, got {wrong.shape[1]}"):
+            model(ids, contexts=wrong)
     assert model(ids, contexts=contexts).logits.shape == (2, 5, V)

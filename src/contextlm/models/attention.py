@@ -25,7 +25,7 @@ def attend(
     """What each query reads, ``[B, T, H E]``, and the weights where the function gives them.
 
     Args:
-        module: the `nn.Module` whose attention it is; its `config` names the function (`attn_implementation`).
+        module: whose attention it is; its `config` names the function (`attn_implementation`).
         query_BHTE: queries.
         key_BGSE: keys; each of the G heads serves H / G heads of queries.
         value_BGSE: values, as wide as the keys.

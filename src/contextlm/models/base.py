@@ -167,17 +167,23 @@ class ContextDecoder(ContextPreTrainedModel):
 
     Attributes:
         embed_tokens: the embedding of tokens.
+        embed_norm: the norm behind it, where a context block reads the embeddings.
         reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
             of the last tokens only.
     """
 
     embed_tokens: nn.Module
+    embed_norm: nn.Module
     reads_only_last: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
         """Width of the hidden states, which the head reads."""
         return self.config.hidden_size
+
+    def embed_normalised(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as a context block reads them, ``[..., D]``."""
+        return self.embed_norm(self.embed_tokens(input_ids))
 
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states of the new tokens, ``[B, T, width]``; moves `new.cache` on.

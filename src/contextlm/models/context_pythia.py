@@ -170,10 +170,6 @@ class ContextPythiaModel(ContextDecoder):
         self.freeze_parts()
         self.post_init()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as the context block reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and the context after the last token."""
         attention = [DynamicLayer() for _ in self.layers]

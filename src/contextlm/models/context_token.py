@@ -102,10 +102,6 @@ class ContextTokenModel(ContextDecoder):
         self.freeze_parts()
         self.post_init()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as the context block reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
         return Cache(layers=[ContextStateLayer()])

@@ -207,10 +207,6 @@ class ContextVectorModel(ContextDecoder):
         if isinstance(module, ForgetGate):
             module.reset_bias()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as a gated recurrence reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
         return Cache(layers=[ContextStateLayer()])

@@ -120,12 +120,12 @@ class NewTokens:
         return torch.arange(self.tokens, device=self.device) < self.counts.unsqueeze(1)
 
     def ends(self, kept: int) -> Tensor | None:
-        """The column behind each row's newest token, ``[B]``, behind K entries kept; None: the end."""
+        """The column behind each row's newest token, ``[B]``, after K entries kept; None: S."""
         return None if self.mask_BT is None else kept + self.counts
 
     @property
     def starts(self) -> Tensor:
-        """Position of each row's first new token, ``[B, 1]``, or ``[1, 1]`` if no row can differ."""
+        """Position of each row's first new token, ``[B, 1]``; ``[1, 1]`` if no row can differ."""
         if self.seen_B is None:
             return torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return self.seen_B.unsqueeze(1)
