@@ -1,7 +1,4 @@
-"""The hybrid's mixers against loops over tokens, written straight from their equations, in float64.
-
-Shape suffixes: T tokens, D width, H heads, E head width.
-"""
+"""The hybrid's mixers against loops over tokens, written from their equations, in float64."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from naive_parts import turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
@@ -158,15 +156,6 @@ def test_the_root_has_a_bounded_gradient():
 
 
 # W -------------------------------------------------------------------------------------------
-
-
-def turned(x_E: Tensor, position: int, theta: float = 10000.0) -> Tensor:
-    out, half = x_E.clone(), len(x_E) // 2
-    for e in range(half):
-        angle = position * theta ** (-2 * e / len(x_E))
-        out[e] = x_E[e] * math.cos(angle) - x_E[e + half] * math.sin(angle)
-        out[e + half] = x_E[e + half] * math.cos(angle) + x_E[e] * math.sin(angle)
-    return out
 
 
 def rms_norm(norm: torch.nn.Module, x_E: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
 from contextlm.evaluation.memory import measure_cache
@@ -35,19 +36,6 @@ def make(**fields) -> ContextKVForCausalLM:
     return model
 
 
-def linear(module, x: Tensor) -> Tensor:
-    return module.weight @ x + module.bias
-
-
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.mean()
-    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def memory_of(i: int, config) -> list[int]:
     """The positions that position i reads; negative ones are missing."""
     if config.memory == "tokens":
@@ -59,16 +47,9 @@ def memory_of(i: int, config) -> list[int]:
 
 
 def attend(attention, query: Tensor, memory: list[Tensor]) -> Tensor:
-    size = len(query) // attention.heads
     keys = [linear(attention.key, entry) for entry in memory]
     values = [linear(attention.value, entry) for entry in memory]
-    mixed = []
-    for head in range(attention.heads):
-        part = slice(head * size, (head + 1) * size)
-        weights = [torch.exp(query[part] @ key[part] / math.sqrt(size)) for key in keys]
-        total = sum(weights)
-        mixed.append(sum(w / total * value[part] for w, value in zip(weights, values, strict=True)))
-    return linear(attention.output, torch.cat(mixed))
+    return linear(attention.output, attended(query, keys, values, attention.heads))
 
 
 def naive_logits(model: ContextKVForCausalLM, ids: list[int]) -> Tensor:

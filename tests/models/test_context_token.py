@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import gelu, norm
 from torch import Tensor
 
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
@@ -31,15 +30,6 @@ def make(mode: str = "layerwise", layers: int = 2, **fields) -> ContextTokenForC
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
-
-
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.sum() / len(x)
-    return centred / torch.sqrt((centred**2).sum() / len(x) + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def layer_step(layer, stream: Tensor, other: Tensor) -> Tensor:
@@ -71,8 +61,8 @@ def naive(model: ContextTokenForCausalLM, ids: list[int]) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 19])
 def test_logits_equal_the_naive_form(mode, layers, length):
     model = make(mode, layers)
     ids = torch.randint(V, (3, length))
@@ -92,7 +82,7 @@ def test_the_modes_differ_from_two_layers_on():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("length", [1, 5, 7, 23])
+@pytest.mark.parametrize("length", [1, 7])
 def test_stored_contexts_give_the_logits_of_the_recurrence(mode, layers, length):
     """Window by window over a stream whose contexts are never reset."""
     model = make(mode, layers)
