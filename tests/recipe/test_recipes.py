@@ -20,7 +20,8 @@ from contextlm.base.progress import SilentProgress
 from contextlm.data.corpora import load_corpus
 from contextlm.data.tokenizers import keeps_all_words, load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
-from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
+from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.experiment import run
 from contextlm.lab.plan import count_parameters, dry_run
 from contextlm.lab.preparation import Prepared, prepare

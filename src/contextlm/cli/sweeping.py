@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contextlm.base.errors import InputError, RunError
-from contextlm.cli.comparisons import (
-    AsJson,
-    Device,
-    Overrides,
-    RecipeName,
-    Scale,
-    read_seeds,
-)
+from contextlm.cli.comparisons import Overrides, RecipeName, Scale, read_seeds
+from contextlm.cli.options import AsJson, Device
 from contextlm.cli.output import plain, print_comparison, print_json, writable_folder
 
 if TYPE_CHECKING:

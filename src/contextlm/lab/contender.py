@@ -16,6 +16,7 @@ from contextlm.base import distribution
 from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
+from contextlm.evaluation.checkpoint import TrainingNote, write_trained
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -23,10 +24,9 @@ from contextlm.evaluation.quality import (
     evaluate_quality,
     evaluator,
     perplexity,
+    retrieval_accuracy,
 )
-from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.speed import measure_speed
-from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.lab.contexts import STORES, Contexts, Text, make_contexts, stage_memory
 from contextlm.lab.live import EpochWatcher, History
 from contextlm.lab.preparation import Prepared, windows_per_epoch
@@ -87,7 +87,7 @@ def run_contender(
         recipe, contender, seed, model, prepared, folder, device, progress, stages, working
     )
     # Before anything is measured: a fault in a measurement must not cost the weights.
-    made = Trained(
+    made = TrainingNote(
         target_offset=recipe.target_offset_of(contender),
         unit=recipe.unit,
         stream=trained.contexts.store is not None,
@@ -269,7 +269,7 @@ def _train(
 
 
 def _save_checkpoint(
-    model: PreTrainedModel, prepared: Prepared, trained: Trained, folder: Path
+    model: PreTrainedModel, prepared: Prepared, trained: TrainingNote, folder: Path
 ) -> None:
     """Weights, configuration, tokenizer and a note on training, in a folder that appears whole."""
     # For padded batches; not in the configuration, where it would freeze an embedding at zero.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def linear_scan_naive(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
-    """As `linear_scan`, for tensors of one type on any device; differentiable as often as wanted."""
+    """As `linear_scan`, for tensors of one type; differentiable as often as wanted."""
     states_BC = [initial_BC]
     for gate_BC, input_BC in zip(gates_BTC.unbind(1), inputs_BTC.unbind(1), strict=True):
         states_BC.append(torch.addcmul(input_BC, gate_BC, states_BC[-1]))

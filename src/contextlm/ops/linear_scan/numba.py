@@ -101,5 +101,5 @@ class _LinearScan(torch.autograd.Function):
 
 
 def linear_scan_numba(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
-    """As `linear_scan`, for tensors of one type, float32 or float64, on a CPU; once differentiable."""
+    """As `linear_scan`, on a CPU, for tensors of float32 or float64; once differentiable."""
     return _LinearScan.apply(gates_BTC, inputs_BTC, initial_BC)
