@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    from contextlm.evaluation.trained import Trained, write_trained
+    from contextlm.evaluation.checkpoint import TrainingNote, write_trained
 
     logging.disable_progress_bar()  # as they are in a command's own process
     folder = tmp_path_factory.mktemp("whole") / "checkpoint"
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         vocab_size=257, n_embd=8, n_layer=1, n_head=1, n_positions=16, eos_token_id=256
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
-    write_trained(folder, Trained())
+    write_trained(folder, TrainingNote())
     yield folder
     logging.enable_progress_bar()
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.progress import SilentProgress
-from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
+from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.estimate import count_parameters, dry_run
 from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare

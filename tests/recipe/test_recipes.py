@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from contextlm.lab.experiment import run
+from contextlm.lab.plan import count_parameters, dry_run
 from transformers import PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
@@ -20,9 +22,8 @@ from contextlm.base.progress import SilentProgress
 from contextlm.data.corpora import load_corpus
 from contextlm.data.tokenizers import keeps_all_words, load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
-from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
-from contextlm.lab.experiment import run
-from contextlm.lab.plan import count_parameters, dry_run
+from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.preparation import Prepared, prepare
 from contextlm.models.build import build_config, check_forward, create_model, meta_model
 from contextlm.recipe.schema import Recipe, builtin_recipes, load_recipe, recipe_scales

@@ -13,6 +13,7 @@ import typer
 from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
 from contextlm.base.visible import shown, visible
+from contextlm.cli.options import AsJson, Device
 from contextlm.cli.output import (
     REPORT_FILES,
     duration,
@@ -57,10 +58,6 @@ Overrides = Annotated[
         "Contenders are addressed by name: contenders.NAME.model.context_dim=128.",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, mps."),
-]
 Grid = Annotated[
     list[str] | None,
     typer.Option(
@@ -88,7 +85,6 @@ Workers = Annotated[
         "names.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def run(

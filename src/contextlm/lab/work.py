@@ -18,6 +18,7 @@ from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.data.windows import Windows
+from contextlm.evaluation.checkpoint import TrainingNote, write_trained
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -25,10 +26,9 @@ from contextlm.evaluation.quality import (
     evaluate_quality,
     evaluator,
     perplexity,
+    retrieval_accuracy,
 )
-from contextlm.evaluation.retrieval import retrieval_accuracy
 from contextlm.evaluation.speed import measure_speed
-from contextlm.evaluation.trained import Trained, write_trained
 from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
@@ -171,7 +171,7 @@ def _run(
     # Before anything is measured: a fault in a measurement must not cost the weights.
     offset = recipe.target_offset_of(entry.contender)
     if distribution.is_main():
-        note = Trained(
+        note = TrainingNote(
             target_offset=offset,
             unit=recipe.unit,
             stream=trained.contexts.store is not None,
@@ -302,7 +302,9 @@ def _train(
     return _Trained(phase2, contexts)
 
 
-def _save_checkpoint(model: PreTrainedModel, prepared: Prepared, note: Trained, at: Path) -> None:
+def _save_checkpoint(
+    model: PreTrainedModel, prepared: Prepared, note: TrainingNote, at: Path
+) -> None:
     """Weights, configuration, tokenizer and a note on training, in a folder that appears whole."""
     # For padded batches; not in the configuration, where it would freeze an embedding at zero.
     model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id

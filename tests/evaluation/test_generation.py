@@ -1,26 +1,28 @@
-"""`contextlm generate` on prompts of any length: read in pieces, continued as if read at once."""
+"""Continuing texts: prompts of any length, read in pieces; text that is given out as it comes."""
 
 from __future__ import annotations
 
 import gc
-import io
-import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from contextlm.base.errors import InputError
-from contextlm.cli import long_prompt
-from contextlm.cli.generation import Sampling, continue_text
-from contextlm.cli.long_prompt import prompt_ids, read_long_prompt
-from contextlm.cli.prompt import read_prompt
+from contextlm.evaluation import generation
+from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.generation import (
+    Sampling,
+    TextStream,
+    continue_text,
+    prompt_ids,
+    read_long_prompt,
+)
 from contextlm.evaluation.memory import position_limit
 from contextlm.models.base import registry
 from contextlm.models.build import build_config, create_model
@@ -118,24 +120,12 @@ def test_too_long_a_prompt_is_refused_before_all_of_it_is_read() -> None:
         read_long_prompt(model, [[1] * 29], 4, HERE, lambda tokens: None)
 
 
-# --- constant memory ----------------------------------------------------------------------------
+# --- from a checkpoint ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def checkpoint(tmp_path: Path, saved: Callable[..., Path]) -> Path:
     """A model without a position limit, and a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**letters, "<end>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path / "checkpoint"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
     config = DualContextConfig(
         vocab_size=257,
         hidden_size=8,
@@ -145,8 +135,7 @@ def checkpoint(tmp_path: Path) -> Path:
         max_representatives=4,
         placement="integrated",
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+    return saved(tmp_path / "checkpoint", config)
 
 
 def tensor_elements() -> int:
@@ -155,13 +144,9 @@ def tensor_elements() -> int:
 
 
 def test_what_is_held_does_not_grow_with_the_prompt(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlm.evaluation.checkpoint import load_checkpoint
-
-    monkeypatch.setattr(long_prompt, "PIECE", 4096)
-    file = tmp_path / "long.txt"
-    file.write_text("A line of a long text, grün.\n" * 2000, "utf-8")
+    monkeypatch.setattr(generation, "PIECE", 4096)
     model, tokenizer = load_checkpoint(checkpoint, "cpu")
     tensors: list[int] = []
     python: list[int] = []
@@ -171,71 +156,65 @@ def test_what_is_held_does_not_grow_with_the_prompt(
             tensors.append(tensor_elements())
             python.append(tracemalloc.get_traced_memory()[0])
 
-    ids = prompt_ids(read_prompt(None, str(file)), tokenizer, checkpoint, begin=False)
+    blocks = ("A line of a long text, grün.\n" * 50 for _ in range(24))
+    ids = prompt_ids(blocks, tokenizer, checkpoint, begin=False)
     tracemalloc.start()
     try:
         read = read_long_prompt(model, ids, 4, checkpoint, look, chunk=512)
     finally:
         tracemalloc.stop()
-    assert read.tokens == file.stat().st_size - 1
-    assert len(tensors) == read.tokens // 5_120 == 11
+    assert read.tokens == 24 * 50 * 30
+    assert len(tensors) == read.tokens // 5_120 == 7
     assert max(tensors) == min(tensors)
-    # A list of all the ids would be 8 bytes for each: 450,000 more at the end.
+    # A list of all the ids would be 8 bytes for each: 240,000 more at the end.
     assert max(python[1:]) - python[0] < 60_000
 
 
 def test_the_text_after_a_long_prompt_is_that_after_the_whole(checkpoint: Path) -> None:
     text = "A line of a long text, grün.\n" * 60
     blocks = [text[at : at + 11] for at in range(0, len(text), 11)]
-    made = continue_text(checkpoint, blocks, Sampling(8), device="cpu", stream=False)
-    assert made.prompt == text
-    assert made.prompt_tokens == len(text.encode())
-    assert made.prompt_seconds > 0
-    assert "prompt of 1,800 tokens read in" in made.summary()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    read: list[int] = []
+    cache_lengths: list[int] = []
+    made = continue_text(
+        checkpoint,
+        blocks,
+        Sampling(8),
+        device="cpu",
+        on_prompt=read.append,
+        on_token=lambda tokens, seconds, cache: cache_lengths.append(cache.get_seq_length()),
+    )
+    assert (made.prompt, made.prompt_tokens, made.tokens) == (text, len(text.encode()), 8)
+    assert read == [1024]
+    assert cache_lengths == [*range(1800, 1808)]
+    model, tokenizer = (kind.from_pretrained(checkpoint) for kind in LOADERS)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     whole = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, -8:]
     assert made.text == tokenizer.decode(whole, skip_special_tokens=True)
 
 
+LOADERS = (AutoModelForCausalLM, AutoTokenizer)
+
+
 def test_a_very_long_prompt_is_not_repeated(checkpoint: Path) -> None:
-    made = continue_text(checkpoint, ["long text "] * 1001, Sampling(1), device="cpu", stream=False)
-    assert made.prompt is None
-    assert made.prompt_tokens == 10_010
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def from_stdin(data: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    stdin = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
-    monkeypatch.setattr(sys, "stdin", stdin)
-    return iter(read_prompt(None, None))
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 5])
-@pytest.mark.parametrize(
-    "text", ["", "\n", "a", "grün ☕ 😀 end", "ends\r\n", "two\n\n", "\r\n\n", "x\r", "\n\n\n\n"]
-)
-def test_characters_are_whole_across_blocks(
-    text: str, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("contextlm.cli.prompt._BLOCK", block)
-    read = "".join(from_stdin(text.encode(), monkeypatch))
-    assert read == text.removesuffix("\n").removesuffix("\r")
+    made = continue_text(checkpoint, ["long text "] * 1001, Sampling(1), device="cpu")
+    assert (made.prompt, made.prompt_tokens) == (None, 10_010)
 
 
 @pytest.mark.parametrize(
-    ("data", "at"),
-    [(b"ab\xff", 2), (b"gr\xc3", 2), (b"\xe2\x98" + b"a" * 9, 0), (b"a" * 9 + b"\xc3", 9)],
+    "text", ["👨‍👩‍👧 naïve 😀", "没有空格的文本" * 20, "x" * 50, "a\n\nb  c \n", "<end>", ""]
 )
-@pytest.mark.parametrize("block", [1, 2, 4])
-def test_bad_utf8_is_named_with_its_place(
-    data: bytes, at: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("contextlm.cli.prompt._BLOCK", block)
-    with pytest.raises(InputError, match=rf"prompt in stdin is not UTF-8 \(at byte {at}\)"):
-        list(from_stdin(data, monkeypatch))
+def test_text_is_given_out_by_characters(checkpoint: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # At the end and before it: bytes that are no character.
+    for ids in ([*tokenizer(text)["input_ids"], 200], [201, *tokenizer(text)["input_ids"], 256]):
+        pieces: list[str] = []
+        counts: list[int] = []
+        stream = TextStream(tokenizer, pieces.append, counts.append)
+        stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+        for token in ids:
+            stream.put(torch.tensor([token]))
+        before = len(pieces)
+        stream.end()
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert before >= len(text.replace("<end>", "")) - 1
+        assert counts == [*range(1, len(ids) + 1)]
