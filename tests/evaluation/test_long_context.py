@@ -27,7 +27,7 @@ from contextlm.evaluation.trained import Trained, read_trained
 from contextlm.lab.experiment import run
 from contextlm.models.base import registry
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import seed_folder
 
 CPU = torch.device("cpu")

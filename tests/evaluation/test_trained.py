@@ -10,7 +10,7 @@ from contextlm.cli.generation import Sampling, continue_text
 from contextlm.evaluation.checkpoint import evaluate_checkpoint
 from contextlm.evaluation.trained import Trained, read_trained, write_trained
 from contextlm.lab.experiment import run
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import seed_folder
 
 

@@ -17,7 +17,7 @@ from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
 from contextlm.lab.experiment import run
 from contextlm.lab.plan import count_parameters, dry_run
 from contextlm.lab.preparation import prepare
-from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
+from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import read_run, seed_folder
 
 

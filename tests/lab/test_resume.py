@@ -18,7 +18,7 @@ from contextlm.cli.shell import execute
 from contextlm.lab import experiment
 from contextlm.lab.resume import newest_unfinished, unfinished_run_of
 from contextlm.lab.run_folder import is_unfinished, working_folder
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 QUICK = [

@@ -17,7 +17,7 @@ from contextlm.cli.shell import execute
 from contextlm.lab import sweep
 from contextlm.lab.experiment import run
 from contextlm.lab.sweep_grid import read_grid, settings_of, tasks_of
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run, seed_folder
 
 RECIPE = """

@@ -12,7 +12,7 @@ from contextlm.base.progress import SilentProgress
 from contextlm.lab import tuning
 from contextlm.lab.experiment import run
 from contextlm.lab.preparation import prepare
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from contextlm.base.errors import InputError
 from contextlm.base.strict_yaml import dump, parse
-from contextlm.recipe.schema import Recipe, builtin_recipes, dump_recipe, load_recipe, recipe_scales
+from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe, recipe_scales
+from contextlm.recipe.schema import Recipe
 
 RECIPE = """
 name: toy

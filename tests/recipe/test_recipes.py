@@ -25,7 +25,8 @@ from contextlm.lab.experiment import run
 from contextlm.lab.plan import count_parameters, dry_run
 from contextlm.lab.preparation import Prepared, prepare
 from contextlm.models.build import build_config, check_forward, create_model, meta_model
-from contextlm.recipe.schema import Recipe, builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.schema import Recipe
 from contextlm.results.result import read_run, seed_folder
 
 SCALES = [(name, scale) for name in builtin_recipes() for scale in recipe_scales(name)]

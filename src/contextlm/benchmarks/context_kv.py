@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
 from contextlm.models.build import build_config, create_model
 from contextlm.models.context_kv.layer import ContextAttention, Memory
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.optimisation import build_optimizer
 from contextlm.training.trainer import next_token_loss

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe.schema import Recipe, load_recipe
+from contextlm.recipe.loading import load_recipe
+from contextlm.recipe.schema import Recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.optimisation import build_optimizer

@@ -135,7 +135,7 @@ def run(
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
-    from contextlm.recipe.schema import load_recipe
+    from contextlm.recipe.loading import load_recipe
 
     resolved = load_recipe(
         recipe,
@@ -233,7 +233,7 @@ def params(
     ```
     """
     from contextlm.lab.plan import count_parameters
-    from contextlm.recipe.schema import load_recipe
+    from contextlm.recipe.loading import load_recipe
 
     resolved = load_recipe(recipe, scale=scale, overrides=overrides or [])
     counts = count_parameters(resolved)

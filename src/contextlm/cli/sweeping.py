@@ -87,7 +87,7 @@ def sweep(
     values = read_grid(grid or [], overrides or [])
     _check_resources(cpus, gpus)
     wanted = None if seeds is None else read_seeds(seeds)
-    from contextlm.recipe.schema import load_recipe
+    from contextlm.recipe.loading import load_recipe
 
     name = load_recipe(recipe, scale=scale, overrides=overrides or [], seeds=wanted).name
     folder = writable_folder(f"runs/sweep-{name}" if out is None else out, "--out")

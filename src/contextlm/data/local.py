@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.files import is_file, is_folder, with_home
 from contextlm.base.visible import visible
 from contextlm.data.corpus import Corpus, split_documents, text_fingerprint
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_folder, with_home
+from contextlm.base.files import is_folder, with_home
 from contextlm.data.corpus import Corpus, checked_counts, text_fingerprint
 from contextlm.data.hub import load_split
 

@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, write_json
-from contextlm.base.folders import why_not_writable
+from contextlm.base.files import atomic_open, why_not_writable, write_json
 from contextlm.data.corpus import Corpus
 from contextlm.data.pieces import encode_pieces
 from contextlm.data.tokenizers import encode, tokenizer_hash, vocab_entries

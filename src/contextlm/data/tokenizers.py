@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.files import write_text
-from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.files import is_file, is_folder, with_home, write_text
 from contextlm.base.visible import shown
 from contextlm.data.bpe import END_OF_TEXT, SMALLEST_BPE, train_bpe
 from contextlm.data.corpus import Corpus

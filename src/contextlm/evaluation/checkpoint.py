@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file
+from contextlm.base.files import is_file
 from contextlm.base.visible import shown
 from contextlm.compress.input_cache import InputCache
 from contextlm.data.corpora import load_corpus

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file
+from contextlm.base.files import is_file
 from contextlm.base.visible import shown
 
 WEIGHTS = "model.safetensors"

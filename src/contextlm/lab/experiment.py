@@ -32,7 +32,8 @@ from contextlm.lab.run_folder import (
     working_folder,
 )
 from contextlm.lab.tuning import tune, with_rate
-from contextlm.recipe.schema import Contender, Recipe, dump_recipe, load_recipe
+from contextlm.recipe.loading import dump_recipe, load_recipe
+from contextlm.recipe.schema import Contender, Recipe
 from contextlm.report.page import write_report
 from contextlm.results.facts import TuningFacts
 from contextlm.results.result import read_outcome, read_run, seed_folder

@@ -9,7 +9,8 @@ from typing import Any
 
 from contextlm.base.errors import InputError
 from contextlm.lab.run_folder import is_unfinished
-from contextlm.recipe.schema import Recipe, load_recipe
+from contextlm.recipe.loading import load_recipe
+from contextlm.recipe.schema import Recipe
 
 _NUMBERED = re.compile(r".+-\d{3,}")
 

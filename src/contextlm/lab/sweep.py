@@ -21,7 +21,8 @@ from contextlm.base.files import write_text
 from contextlm.base.locks import locked
 from contextlm.base.progress import Progress, SilentProgress
 from contextlm.lab.sweep_grid import Setting, Task, tasks_of
-from contextlm.recipe.schema import Recipe, dump_recipe
+from contextlm.recipe.loading import dump_recipe
+from contextlm.recipe.schema import Recipe
 from contextlm.report.sweep_table import SettingRun
 from contextlm.results.facts import TuningFacts
 from contextlm.results.result import read_run, seed_folder

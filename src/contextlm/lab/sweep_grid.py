@@ -12,7 +12,8 @@ from typing import Any
 
 from contextlm.base.errors import InputError
 from contextlm.base.strict_yaml import parse
-from contextlm.recipe.schema import Recipe, dump_recipe, load_recipe
+from contextlm.recipe.loading import dump_recipe, load_recipe
+from contextlm.recipe.schema import Recipe
 from contextlm.results.result import seed_folder
 
 
