@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, calls: list[Any]) -> Iterator[
     """The folder of a run of `RECIPE`, on a text and a tokenizer that hold the same string."""
     from transformers import PreTrainedTokenizerFast
 
-    from contextlm.data.bpe import END_OF_TEXT, train_bpe
+    from contextlm.data.tokenizer_training import END_OF_TEXT, train_bpe
 
     place = tmp_path_factory.mktemp("poisoned")
     # A slash cannot be in a name: a folder `<script>alert(1)<` and in it `script>` read the same.

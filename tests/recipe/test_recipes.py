@@ -345,3 +345,12 @@ def test_contenders_on_made_up_tasks_are_of_one_size(name: str, scale: str) -> N
     counts = {c.name: c.total for c in count_parameters(load_recipe(name, scale=scale))}
     for contender, total in counts.items():
         assert abs(total / counts["mha"] - 1) < 0.02, contender
+
+
+def test_a_contender_that_only_the_scale_has_can_be_left_out_and_changed() -> None:
+    overrides = ["contenders.one-latent=null", "contenders.no-gates.model.window=32"]
+    recipe = load_recipe("frontier", scale="small-ablations", overrides=overrides)
+    assert "one-latent" not in [contender.name for contender in recipe.contenders]
+    assert recipe.contender("no-gates").model["window"] == 32
+    with pytest.raises(InputError, match="did you mean 'no-gates'"):
+        load_recipe("frontier", scale="small-ablations", overrides=["contenders.no-gate=null"])

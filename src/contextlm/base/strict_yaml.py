@@ -2,8 +2,8 @@
 
 What differs from PyYAML's safe loader: ``3e-4`` is a number (YAML 1.1 wants a dot and a sign, and
 reads a text otherwise); numbers in other notations (``064``, ``0x10``, ``2:08``, ``1_000``) and
-the booleans yes, no, on and off are errors, since YAML 1.1 and 1.2 read them differently; a date
-stays text; and so does what no UTF-8 file can hold: it is refused.
+the booleans yes, no, on and off are errors, since YAML 1.1 and 1.2 read them differently; so are
+what no UTF-8 file can hold and a path that a comment cuts off; a date stays text.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _OTHER_NUMBER = re.compile(
         |(?=[0-9.]*_)[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?)$""",
     re.VERBOSE,
 )
+# An unquoted path may hold ` #`, where YAML ends the value.
+_PATH = re.compile(r"^(?:text|jsonl):|/")
 _OTHER_BOOL = re.compile(r"^(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
 # PyYAML lets these through for tags that do not fit their value (`!!int ""`, `!!bool maybe`), for
 # numbers of thousands of digits, and for documents nested deeper than Python's stack.
@@ -58,7 +60,8 @@ class _Loader(yaml.SafeLoader):
         # Checked before `<<` merges are applied: those may repeat a key, to override it.
         node = super().compose_mapping_node(anchor)
         seen = set()
-        for key, _ in node.value:
+        for key, value in node.value:
+            _check_no_comment_cuts_off(value)
             if (key.tag, str(key.value)) in seen:
                 raise _fault(f"key {shown(key.value)} stands twice", key)
             seen.add((key.tag, str(key.value)))
@@ -99,6 +102,18 @@ _Loader.add_constructor(f"{_TAG}other-number", _Loader.construct_other_number)
 _Loader.add_constructor(f"{_TAG}other-bool", _Loader.construct_other_bool)
 
 
+def _check_no_comment_cuts_off(node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.style is None and _PATH.search(node.value):
+        mark = node.end_mark
+        rest = mark.buffer[mark.pointer :].split("\n", 1)[0].strip()
+        if rest.startswith("#"):
+            raise _fault(
+                f"a comment follows the path {shown(node.value)}: put the path in quotes, or the "
+                "comment on a line of its own",
+                node,
+            )
+
+
 def _fault(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
@@ -128,17 +143,33 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def parse(text: str, where: str) -> Any:
-    """The value that YAML `text` stands for; `where` opens the message of an error.
+def parse(text: str, where: str, *, comments: bool = True) -> Any:
+    """The value that YAML `text` stands for.
+
+    Args:
+        text: YAML.
+        where: opens the message of an error.
+        comments: whether ``#`` may begin one; else it is a character as any other.
 
     Raises:
         InputError: the text is not YAML, or a key stands twice in one mapping.
     """
+    stand_in = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)  # private use
     try:
         # _Loader derives from the safe loader: it builds plain values only, whatever the tags say.
-        return yaml.load(text, Loader=_Loader)
+        if comments:
+            return yaml.load(text, Loader=_Loader)
+        return _replaced(yaml.load(text.replace("#", stand_in), Loader=_Loader), stand_in, "#")
     except _FAULTS as error:
         raise InputError(f"{where}: not valid YAML: {_reason(error)}") from None
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {_replaced(k, old, new): _replaced(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def _reason(error: Exception) -> str:

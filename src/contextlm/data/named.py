@@ -124,8 +124,7 @@ def pile(documents: tuple[int, int] | None = None) -> Corpus:
 def _corpus(label: str, train: Sequence[str], validation: Sequence[str]) -> Corpus:
     return Corpus(
         name=label,
-        train=train,
-        validation=validation,
+        read=lambda: (train, validation),
         append_end_of_text=False,
         fingerprint=text_fingerprint("named 1", train, validation),
     )

@@ -26,7 +26,7 @@ from contextlm.base.visible import shown
 from contextlm.compress.input_cache import InputCache
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store, cache_folder
-from contextlm.data.tokenizers import keeps_all_words, vocab_entries
+from contextlm.data.tokenizers import vocab_entries
 from contextlm.data.windows import Windows
 from contextlm.evaluation.checkpoint_files import (
     INDEX,
@@ -67,7 +67,7 @@ _UNUSABLE = (
 class CheckpointReport(BaseModel):
     """Quality on a corpus's validation split, cache bytes and speed of one checkpoint.
 
-    `bits_per_byte` is None where the tokenizer has one token for all unknown words and where the
+    `bits_per_byte` is None where the tokens do not decode to the text, and where the
     model predicts further ahead than the next token, `input_cache` where it was not asked for.
     `remarks` say why these figures are others than those of the run that made the checkpoint.
     """
@@ -262,7 +262,7 @@ def evaluate_checkpoint(
         loss=quality.loss,
         ppl=quality.ppl,
         bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered))
-        if keeps_all_words(tokenizer) and ahead == 1
+        if store.facts.keeps_text and ahead == 1
         else None,
         accuracy=quality.accuracy,
         cache=held,

@@ -64,6 +64,8 @@ def run(recipe: Recipe, out: Path, *, device: str, progress: Progress) -> Path:
         check_recipe(recipe, where)
         progress.update(f"preparing corpus {recipe.corpus}")
         prepared = distribution.main_first(lambda: prepare(recipe))
+        if repetition := prepared.facts.repetition():
+            progress.line(repetition)
         check_same_data(prepared)
         environment = describe_environment(where, recipe.seeds)
         with ExitStack() as stack:  # of rank 0, which holds the folder for all

@@ -11,13 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
-from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
-from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import (
+    TokenStore,
+    build_token_store,
+    cache_folder,
+    repeated_documents,
+)
 from contextlm.data.tokenizers import (
-    keeps_all_words,
     known_vocab_size,
     load_tokenizer,
     start_of_text,
@@ -48,7 +51,7 @@ class Prepared:
     `train` and `validation` map a contender's name to its samples, all over the same text;
     `stream` and `validation_stream` are the texts that they cover. `validation_bytes` counts the
     UTF-8 bytes behind the validation windows' `facts.validation_tokens`; None for lines, and where
-    tokens do not stand for all of the text. `embedding` replaces the models' own, where there is
+    tokens do not decode to the text. `embedding` replaces the models' own, where there is
     one, and `learning_text` is what one is still to be learned from.
     """
 
@@ -75,15 +78,18 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     if (recipe.unit == "answers") != (find_task(recipe.corpus) is not None):
         raise InputError(
-            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: made-up tasks, and only "
-            "they, are trained with unit 'answers'"
+            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: synthetic tasks, and "
+            "only they, are trained with unit 'answers'"
         )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
     _check_contenders(recipe, expected_size)
     limits = recipe.documents
-    corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
-    if recipe.unit == "lines":
-        corpus = line_corpus(corpus)  # before a tokenizer learns from what is held out
+    corpus = load_corpus(
+        recipe.corpus,
+        (limits.train, limits.validation) if limits else None,
+        recipe.validation,
+        lines=recipe.unit == "lines",
+    )
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
@@ -101,20 +107,23 @@ def prepare(recipe: Recipe) -> Prepared:
     validation = _samples(recipe, stores[1], "validation", tokenizer, configs)
     first = recipe.contenders[0].name
     _check_batches(recipe, len(train[first]))
+    repeated, shared = repeated_documents(*stores)
     facts = CorpusFacts(
         name=corpus.name,
-        tokenizer=recipe.tokenizer,
+        tokenizer=recipe.written.get("tokenizer", recipe.tokenizer),
         vocab_size=vocab_size,
         train_tokens=train[first].tokens_covered,
         validation_tokens=validation[first].tokens_covered,
         train_windows=len(train[first]),
         validation_windows=len(validation[first]),
         sequence_length=recipe.sequence_length,
+        repeated_documents=repeated,
+        validation_documents_in_training=shared,
         unigram_ppl=unigram_perplexity(
             train[first].stream(), validation[first].stream(), vocab_size
         ),
     )
-    exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
+    exact = recipe.unit == "windows" and stores[1].facts.keeps_text
     stream, validation_stream = _longest(train), _longest(validation)
     learning = stream if recipe.embedding.tokens is None else stores[0].tokens
     embedding, learning_text = _embedding(recipe, configs, tokenizer, learning, validation_stream)

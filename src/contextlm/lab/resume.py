@@ -61,7 +61,8 @@ def unfinished_run_of(recipe: Recipe, out: Path) -> Path | None:
 
 def _difference(one: Recipe, other: Recipe) -> str | None:
     """The dotted key of the first difference between two recipes."""
-    return _differing(one.model_dump(mode="json"), other.model_dump(mode="json"))
+    dumps = [recipe.model_dump(mode="json", exclude={"written"}) for recipe in (one, other)]
+    return _differing(*dumps)
 
 
 def _differing(one: Any, other: Any) -> str | None:

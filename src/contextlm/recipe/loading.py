@@ -8,6 +8,7 @@ were a mapping; ``null`` in place of a contender leaves it out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.files import is_file, is_folder, nearest_file
+from contextlm.base.files import is_file, is_folder, nearest_file, with_home
 from contextlm.base.strict_yaml import dump, parse
 from contextlm.base.visible import shown
 from contextlm.recipe.problems import first_problem
@@ -78,7 +79,8 @@ def load_recipe(
         raise InputError(f"{where}: {first_problem(error, Recipe, names=names)}") from None
     if recipe.tuning is not None and _sets("training.learning_rate", overrides):
         raise InputError(f"{where}: {tuned_away('training.learning_rate')}")
-    return recipe.model_copy(update={"departs_from_full": _departures(full, raw, departed, where)})
+    departs = _departures(full, raw, departed, where)
+    return _with_absolute_paths(recipe, full).model_copy(update={"departs_from_full": departs})
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -89,6 +91,54 @@ def dump_recipe(recipe: Recipe) -> str:
     """
     data = recipe.model_dump(mode="json", exclude={"scale"})
     return dump({"resolved_from": recipe.scale, **data})
+
+
+_TOKENIZERS = ("gpt2", "pythia")  # what no folder of that name stands in for
+
+
+def _with_absolute_paths(recipe: Recipe, full: Mapping[str, Any]) -> Recipe:
+    """The recipe as it means the same in another folder and in another process.
+
+    What was written is kept in `Recipe.written`, by dotted key; what an earlier dump noted there
+    stays as long as its value does.
+
+    Args:
+        recipe: checked.
+        full: the recipe as read, without overrides.
+    """
+    found: dict[str, str] = {}
+    written: dict[str, str] = {}
+
+    def note(key: str, value: str, path: str | None) -> None:
+        noted: Any = full
+        for part in key.split("."):
+            noted = noted.get(part) if isinstance(noted, Mapping) else None
+        start = value.removesuffix(path or "")
+        absolute = value
+        if path:
+            absolute = start + str(with_home(path, f"{key} {value!r}").absolute())
+        found[key] = absolute
+        if absolute != value:
+            written[key] = value
+        elif noted == value and key in recipe.written:
+            written[key] = recipe.written[key]
+
+    for key, value in (("corpus", recipe.corpus), ("validation", recipe.validation)):
+        if isinstance(value, str):
+            kind, _, path = value.partition(":")
+            note(key, value, path if kind in ("text", "jsonl") else None)
+    name = recipe.tokenizer
+    note("tokenizer", name, name if name not in _TOKENIZERS and _is_folder(name) else None)
+    checkpoint = recipe.embedding.path
+    note("embedding.path", checkpoint, checkpoint if _is_folder(checkpoint) else None)
+    embedding = recipe.embedding.model_copy(update={"path": found.pop("embedding.path")})
+    return recipe.model_copy(update={**found, "embedding": embedding, "written": written})
+
+
+def _is_folder(text: str) -> bool:
+    with suppress(RuntimeError):  # a home that nobody has
+        return is_folder(Path(text).expanduser())
+    return False
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
@@ -244,7 +294,7 @@ def _own_setting(raw: Mapping[str, Any], where: str, scale: str) -> str:
 
 # Keys of a recipe and of a contender.
 _NO_DEPARTURE = {"contenders", "document", "evaluation", "name", "question", "scale", "seeds"}
-_NO_DEPARTURE |= {"baseline", "reported", "reported_epochs"}
+_NO_DEPARTURE |= {"baseline", "reported", "reported_epochs", "written"}
 _NO_DEPARTURE |= {"distributed"}  # of training; it changes rounding only
 
 
@@ -277,7 +327,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise InputError(
             f"--set {shown(text)}: expected key=value, e.g. training.learning_rate=3e-4"
         )
-    parsed = parse(value, f"--set {shown(text)}")
+    parsed = parse(value, f"--set {shown(text)}", comments=False)
     for part in reversed(parts):
         parsed = {part: parsed}
     return dict(parsed)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from contextlm.recipe.problems import first_problem
 from contextlm.recipe.settings import (
@@ -65,7 +72,13 @@ class Recipe(Settings):
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
     departs_from_full: list[str] | None = []  # see loading.departures
+    written: dict[str, str] = Field({}, description="paths as written, before made absolute")
     corpus: str = "pydocs"
+    validation: float | str | None = Field(
+        None,
+        description="the share of the text to hold out, or text:PATH or jsonl:PATH; null: 0.05, or "
+        "the corpus's own split (0.2 of lines)",
+    )
     tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE, word:SIZE or a folder")
     vocab_size: PositiveInt | None = Field(
         None, description="the models' vocabulary where it is larger than the tokenizer's"
@@ -88,6 +101,15 @@ class Recipe(Settings):
     )
     evaluation: EvaluationSettings = EvaluationSettings()
     contenders: list[Contender] = Field(min_length=1)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _a_share_or_own_text(cls, value: Any) -> Any:
+        if isinstance(value, float) and 0 < value < 1:
+            return value
+        if value is None or (isinstance(value, str) and value.startswith(("text:", "jsonl:"))):
+            return value
+        raise ValueError("expected a share between 0 and 1, text:PATH or jsonl:PATH")
 
     @model_validator(mode="after")
     def _one_baseline_and_distinct_names(self) -> Self:
