@@ -85,7 +85,7 @@ def test_one_document_alone_and_its_copies_are_cut() -> None:
 
 def test_the_split_never_moves() -> None:
     texts = [f"document {n}" for n in range(60)]
-    assert split_documents(texts, "x")[1] == ["document 21", "document 29", "document 55"]
+    assert split_documents(texts, "x")[1] == ["document 21", "document 22", "document 55"]
 
 
 # --- validation: a share, or a corpus of its own --------------------------------------------------
