@@ -93,9 +93,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump({"resolved_from": recipe.scale, **data})
 
 
-_TOKENIZERS = ("gpt2", "pythia")  # what no folder of that name stands in for
-
-
 def _with_absolute_paths(recipe: Recipe, full: Mapping[str, Any]) -> Recipe:
     """The recipe as it means the same in another folder and in another process.
 
@@ -106,39 +103,35 @@ def _with_absolute_paths(recipe: Recipe, full: Mapping[str, Any]) -> Recipe:
         recipe: checked.
         full: the recipe as read, without overrides.
     """
-    found: dict[str, str] = {}
-    written: dict[str, str] = {}
-
-    def note(key: str, value: str, path: str | None) -> None:
-        noted: Any = full
-        for part in key.split("."):
-            noted = noted.get(part) if isinstance(noted, Mapping) else None
-        start = value.removesuffix(path or "")
-        absolute = value
-        if path:
-            absolute = start + str(with_home(path, f"{key} {value!r}").absolute())
-        found[key] = absolute
-        if absolute != value:
+    values = {"corpus": recipe.corpus, "tokenizer": recipe.tokenizer}
+    if isinstance(recipe.validation, str):
+        values["validation"] = recipe.validation
+    if recipe.embedding.source == "pretrained":
+        values["embedding.path"] = recipe.embedding.path
+    absolute = {key: _absolute(key, value) for key, value in values.items()}
+    written = {key: value for key, value in values.items() if absolute[key] != value}
+    embedding = full.get("embedding")
+    read = {**full, "embedding.path": embedding.get("path") if isinstance(embedding, dict) else ""}
+    for key, value in recipe.written.items():
+        if values.get(key) == absolute.get(key) == read.get(key) is not None:
             written[key] = value
-        elif noted == value and key in recipe.written:
-            written[key] = recipe.written[key]
-
-    for key, value in (("corpus", recipe.corpus), ("validation", recipe.validation)):
-        if isinstance(value, str):
-            kind, _, path = value.partition(":")
-            note(key, value, path if kind in ("text", "jsonl") else None)
-    name = recipe.tokenizer
-    note("tokenizer", name, name if name not in _TOKENIZERS and _is_folder(name) else None)
-    checkpoint = recipe.embedding.path
-    note("embedding.path", checkpoint, checkpoint if _is_folder(checkpoint) else None)
-    embedding = recipe.embedding.model_copy(update={"path": found.pop("embedding.path")})
-    return recipe.model_copy(update={**found, "embedding": embedding, "written": written})
+    if "embedding.path" in absolute:
+        path = absolute.pop("embedding.path")
+        absolute["embedding"] = recipe.embedding.model_copy(update={"path": path})
+    return recipe.model_copy(update={**absolute, "written": written})
 
 
-def _is_folder(text: str) -> bool:
-    with suppress(RuntimeError):  # a home that nobody has
-        return is_folder(Path(text).expanduser())
-    return False
+def _absolute(key: str, value: str) -> str:
+    """`value` with its path made absolute, where it is one and not a name."""
+    if key in ("corpus", "validation"):
+        kind, _, path = value.partition(":")
+        if kind in ("text", "jsonl") and path:
+            return f"{kind}:{with_home(path, f'{key} {value!r}').absolute()}"
+    elif key != "tokenizer" or value not in ("gpt2", "pythia"):  # no folder stands in for these
+        with suppress(RuntimeError):  # a home that nobody has
+            folder = Path(value).expanduser()
+            return str(folder.absolute()) if is_folder(folder) else value
+    return value
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
