@@ -15,7 +15,7 @@ import torch
 from contextlm.base.progress import SilentProgress
 from contextlm.lab.running import run
 from contextlm.models import base
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 ROOT = Path(__file__).parents[1]

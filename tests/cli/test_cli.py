@@ -157,7 +157,7 @@ def test_the_main_help_names_the_variables_of_the_environment(command: Command) 
 
 
 def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> None:
-    from contextlm.recipe.schema import builtin_recipes, load_recipe
+    from contextlm.recipe.loading import builtin_recipes, load_recipe
 
     known = set(builtin_recipes())
     names = {c.name for name in known for c in load_recipe(name).contenders}

@@ -23,7 +23,7 @@ from contextlm.lab.embeddings import (
 from contextlm.lab.preparation import prepare
 from contextlm.lab.running import run
 from contextlm.models.context_token import ContextTokenConfig, ContextTokenForCausalLM
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import EmbeddingSettings
 from contextlm.results.facts import EmbeddingFacts
 from contextlm.results.result import read_run, seed_folder

@@ -12,7 +12,7 @@ from contextlm.base.files import write_json
 from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
 from contextlm.lab.preparation import prepare
 from contextlm.lab.work import _on_first_part
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.trials import TrialResult
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from contextlm.cli import app
 from contextlm.cli.shell import execute
 from contextlm.lab import running, work
 from contextlm.lab.run_folder import is_unfinished, newest_unfinished, unfinished_run_of
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 QUICK = [

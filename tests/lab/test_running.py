@@ -19,7 +19,7 @@ from contextlm.lab.estimate import count_parameters, dry_run
 from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare
 from contextlm.lab.running import extend, run
-from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
+from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import read_run, seed_folder
 
 CPU = torch.device("cpu")

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from contextlm.base.errors import InputError
 from contextlm.base.progress import SilentProgress
 from contextlm.data.corpora import load_corpus
-from contextlm.data.tokenizers import keeps_all_words, load_tokenizer, vocab_entries
+from contextlm.data.tokenizers import load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
 from contextlm.evaluation.checkpoint import load_checkpoint
 from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.preparation import Prepared, prepare
 from contextlm.models.build import build_config, check_forward, create_model, meta_model
-from contextlm.recipe.schema import Recipe, builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.schema import Recipe
 from contextlm.results.result import read_run, seed_folder
 
 SCALES = [(name, scale) for name in builtin_recipes() for scale in recipe_scales(name)]
@@ -302,6 +303,47 @@ def test_bits_per_byte_needs_windows_and_all_words() -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_a_lossy_tokenizer_of_any_class_has_no_bits_per_byte(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Some Words of a Text, " * 200)
+    text = [f"corpus=text:{notes}", "unit=windows", "samples={train: 8, validation: 2}"]
+    text.append("documents=null")
+    tokenizer: Any = load_tokenizer("bpe:300", load_corpus(f"text:{notes}"), tmp_path)
+    for normalizer, loses in ((normalizers.NFC(), False), (normalizers.Lowercase(), True)):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.save_pretrained(tmp_path / "saved")
+        folder = f"tokenizer={tmp_path / 'saved'}"
+        prepared = prepare(load_recipe("new-llm", scale="smoke", overrides=[*text, folder]))
+        assert (prepared.validation_bytes is None) == loses
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_a_recipe_says_of_validation_and_repetition(tmp_path: Path) -> None:
+    for name, count in (("mine", 12), ("theirs", 2)):
+        (tmp_path / name).mkdir()
+        for n in range(count):
+            (tmp_path / name / f"{n}.txt").write_text(f"words {n % 9} of {name} " * 100)
+    (tmp_path / "theirs" / "copy.txt").write_text(("WORDS 3  of mine " * 100).strip())
+    text = [f"corpus=text:{tmp_path / 'mine'}", "unit=windows", "samples=null", "tokenizer=bpe:300"]
+    text.append("documents=null")
+    own = prepare(load_recipe("new-llm", scale="smoke", overrides=text)).facts
+    assert (own.repeated_documents, own.validation_documents_in_training) == (3, 0)
+    share = [*text, "validation=0.5"]
+    half = prepare(load_recipe("new-llm", scale="smoke", overrides=share)).facts
+    assert 0.3 < half.validation_tokens / (half.train_tokens + half.validation_tokens) < 0.7
+    theirs = [*text, f"validation=text:{tmp_path / 'theirs'}"]
+    facts = prepare(load_recipe("new-llm", scale="smoke", overrides=theirs)).facts
+    assert facts.name == "text:mine, validation text:theirs"
+    assert (facts.repeated_documents, facts.validation_documents_in_training) == (4, 1)
+    assert facts.repetition() == (
+        "text:mine, validation text:theirs: 4 documents repeat an earlier one; 1 of the validation "
+        "documents is in the training text."
+    )
+
+
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("spec", ["word:60", "bpe:300"])
 def test_a_checkpoint_with_unknown_words_has_no_bits_per_byte(tmp_path: Path, spec: str) -> None:
     text = tmp_path / "text.txt"
@@ -322,7 +364,6 @@ def test_a_checkpoint_with_unknown_words_has_no_bits_per_byte(tmp_path: Path, sp
         samples=2,
         cache_lengths=None,
     )
-    assert keeps_all_words(tokenizer) == (spec == "bpe:300")
     assert (report.bits_per_byte is None) == (spec == "word:60")
 
 
@@ -341,7 +382,16 @@ def test_the_frontiers_contenders_are_of_one_size(scale: str) -> None:
 
 @pytest.mark.parametrize("scale", ["full", "small"])
 @pytest.mark.parametrize("name", ["recall", "passkey"])
-def test_contenders_on_made_up_tasks_are_of_one_size(name: str, scale: str) -> None:
+def test_contenders_on_synthetic_tasks_are_of_one_size(name: str, scale: str) -> None:
     counts = {c.name: c.total for c in count_parameters(load_recipe(name, scale=scale))}
     for contender, total in counts.items():
         assert abs(total / counts["mha"] - 1) < 0.02, contender
+
+
+def test_a_contender_that_only_the_scale_has_can_be_left_out_and_changed() -> None:
+    overrides = ["contenders.one-latent=null", "contenders.no-gates.model.window=32"]
+    recipe = load_recipe("frontier", scale="small-ablations", overrides=overrides)
+    assert "one-latent" not in [contender.name for contender in recipe.contenders]
+    assert recipe.contender("no-gates").model["window"] == 32
+    with pytest.raises(InputError, match="did you mean 'no-gates'"):
+        load_recipe("frontier", scale="small-ablations", overrides=["contenders.no-gate=null"])

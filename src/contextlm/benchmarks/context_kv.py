@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
 from contextlm.models.context_kv.layer import ContextAttention, Memory
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
+from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
-from contextlm.training.trainer import next_token_loss
 
 VOCABULARY = 50257
 
@@ -105,7 +105,7 @@ def _step(
         outputs = model(ids_BT[:, :-1], position_ids=positions_BT, contexts=entries_BSC)
     finally:
         model.model.layer.attention = own
-    next_token_loss(outputs, ids_BT[:, 1:]).backward()
+    next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel()).backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     optimizer.step()

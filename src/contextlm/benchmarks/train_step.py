@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.host_memory import freed_memory_kept
+from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
-from contextlm.training.trainer import next_token_loss
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _step(
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         outputs = model(ids_BT[:, :-1], use_cache=False)
-        loss = next_token_loss(outputs, ids_BT[:, 1:])
+        loss = next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel())
     loss.backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.paths import is_folder
+from contextlm.base.files import is_folder
 from contextlm.benchmarks import QUESTIONS
 from contextlm.cli.options import count, optional
 from contextlm.cli.output import print_json, print_table

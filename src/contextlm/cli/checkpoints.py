@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import is_folder
 from contextlm.base.live_line import LiveLine
-from contextlm.base.paths import is_folder
 from contextlm.base.visible import shown
 from contextlm.cli.options import AsJson, Checkpoint, Device, count, optional
 from contextlm.cli.output import print_facts, print_json, print_table

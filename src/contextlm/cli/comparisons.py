@@ -332,7 +332,7 @@ def params(
     ```
     """
     from contextlm.lab.estimate import count_parameters
-    from contextlm.recipe.schema import load_recipe
+    from contextlm.recipe.loading import load_recipe
 
     resolved = load_recipe(recipe, scale=scale, overrides=overrides or [])
     counts = count_parameters(resolved)

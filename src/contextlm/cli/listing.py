@@ -46,7 +46,7 @@ def list_known(
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from contextlm.recipe.schema import builtin_recipes, load_recipe, recipe_scales
+    from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
 
     return [
         {"name": name, "scales": recipe_scales(name), "question": load_recipe(name).question}

@@ -156,7 +156,7 @@ def writable_folder(text: str, option: str) -> Path:
     """
     if not text.strip():
         raise InputError(f"{option} {shown(text)}: expected the name of a folder")
-    from contextlm.base.folders import why_not_writable
+    from contextlm.base.files import why_not_writable
 
     problem = why_not_writable(Path(text))
     if problem is not None:

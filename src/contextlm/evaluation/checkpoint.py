@@ -28,8 +28,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, is_out_of_memory
-from contextlm.base.files import write_json
-from contextlm.base.paths import is_file
+from contextlm.base.files import is_file, write_json
 from contextlm.base.visible import shown
 from contextlm.data.tokenizers import vocab_entries
 from contextlm.models.build import check_values, config_class, meta_model, reason

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
-from contextlm.data.answers import Answers
+from contextlm.data.samples import Answers
 from contextlm.data.synthetic import MARK, Task, find_task, synthetic
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained

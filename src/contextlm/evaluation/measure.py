@@ -15,13 +15,12 @@ from contextlm.base.errors import InputError
 from contextlm.compress.input_cache import InputCache
 from contextlm.data.corpora import Corpus, load_corpus
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
-from contextlm.data.tokenizers import keeps_all_words
 from contextlm.data.windows import Windows
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
 from contextlm.evaluation.speed import Speed, measure_speed
-from contextlm.recipe.parts import EvaluationSettings
+from contextlm.recipe.settings import EvaluationSettings
 from contextlm.results.facts import CacheBytes
 
 Split = Literal["train", "validation", "all"]
@@ -127,7 +126,7 @@ def evaluate_checkpoint(
     covered = windows.tokens_covered
     held = measure_cache(model, lengths, place)
     speed = measure_speed(model, MEASURED.speed_tokens, place)
-    is_code_length = keeps_all_words(tokenizer) and ahead == 1
+    is_code_length = store.facts.keeps_text and ahead == 1
     return CheckpointReport(
         checkpoint=str(folder),
         architecture=model.config.model_type,

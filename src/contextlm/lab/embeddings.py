@@ -29,8 +29,7 @@ from transformers.utils import cached_file
 
 from contextlm.base import distribution
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open
-from contextlm.base.paths import is_folder, with_home
+from contextlm.base.files import atomic_open, is_folder, with_home
 from contextlm.base.progress import Progress
 from contextlm.data.hub import from_hub
 from contextlm.data.token_store import cache_folder

@@ -12,7 +12,8 @@ from typing import Any
 
 from contextlm.base.errors import InputError
 from contextlm.base.strict_yaml import parse
-from contextlm.recipe.schema import Recipe, load_recipe
+from contextlm.recipe.loading import load_recipe
+from contextlm.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
-from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
-from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import (
+    TokenStore,
+    build_token_store,
+    cache_folder,
+    repeated_documents,
+)
 from contextlm.data.tokenizers import (
-    keeps_all_words,
     known_vocab_size,
     load_tokenizer,
     start_of_text,
@@ -129,9 +132,12 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
     checked = _check_contenders(recipe, expected_size)
     limits = recipe.documents
-    corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
-    if recipe.unit == "lines":
-        corpus = line_corpus(corpus)  # before a tokenizer learns from what is held out
+    corpus = load_corpus(
+        recipe.corpus,
+        (limits.train, limits.validation) if limits else None,
+        recipe.validation,
+        lines=recipe.unit == "lines",
+    )
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
@@ -159,18 +165,21 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         )
         _check_batches(entries[name])
     first = entries[recipe.contenders[0].name]
+    repeated, shared = repeated_documents(*stores)
     facts = CorpusFacts(
         name=corpus.name,
-        tokenizer=recipe.tokenizer,
+        tokenizer=recipe.written.get("tokenizer", recipe.tokenizer),
         vocab_size=vocab_size,
         train_tokens=first.train.tokens_covered,
         validation_tokens=first.validation.tokens_covered,
         train_windows=len(first.train),
         validation_windows=len(first.validation),
         sequence_length=recipe.sequence_length,
+        repeated_documents=repeated,
+        validation_documents_in_training=shared,
         unigram_ppl=unigram_perplexity(first.train.stream(), first.validation.stream(), vocab_size),
     )
-    exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
+    exact = recipe.unit == "windows" and stores[1].facts.keeps_text
     stream, validation_stream = _longest(train), _longest(validation)
     learning = stream if recipe.embedding.tokens is None else stores[0].tokens
     embedding, text = _embedding(recipe, entries, tokenizer, learning, validation_stream)

@@ -19,7 +19,8 @@ from contextlm.base.errors import InputError
 from contextlm.base.files import remove_parts, write_json, write_text
 from contextlm.base.locks import locked
 from contextlm.lab.jobs import WORKING, Planner, differing_keys, write_job
-from contextlm.recipe.schema import Recipe, dump_recipe, load_recipe
+from contextlm.recipe.loading import dump_recipe, load_recipe
+from contextlm.recipe.schema import Recipe
 
 POINTS = "points.json"  # in a grid's folder
 _STATE = "run.json"
@@ -139,18 +140,18 @@ def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path |
             names the keys that differ.
     """
     differing = None
-    wanted = {_dumped(recipe) for recipe in recipes}
+    wanted = {str(_plain(recipe)) for recipe in recipes}
     for folder in unfinished_below(out):
         if not re.fullmatch(rf"{re.escape(name)}-\d+", folder.name):
             continue
         runs = points_of(folder) or [folder]
         known = [load_recipe(str(run / "recipe.yaml")) for run in runs]
-        if {_dumped(recipe) for recipe in known} == wanted:
+        if {str(_plain(recipe)) for recipe in known} == wanted:
             return folder
         keys = [
             key
             for one, other in zip(known, recipes, strict=False)
-            for key in differing_keys(one.model_dump(mode="json"), other.model_dump(mode="json"))
+            for key in differing_keys(_plain(one), _plain(other))
         ]
         differing = differing or (folder, ", ".join(dict.fromkeys(keys)) or "the grid")
     if differing is None:
@@ -162,5 +163,5 @@ def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path |
     )
 
 
-def _dumped(recipe: Recipe) -> str:
-    return recipe.model_dump_json()
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"written"})

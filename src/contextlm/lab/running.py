@@ -36,7 +36,8 @@ from contextlm.lab.run_folder import (
     points_of,
     write_run,
 )
-from contextlm.recipe.schema import Recipe, dump_recipe, load_recipe
+from contextlm.recipe.loading import dump_recipe, load_recipe
+from contextlm.recipe.schema import Recipe
 from contextlm.report.grid import GridPoint, write_grid
 from contextlm.report.page import write_report
 from contextlm.results.result import read_run
@@ -267,6 +268,8 @@ def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planne
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     check_same_data(prepared)
+    if repetition := prepared.facts.repetition():
+        progress.line(repetition)
     return Planner(prepared)
 
 

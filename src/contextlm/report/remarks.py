@@ -11,7 +11,8 @@ from contextlm.results.facts import EmbeddingFacts
 
 def data_remarks(rows: Sequence[SummaryRow]) -> list[str]:
     """Each sentence once; none about what older results do not tell."""
-    return [*unigram_remarks(rows), *_embeddings(rows)]
+    repetitions = filter(None, (row.corpus.repetition() for row in rows))
+    return [*unigram_remarks(rows), *dict.fromkeys(repetitions), *_embeddings(rows)]
 
 
 def unigram_remarks(rows: Sequence[SummaryRow]) -> list[str]:

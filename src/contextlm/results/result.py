@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file
+from contextlm.base.files import is_file
 from contextlm.base.visible import shown
 from contextlm.results.facts import (
     CacheBytes,

@@ -10,9 +10,8 @@ def make_corpus(
 ) -> Corpus:
     validation = validation or ["held out"]
     return Corpus(
-        name="made up",
-        train=train,
-        validation=validation,
+        name="small",
+        read=lambda: (train, validation),
         append_end_of_text=append_end_of_text,
         fingerprint=text_fingerprint("test", train, validation),
     )
