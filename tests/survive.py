@@ -52,7 +52,7 @@ PRELOADED = [
     "contextlm.lab.experiment",
     "contextlm.data.pydocs",
     "contextlm.cli",
-    "transformers.trainer",
+    "accelerate",
     "transformers.models.gpt2.modeling_gpt2",
     "matplotlib.backends.backend_agg",
 ]
