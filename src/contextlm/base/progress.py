@@ -143,5 +143,5 @@ class _RichBar:
 
     def advance(self, n: int = 1, text: str | None = None) -> None:
         """Move the bar on."""
-        described = {} if text is None else {"description": visible(text)}
-        self._display.update(self._task, advance=n, **described)
+        described = None if text is None else visible(text)
+        self._display.update(self._task, advance=n, description=described)
