@@ -52,6 +52,7 @@ PRELOADED = [
     "contextlm.lab.work",
     "contextlm.data.pydocs",
     "contextlm.cli",
+    "accelerate",
     "transformers.models.gpt2.modeling_gpt2",
     "matplotlib.backends.backend_agg",
 ]

@@ -18,9 +18,14 @@ from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.estimate import count_parameters, dry_run
 from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare
+<<<<<<< HEAD:tests/lab/test_running.py
 from contextlm.lab.running import extend, run
 from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import read_run, seed_folder
+=======
+from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
+from contextlm.results.result import PhaseTwoRow, StepRow, read_run, seed_folder
+>>>>>>> training:tests/lab/test_experiment.py
 
 CPU = torch.device("cpu")
 
@@ -62,10 +67,14 @@ def test_every_contender_and_seed_has_a_result(demo):
     for outcome in demo.outcomes:
         result = outcome.result
         assert result.precision == "bfloat16"
-        assert len([row for row in outcome.history if row.phase == 2]) == result.epochs == 2
+        epochs = [row for row in outcome.history if isinstance(row, PhaseTwoRow)]
+        assert len(epochs) == result.epochs == 2
+        steps = [row for row in outcome.history if isinstance(row, StepRow)]
+        assert [row.step for row in steps] == list(range(1, len(steps) + 1))
+        assert {row.epoch for row in steps} == {1, 2}
         assert (result.phase1 is not None) == (result.architecture == "context_pythia")
         assert result.validation_loss == pytest.approx(
-            min(row.validation_loss for row in outcome.history if row.phase == 2), abs=1e-9
+            min(row.validation_loss for row in epochs), abs=1e-9
         )
 
 

@@ -1,4 +1,4 @@
-"""Schedules against torch's and transformers', parameter groups, and which type `auto` stands for."""
+"""Schedules against those of others, parameter groups, and which type `auto` stands for."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def totals(values: Sequence[float]) -> list[float]:
     import torch
     from accelerate.utils import reduce
 
-    summed = reduce(torch.tensor(list(values), dtype=torch.float64, device=_state.device))
-    return [float(value) for value in summed]
+    own = torch.tensor(list(values), dtype=torch.float64, device=_state.device)
+    return [float(value) for value in reduce(own, reduction="sum")]
 
 
 def by_main(work: Callable[[], T]) -> T:

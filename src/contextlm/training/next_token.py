@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
+    DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast,
     send_to_device,
@@ -54,6 +55,8 @@ from contextlm.training.phase_two_state import (
 Batch = dict[str, Tensor]
 # Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+_DDP = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 # What FSDP2 must not shard by itself: models also call it otherwise than by its forward, which is
 # where sharding gathers the weights.
@@ -273,7 +276,7 @@ class _Stepper:
             self.accelerator.state.fsdp_plugin = _sharding(model)
             # Sharding is for good, and what is trained is to be measured and saved like any other.
             model = copy.deepcopy(model.to("cpu"))
-        elif distribution.world() > 1 and not self.accelerator.multi_device:
+        elif self.accelerator.distributed_type not in _DDP:
             kind = self.accelerator.distributed_type.value
             raise InputError(f"the launcher asks for {kind}: phase 2 works with DDP or FSDP2")
         set_seed(seed, device_specific=True)
