@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from contextlm.base.progress import SilentProgress
-from contextlm.lab.experiment import run
+from contextlm.lab.running import run
 from contextlm.models import base
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run

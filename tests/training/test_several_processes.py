@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import several_processes
 import torch
+from contextlm.training.sharing import check_processes
 from several_processes import CPU, MODELS, RECIPE, STREAMS
 
 from contextlm.base.errors import InputError
@@ -18,7 +19,6 @@ from contextlm.cli import app
 from contextlm.cli.shell import execute
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.results.result import read_run
-from contextlm.training.sharing import check_processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -17,8 +17,8 @@ from contextlm.base.visible import visible
 class Bar(Protocol):
     """One piece of work of known size, while it runs."""
 
-    def advance(self, n: int = 1) -> None:
-        """`n` more units are done."""
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        """`n` more units are done; `text` takes the description's place."""
 
 
 class Progress(Protocol):
@@ -38,7 +38,7 @@ class Progress(Protocol):
 
 
 class _SilentBar:
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, text: str | None = None) -> None:
         pass
 
 
@@ -130,5 +130,6 @@ class _RichBar:
         self._display = display
         self._task = task
 
-    def advance(self, n: int = 1) -> None:
-        self._display.advance(self._task, n)
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        described = None if text is None else visible(text)
+        self._display.update(self._task, advance=n, description=described)

@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from contextlm.benchmarks.harness import Curve, Outcome, Setting, Target
-from contextlm.benchmarks.subjects import Subject, build, subjects
+from contextlm.benchmarks.harness import Answer, Curve, Options, Target
+from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed, memory_now
 
 TOKENS = 1_000_000
@@ -19,18 +19,18 @@ WARM = 16  # chunks before memory is first looked at: by then every buffer has b
 MEGABYTE = 1e6
 
 
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """Growth of the resident set between the warm-up and the end, model after model."""
-    tokens = (WARM + 2) * CHUNK if setting.smoke else TOKENS
-    outcome = Outcome(settings={"tokens": tokens, "chunk": CHUNK})
-    for subject in subjects():
+    tokens = (WARM + 2) * CHUNK if options.smoke else TOKENS
+    answer = Answer(settings={"tokens": tokens, "chunk": CHUNK})
+    for subject in SUBJECTS:
         if subject.constant:
-            _stream(outcome, subject, tokens)
-    return outcome
+            _stream(answer, subject, tokens)
+    return answer
 
 
 @torch.no_grad()
-def _stream(outcome: Outcome, subject: Subject, tokens: int) -> None:
+def _stream(answer: Answer, subject: Subject, tokens: int) -> None:
     model, cache = build(subject, narrow=True), None
     ids_1T = torch.ones(1, CHUNK, dtype=torch.long)
     chunks = -(-tokens // CHUNK)
@@ -51,7 +51,7 @@ def _stream(outcome: Outcome, subject: Subject, tokens: int) -> None:
             curve.cache_bytes.append(cache_bytes(cache).resident)
             checked = now
     growth = (most - first) / MEGABYTE
-    outcome.rows.append(
+    answer.rows.append(
         {
             "model": subject.name,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -60,5 +60,5 @@ def _stream(outcome: Outcome, subject: Subject, tokens: int) -> None:
             "growth MB": growth,
         }
     )
-    outcome.compare(f"stream_{subject.name}_growth_mb", growth, Target(20.0, at_least=False))
-    outcome.curves.append(curve)
+    answer.compare(f"stream_{subject.name}_growth_mb", growth, Target(20.0, at_least=False))
+    answer.curves.append(curve)

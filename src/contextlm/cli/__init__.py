@@ -12,9 +12,8 @@ from typing import Annotated
 import typer
 
 from contextlm import __version__
-from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports, sweeping
-from contextlm.cli.help import PlainCommand, PlainGroup
-from contextlm.cli.shell import execute, leave
+from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports
+from contextlm.cli.shell import PlainCommand, PlainGroup, execute, leave
 
 app = typer.Typer(
     name="contextlm",
@@ -59,14 +58,17 @@ def contextlm(
     """
 
 
-app.command("run", cls=PlainCommand)(comparisons.run)
-app.command("sweep", cls=PlainCommand)(sweeping.sweep)
-app.command("params", cls=PlainCommand)(comparisons.params)
-app.command("report", cls=PlainCommand)(reports.report)
-app.command("eval", cls=PlainCommand)(checkpoints.evaluate)
-app.command("generate", cls=PlainCommand)(checkpoints.generate)
-app.command("bench", cls=PlainCommand)(benchmarking.bench)
-app.command("list", cls=PlainCommand)(listing.list_known)
+for name, function in {
+    "run": comparisons.run,
+    "sweep": comparisons.sweep,
+    "params": comparisons.params,
+    "report": reports.report,
+    "eval": checkpoints.evaluate,
+    "generate": checkpoints.generate,
+    "bench": benchmarking.bench,
+    "list": listing.list_known,
+}.items():
+    app.command(name, cls=PlainCommand, hidden=name == "sweep")(function)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

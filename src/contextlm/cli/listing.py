@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from contextlm.base.errors import unknown_name
-from contextlm.cli.comparisons import AsJson
+from contextlm.cli.options import AsJson
 from contextlm.cli.output import print_json, print_table
 
 

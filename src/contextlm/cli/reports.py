@@ -10,7 +10,7 @@ import typer
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.files import is_file
-from contextlm.cli.comparisons import AsJson
+from contextlm.cli.options import AsJson
 from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
 
 

@@ -147,11 +147,6 @@ class TrainingSettings(Settings):
         "auto", description="autocast type; auto: bfloat16 where the machine is faster with it"
     )
     parameter_groups: list[ParameterGroup] = []
-    distributed: Literal["ddp", "fsdp2"] = Field(
-        "ddp",
-        description="with several processes; ddp: each has the whole model; fsdp2: each has a "
-        "share of weights, gradients and optimiser state, on accelerators only",
-    )
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> Self:

@@ -74,7 +74,7 @@ def history_tables(row: SummaryRow) -> list[Table]:
         for line in outcome.history:
             if isinstance(line, PhaseTwoRow):
                 epochs.append([seed, *_epoch_cells(line, outcome.result.best_epoch)])
-            else:
+            elif isinstance(line, PhaseOneRow):
                 iterations.append([seed, *_iteration_cells(line)])
     tables = []
     if epochs:

@@ -31,6 +31,7 @@ from contextlm.results.facts import (
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
+from contextlm.results.trials import Divergence, read_divergence
 
 RESULT_VERSION: Literal[1] = 1
 
@@ -42,7 +43,8 @@ class Result(Record):
     length only if every token is predicted from all before it. It is None, too, where samples are
     lines or questions, and where the tokenizer has one token for all unknown words.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a corpus of tasks.
+    empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
+    same without the seed: results of one setting are seeds of one experiment, in whichever runs.
     """
 
     version: Literal[1] = RESULT_VERSION
@@ -76,11 +78,8 @@ class Result(Record):
     cache_dtype: str
     reported: dict[str, Finite]
     reported_epochs: dict[str, list[Finite | None]] = {}
-
-    @property
-    def train_validation_ratio(self) -> float:
-        """Train PPL over validation PPL, both on the best weights."""
-        return self.train_ppl / self.validation_ppl
+    job: str | None = None
+    setting: str | None = None
 
 
 class StageMemory(Record):
@@ -117,6 +116,20 @@ class PhaseOneRow(Record):
     loss: Figure | None
 
 
+class StepRow(Record):
+    """One optimiser step of next-token training, counted from 1 over all epochs.
+
+    `loss` is that step's own, over all targets of its batch. A training of more steps than a plot
+    can tell apart keeps one in every so many, evenly.
+    """
+
+    phase: Literal[2] = 2
+    step: Count
+    epoch: Count
+    loss: Figure
+    learning_rate: Figure
+
+
 class PhaseTwoRow(Record):
     """One epoch of next-token training."""
 
@@ -130,12 +143,15 @@ class PhaseTwoRow(Record):
     learning_rate: Figure
 
 
+HistoryRow = PhaseOneRow | StepRow | PhaseTwoRow
+
+
 class Outcome(Record):
     """All that one contender and seed left in its folder."""
 
     result: Result
     timings: Timings
-    history: list[PhaseOneRow | PhaseTwoRow]
+    history: list[HistoryRow]
 
 
 class Run(Record):
@@ -145,10 +161,12 @@ class Run(Record):
     recipe: dict[str, Any]
     environment: dict[str, Any]
     outcomes: list[Outcome]
+    diverged: list[Divergence] = []
 
     def missing_seeds(self) -> dict[str, list[int]]:
         """The recipe's seeds without a result, by contender; contenders that lack none left out."""
         done = {(o.result.contender, o.result.seed) for o in self.outcomes}
+        done |= {(d.contender, d.seed) for d in self.diverged}
         seeds = self.recipe.get("seeds", [0])
         names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
         missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
@@ -193,13 +211,23 @@ def read_run(folder: Path) -> Run:
     """
     recipe = read_recipe(folder)
     environment = read_mapping(folder, folder / "environment.json")
-    outcomes = [
-        read_outcome(folder, contender["name"], seed)
-        for contender in recipe["contenders"]
-        for seed in recipe.get("seeds", [0])
-        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
-    ]
-    return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
+    outcomes, diverged = [], []
+    for contender in recipe["contenders"]:
+        for seed in recipe.get("seeds", [0]):
+            place = seed_folder(folder, contender["name"], seed)
+            if is_file(place / "result.json"):
+                divergence = read_divergence(place)
+                if divergence is None:
+                    outcomes.append(read_outcome(folder, contender["name"], seed))
+                else:
+                    diverged.append(divergence)
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        environment=environment,
+        outcomes=outcomes,
+        diverged=diverged,
+    )
 
 
 R = TypeVar("R", bound=Record)
@@ -212,12 +240,18 @@ def _read_record(kind: type[R], run: Path, file: Path) -> R:
         raise InputError(f"{file}: {first_problem(error)}") from None
 
 
-def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
-    rows: list[PhaseOneRow | PhaseTwoRow] = []
+def _history_kind(row: dict[str, Any]) -> type[HistoryRow]:
+    if row["phase"] == 1:
+        return PhaseOneRow
+    return StepRow if "step" in row else PhaseTwoRow
+
+
+def _read_history(run: Path, path: Path) -> list[HistoryRow]:
+    rows: list[HistoryRow] = []
     for number, line in enumerate(read_text(run, path).splitlines(), start=1):
         try:
             row = json.loads(line)
-            kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
+            kind = _history_kind(row)
             rows.append(kind.model_validate(row))
         except ValidationError as error:
             raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
