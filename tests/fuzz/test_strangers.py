@@ -131,16 +131,19 @@ def test_a_link_in_the_way_of_the_report_is_replaced_not_followed(place: Path, r
 
 def test_pipes_giants_and_later_versions_are_refused(place: Path, run: Path) -> None:
     result = run / "ours" / "seed-0" / "result.json"
-    result.write_text(json.dumps({**json.loads(result.read_text()), "version": 99}))
+    whole = result.read_text()
+    result.write_text(json.dumps({**json.loads(whole), "version": 99}))
     done = attempt("report", run, place=place, fine=False)
     assert "result.json: version 99 is not one that this contextlm reads" in done.message
-    result.unlink()
-    os.mkfifo(result)
+    result.write_text(whole)
+    history = run / "ours" / "seed-0" / "history.jsonl"
+    history.unlink()
+    os.mkfifo(history)
     assert "not a file" in attempt("report", run, place=place, fine=False).message
-    result.unlink()
-    with result.open("wb") as stream:
+    history.unlink()
+    with history.open("wb") as stream:
         stream.truncate(2**33)
-    assert "result.json" in attempt("report", run, place=place, fine=False).message
+    assert "history.jsonl" in attempt("report", run, place=place, fine=False).message
 
 
 # --- corpora and recipes --------------------------------------------------------------------------
@@ -155,7 +158,7 @@ def planned(place: Path, *options: str, fine: bool = True) -> Attempt:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xef\xbb\xbf" + WORDS.encode(),
+        b"\xef\xbb\xbf" + WORDS.encode() * 8,
         WORDS.replace(" ", "").replace("\n", "").encode() * 40,
         ("🐍" * 7 + " " + "🐢" * 5).encode() * 300,
         b"\x1b[31m \x07<|endoftext|>" * 400,
@@ -187,7 +190,7 @@ def test_places_that_are_no_text(place: Path) -> None:
 
 
 BAD = {
-    "deep": (["run", "bad.yaml"], "a: " + "[" * 3000),
+    "deep": (["run", "bad.yaml"], "a: " + "[" * 1000),
     "twice": (["run", "bad.yaml"], RECIPE + "name: again\n"),
     "code": (["run", "bad.yaml"], "a: !!python/object/apply:os.system ['touch PWNED']\n"),
     "device": (["run", "/dev/zero"], ""),

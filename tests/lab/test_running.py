@@ -18,14 +18,11 @@ from contextlm.evaluation.measure import evaluate_checkpoint
 from contextlm.lab.estimate import count_parameters, dry_run
 from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare
-<<<<<<< HEAD:tests/lab/test_running.py
 from contextlm.lab.running import extend, run
 from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import read_run, seed_folder
-=======
 from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import PhaseTwoRow, StepRow, read_run, seed_folder
->>>>>>> training:tests/lab/test_experiment.py
 
 CPU = torch.device("cpu")
 

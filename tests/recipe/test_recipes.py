@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contextlm.lab.experiment import run
-from contextlm.lab.plan import count_parameters, dry_run
 from transformers import PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
@@ -24,11 +22,19 @@ from contextlm.data.tokenizers import load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
 from contextlm.evaluation.checkpoint import load_checkpoint
 from contextlm.evaluation.measure import evaluate_checkpoint
-from contextlm.lab.preparation import Prepared, prepare
+from contextlm.lab.estimate import count_parameters, dry_run
+from contextlm.lab.preparation import Prepared
+from contextlm.lab.preparation import prepare as prepare_on
+from contextlm.lab.running import run
 from contextlm.models.build import build_config, check_forward, create_model, meta_model
 from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
 from contextlm.recipe.schema import Recipe
 from contextlm.results.result import read_run, seed_folder
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    return prepare_on(recipe, torch.device("cpu"))
+
 
 SCALES = [(name, scale) for name in builtin_recipes() for scale in recipe_scales(name)]
 
@@ -233,7 +239,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scored(prepared: Prepared, split: str) -> list[int]:
     """Every target that counts, one sample after the other."""
-    samples = getattr(prepared, split)["new-llm"]
+    samples = getattr(prepared.entries["new-llm"], split)
     return [int(t) for sample in samples for t in sample["labels"] if t != IGNORED]
 
 
@@ -252,9 +258,9 @@ def test_lines_are_prepared(tokenizer: str) -> None:
     share = [(counts[t] + 1) / (len(train) + facts.vocab_size) for t in validation]
     assert facts.unigram_ppl == pytest.approx(np.exp(-np.mean(np.log(share))))
     begin, end = (2, 3) if tokenizer == "word:200" else (0, 0)
-    for config in prepared.configs.values():
+    for config in (entry.config for entry in prepared.entries.values()):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (begin, end, None)
-    assert prepared.train["new-llm"][0]["input_ids"][0] == begin
+    assert prepared.entries["new-llm"].train[0]["input_ids"][0] == begin
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -282,7 +288,7 @@ def test_lines_from_recipe_to_report(tmp_path: Path) -> None:
         # What was reported is the mean over the real targets of the saved weights.
         prepared = prepare(recipe)
         losses = []
-        for sample in prepared.validation[result.contender]:
+        for sample in prepared.entries[result.contender].validation:
             real = sample["labels"] != IGNORED
             with torch.no_grad():
                 logits = model(sample["input_ids"][real][None]).logits[0]

@@ -131,11 +131,5 @@ class _RichBar:
         self._task = task
 
     def advance(self, n: int = 1, text: str | None = None) -> None:
-<<<<<<< HEAD
-        described = {} if text is None else {"description": visible(text)}
-        self._display.update(self._task, advance=n, **described)
-=======
-        """Move the bar on."""
         described = None if text is None else visible(text)
         self._display.update(self._task, advance=n, description=described)
->>>>>>> training

@@ -105,7 +105,7 @@ _Loader.add_constructor(f"{_TAG}other-bool", _Loader.construct_other_bool)
 def _check_no_comment_cuts_off(node: yaml.Node) -> None:
     if isinstance(node, yaml.ScalarNode) and node.style is None and _PATH.search(node.value):
         mark = node.end_mark
-        rest = mark.buffer[mark.pointer :].split("\n", 1)[0].strip()
+        rest = str(mark.buffer)[mark.pointer :].split("\n", 1)[0].strip()
         if rest.startswith("#"):
             raise _fault(
                 f"a comment follows the path {shown(node.value)}: put the path in quotes, or the "

@@ -196,7 +196,9 @@ def _build(
     tokenizer: PreTrainedTokenizerFast,
 ) -> Facts:
     digest = hashlib.sha256()
-    offsets, sizes, keys = [0], [], []
+    offsets = [0]
+    sizes: list[int] = []
+    keys: list[str] = []
     characters, kept = 0, True
     end = [] if expected["end_of_text"] is None else [expected["end_of_text"]]
     with atomic_open(path, "wb") as stream:

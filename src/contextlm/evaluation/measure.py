@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
 from contextlm.compress.input_cache import InputCache
-from contextlm.data.corpora import Corpus, load_corpus
+from contextlm.data.corpora import Corpus, load_corpus, whole_corpus
 from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
 from contextlm.data.windows import Windows
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
@@ -47,7 +47,7 @@ class InputCacheReport(BaseModel):
 class CheckpointReport(BaseModel):
     """Quality on a split of a corpus, cache bytes and speed of one checkpoint.
 
-    `bits_per_byte` is None where the tokenizer has one token for all unknown words and where the
+    `bits_per_byte` is None where the tokens do not decode to the text, and where the
     model predicts further ahead than the next token, `input_cache` where it was not asked for.
     `remarks` say why these figures are others than those of the run that made the checkpoint.
     """
@@ -166,11 +166,16 @@ def open_corpus(
     """
     if split is None:
         split = "all" if name.startswith(_OWN) else "validation"
+    if split == "all" and name.startswith(_OWN):
+        corpus = whole_corpus(name)
+        return corpus, split, build_token_store(corpus, "validation", tokenizer, cache)
     corpus = load_corpus(name)
     if split == "all":
-        documents = [*corpus.train, *corpus.validation]
-        fingerprint = f"{corpus.fingerprint}-{split}"
-        whole = replace(corpus, train=[], validation=documents, fingerprint=fingerprint)
+        whole = replace(
+            corpus,
+            read=lambda: ([], [*corpus.train, *corpus.validation]),
+            fingerprint=f"{corpus.fingerprint}-{split}",
+        )
         return corpus, split, build_token_store(whole, "validation", tokenizer, cache)
     return corpus, split, build_token_store(corpus, split, tokenizer, cache)
 

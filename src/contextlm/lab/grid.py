@@ -52,7 +52,7 @@ def read_grid(texts: Sequence[str], fixed: Sequence[str] = ()) -> dict[str, list
             raise InputError(f"{where}: {key} stands twice")
         if key in set_keys:
             raise InputError(f"{where}: {key} is also given with --set")
-        values = parse(f"[{listed}]", where)
+        values = parse(f"[{listed}]", where, comments=False)
         if not isinstance(values, list) or not values or listed.rstrip().endswith(","):
             raise InputError(f"{where}: a value is missing")
         known = [json.dumps(value, sort_keys=True, default=str) for value in values]

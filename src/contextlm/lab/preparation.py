@@ -87,7 +87,7 @@ class Prepared:
         entries: its contenders by name, in the recipe's order.
         stream, validation_stream: the text behind all contenders' samples, as token ids.
         validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
-            for lines, and where tokens do not stand for all of the text.
+            for lines, and where tokens do not decode to the text.
         embedding: replaces the models' own, where the recipe names a pretrained one.
         learning_text: what an embedding is to be learned from, where the recipe wants that.
         fingerprint: hashes of all of this that decides figures, by name.

@@ -288,7 +288,6 @@ def _own_setting(raw: Mapping[str, Any], where: str, scale: str) -> str:
 # Keys of a recipe and of a contender.
 _NO_DEPARTURE = {"contenders", "document", "evaluation", "name", "question", "scale", "seeds"}
 _NO_DEPARTURE |= {"baseline", "reported", "reported_epochs", "written"}
-_NO_DEPARTURE |= {"distributed"}  # of training; it changes rounding only
 
 
 def _differences(full: Mapping[str, Any], changed: Mapping[str, Any], above: str) -> list[str]:
