@@ -63,10 +63,10 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     """DESIGN 2 and Griffin, one token and one channel block at a time."""
     width = x_TD.shape[1]
     recurrence, conv = mixer.recurrence, mixer.convolution
-    inner = [mixer.inner.weight @ x for x in x_TD]
+    inner = convolved(conv, [mixer.inner.weight @ x for x in x_TD])
     h, outputs = torch.zeros(width), []
     for t, x in enumerate(x_TD):
-        v = convolved(conv, inner)[t]
+        v = inner[t]
         gates = []
         for gate in (recurrence.decay_gate, recurrence.input_gate):
             if gate is None:
@@ -99,12 +99,12 @@ def test_r_is_its_equations(blocks, taps):
 
 
 def test_r_starts_with_slow_decays_and_an_identity_convolution():
-    mixer = RecurrentMixer(4096, 4, 4)
-    a = torch.exp(-8 * F.softplus(mixer.recurrence.decay))
+    a = torch.exp(-8 * F.softplus(GatedRecurrence(4096, 0).decay))
     assert 0.9 <= a.min() < 0.905
     assert 0.998 < a.max() <= 0.999
-    x = torch.randn(1, 5, 4096)
-    torch.testing.assert_close(mixer.convolution(x, None, NewTokens.of(x)), x)
+    x = torch.randn(1, 5, 12)
+    convolution = RecurrentMixer(12, 3, 4).convolution
+    torch.testing.assert_close(convolution(x, None, NewTokens.of(x)), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "numba", "parallel"])
@@ -198,7 +198,7 @@ def naive_window(mixer: WindowedAttention, x_TD: Tensor) -> Tensor:
 def test_w_is_its_equations(fields):
     mixer = WindowedAttention(config(**fields))
     randomise(mixer)
-    for tokens in (1, 4, 5, 11, 33):
+    for tokens in (1, 4, 17):
         x = torch.randn(1, tokens, 12)
         naive = naive_window(mixer, x[0])
         assert_close(mixer(x, None, NewTokens.of(x))[0], naive)

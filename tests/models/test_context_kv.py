@@ -152,7 +152,7 @@ def store(model: ContextKVForCausalLM, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", RULES, ids=str)
-@pytest.mark.parametrize("length", [1, 7, 11, 25])
+@pytest.mark.parametrize("length", [1, 11, 25])
 def test_stored_contexts_give_the_logits_of_the_recurrence(fields, length):
     model = make(**fields)
     history = model.model.history
@@ -258,7 +258,7 @@ MASKS: dict[str, list[tuple[int, int]]] = {
 
 @pytest.mark.parametrize("fields", TOKENS, ids=str)
 @pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("last", [1, 6, 20, 32, 33, 50])
+@pytest.mark.parametrize("last", [1, 20, 33, 50])
 def test_the_last_positions_of_token_memory_equal_those_of_the_whole(fields, rows, last):
     model = make(**fields, freeze_embedding=False)
     ids = torch.randint(1, 31, (3, 33))

@@ -58,7 +58,7 @@ class NaiveDualContext:
             span, self.buffer = self.buffer[:half], self.buffer[half:]
             first, _, _, second, last_norm = module.representative
             mean = sum(span) / half
-            self.representatives.append(norm(linear(second, gelu(linear(mean, first))), last_norm))
+            self.representatives.append(norm(linear(second, gelu(linear(first, mean))), last_norm))
             if len(self.representatives) > config.max_representatives:
                 self.representatives.pop(0)
         query = linear(module.query, hidden)
@@ -110,7 +110,7 @@ def naive_logits(model: DualContextForCausalLM, ids: list[int]) -> Tensor:
         if appended is not None:
             h = h + appended(h)
             norm_a, norm_b, up, _, down, _ = body.appended.feed_forward
-            h = h + linear(down, gelu(linear(norm(norm(h, norm_a), norm_b), up)))
+            h = h + linear(down, gelu(linear(up, norm(norm(h, norm_a), norm_b))))
         logits.append(body.embed_tokens.weight @ h)
     return torch.stack(logits)
 

@@ -136,6 +136,11 @@ class ContextPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Attention is in a file of its own; transformers looks for it in the model's."""
+        return True
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts that the configuration freezes come back frozen."""
         loaded = super().from_pretrained(*args, **kwargs)

@@ -186,7 +186,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Views:
     """Who sees what in one forward pass: the same for every layer of a kind."""
 
     new: NewTokens
@@ -214,13 +214,13 @@ def multi_head(
 class SegmentAttention(GPT2Attention):
     """GPT-2's attention within the W-aligned segment that a token is in."""
 
-    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, views: Views) -> Tensor:
         """What each token reads, ``[B, T, D]``; see `DualContextAttention.forward`."""
-        assert plan.segment is not None
+        assert views.segment is not None
         width = hidden_BTD.shape[-1]
         query_BTD, both = self.c_attn(hidden_BTD).split((width, 2 * width), dim=-1)
-        key_BSD, value_BSD = plan.keep(both, state).chunk(2, dim=-1)
-        mixed_BTD = plan.segment.attend(self, query_BTD, key_BSD, value_BSD)
+        key_BSD, value_BSD = views.keep(both, state).chunk(2, dim=-1)
+        mixed_BTD = views.segment.attend(self, query_BTD, key_BSD, value_BSD)
         return self.resid_dropout(self.c_proj(mixed_BTD))
 
 
@@ -252,27 +252,27 @@ class DualContextAttention(nn.Module):
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, views: Views) -> Tensor:
         """What each token reads from L0 and L1, ``[B, T, D]``.
 
         Args:
             hidden_BTD: of the new tokens.
             state: what decoding keeps; moved on. None to keep nothing.
-            plan: who sees what.
+            views: who sees what.
         """
-        local_BSD = plan.keep(hidden_BTD, state)
-        past_BRD = self._representatives(local_BSD, state, plan.past)
+        local_BSD = views.keep(hidden_BTD, state)
+        past_BRD = self._representatives(local_BSD, state, views.past)
         query_BTD = self.query(hidden_BTD)
-        mixed_BTD = plan.local.attend(
+        mixed_BTD = views.local.attend(
             self, query_BTD, self.local_key(local_BSD), self.local_value(local_BSD)
         )
         if past_BRD.shape[1]:  # otherwise no row can have any
             from_past_BTD = multi_head(
-                self, query_BTD, self.past_key(past_BRD), past_BRD, plan.past.mask
+                self, query_BTD, self.past_key(past_BRD), past_BRD, views.past.mask
             )
             gate = torch.sigmoid(self.gate).to(mixed_BTD.dtype)
             both_BTD = gate * mixed_BTD + (1 - gate) * from_past_BTD
-            mixed_BTD = torch.where(plan.past.filled_BT1, both_BTD, mixed_BTD)
+            mixed_BTD = torch.where(views.past.filled_BT1, both_BTD, mixed_BTD)
         return self.resid_dropout(self.out(mixed_BTD))
 
     def _representatives(

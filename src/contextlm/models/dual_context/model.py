@@ -26,7 +26,7 @@ from contextlm.models.dual_context.attention import (
     DualContextAttention,
     DualContextLayer,
     Past,
-    Plan,
+    Views,
     Recent,
     SegmentAttention,
 )
@@ -113,9 +113,9 @@ class BaseBlock(GPT2Block):
         attention = DualContextAttention if integrated else SegmentAttention
         self.attn = attention(config)
 
-    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, views: Views) -> Tensor:
         """The stream behind the block, ``[B, T, D]``."""
-        hidden_BTD = hidden_BTD + self.attn(self.ln_1(hidden_BTD), state, plan)
+        hidden_BTD = hidden_BTD + self.attn(self.ln_1(hidden_BTD), state, views)
         return hidden_BTD + self.mlp(self.ln_2(hidden_BTD))
 
 
@@ -135,9 +135,9 @@ class AppendedBlock(GradientCheckpointingLayer):
             nn.Dropout(config.resid_pdrop),
         )
 
-    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, views: Views) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``."""
-        hidden_BTD = hidden_BTD + self.attn(hidden_BTD, state, plan)
+        hidden_BTD = hidden_BTD + self.attn(hidden_BTD, state, views)
         return hidden_BTD + self.feed_forward(hidden_BTD)
 
 
@@ -197,16 +197,16 @@ class DualContextModel(ContextDecoder):
         self.base_config._attn_implementation = self.config._attn_implementation
         positions_BTD = self.embed_positions(new.positions() % self.config.window)
         stream_BTD = self.dropout(embeds_BTD + positions_BTD)
-        plan = self._plan(new)
+        views = self._views(new)
         states = new.states(len(self.layers) + (self.appended is not None))
         for layer, state in zip(self.layers, states, strict=False):
-            stream_BTD = layer(stream_BTD, state, plan)
+            stream_BTD = layer(stream_BTD, state, views)
         stream_BTD = self.final_layer_norm(stream_BTD)
         if self.appended is not None:
-            stream_BTD = self.appended(stream_BTD, states[-1], plan)
+            stream_BTD = self.appended(stream_BTD, states[-1], views)
         return stream_BTD
 
-    def _plan(self, new: NewTokens) -> Plan:
+    def _views(self, new: NewTokens) -> Views:
         """Who sees what, for every layer."""
         window, half = self.config.window, self.config.window // 2
         segment = None
@@ -214,7 +214,7 @@ class DualContextModel(ContextDecoder):
             segment = Recent.of(new, block=window, before=0, limit=window - 1)
         local = Recent.of(new, block=half, before=1, limit=window)
         past = Past.of(new, half=half, most=self.config.max_representatives)
-        return Plan(new, segment, local, past)
+        return Views(new, segment, local, past)
 
 
 _TINY = {
