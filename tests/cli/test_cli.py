@@ -32,7 +32,6 @@ contenders:
   - {name: base, baseline: true, model: {type: gpt2, n_embd: 16, n_layer: 1, n_head: 2}}
 scales: {smoke: {seeds: [0]}}
 """
-SCRIPT = Path(sys.executable).parent / "contextlm"
 
 
 @dataclass
@@ -82,18 +81,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(f"{module}.{name}", function)
 
     return replace
-
-
-def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The real console script in a process of its own."""
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        **options,
-    )
 
 
 # --- help, version, start ---------------------------------------------------------------------

@@ -20,8 +20,6 @@ from contextlm.lab.grid import Point
 from contextlm.lab.preparation import prepare
 from contextlm.lab.running import extend, run
 from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
-from contextlm.results.result import read_run, seed_folder
-from contextlm.recipe.schema import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import PhaseTwoRow, StepRow, read_run, seed_folder
 
 CPU = torch.device("cpu")

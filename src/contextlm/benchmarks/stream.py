@@ -21,19 +21,19 @@ MEGABYTE = 1e6
 
 def measure(options: Options) -> Answer:
     """Growth of the resident set between the warm-up and the end, model after model."""
-    tokens = (WARM + 2) * CHUNK if options.smoke else TOKENS
-    answer = Answer(settings={"tokens": tokens, "chunk": CHUNK})
+    chunk, tokens = (64, (WARM + 2) * 64) if options.smoke else (CHUNK, TOKENS)
+    answer = Answer(settings={"tokens": tokens, "chunk": chunk})
     for subject in SUBJECTS:
         if subject.constant:
-            _stream(answer, subject, tokens)
+            _stream(answer, subject, tokens, chunk)
     return answer
 
 
 @torch.no_grad()
-def _stream(answer: Answer, subject: Subject, tokens: int) -> None:
+def _stream(answer: Answer, subject: Subject, tokens: int, chunk: int) -> None:
     model, cache = build(subject, narrow=True), None
-    ids_1T = torch.ones(1, CHUNK, dtype=torch.long)
-    chunks = -(-tokens // CHUNK)
+    ids_1T = torch.ones(1, chunk, dtype=torch.long)
+    chunks = -(-tokens // chunk)
     first, most, curve = 0, 0, Curve(subject.name, [], [], [])
     started = checked = time.perf_counter()
     every = max(1, chunks // 10)
@@ -46,8 +46,8 @@ def _stream(answer: Answer, subject: Subject, tokens: int) -> None:
             gc.collect()
             most = max(most, memory_now(ids_1T.device)[0])
             now = time.perf_counter()
-            curve.tokens.append(number * CHUNK)
-            curve.seconds.append((now - checked) / (every * CHUNK))
+            curve.tokens.append(number * chunk)
+            curve.seconds.append((now - checked) / (every * chunk))
             curve.cache_bytes.append(cache_bytes(cache).resident)
             checked = now
     growth = (most - first) / MEGABYTE
@@ -55,7 +55,7 @@ def _stream(answer: Answer, subject: Subject, tokens: int) -> None:
         {
             "model": subject.name,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens/s": chunks * CHUNK / (time.perf_counter() - started),
+            "tokens/s": chunks * chunk / (time.perf_counter() - started),
             "cache bytes": curve.cache_bytes[-1],
             "growth MB": growth,
         }

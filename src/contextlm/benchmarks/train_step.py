@@ -91,10 +91,17 @@ def measure(options: Options) -> Answer:
             with freed_memory_kept():  # as training does
                 times = interleaved(steps, options.repeats or 5)
             for name, time in times.items():
-                row = {"recipe": case.recipe, "model": name, "precision": precision}
-                row |= {"parameters": sum(p.numel() for p in models[name].parameters())}
-                row |= {"tokens/s": rows * tokens / time.median}
-                answer.rows.append({**row, **time.milliseconds()})
+                parameters = sum(p.numel() for p in models[name].parameters())
+                answer.rows.append(
+                    {
+                        "recipe": case.recipe,
+                        "model": name,
+                        "precision": precision,
+                        "parameters": parameters,
+                        "tokens/s": rows * tokens / time.median,
+                        **time.milliseconds(),
+                    }
+                )
             for name in case.contenders.values():
                 ratio = times[recipe.baseline.name].median / times[name].median
                 if precision == case.precisions[0]:

@@ -58,17 +58,14 @@ def contextlm(
     """
 
 
-for name, function in {
-    "run": comparisons.run,
-    "sweep": comparisons.sweep,
-    "params": comparisons.params,
-    "report": reports.report,
-    "eval": checkpoints.evaluate,
-    "generate": checkpoints.generate,
-    "bench": benchmarking.bench,
-    "list": listing.list_known,
-}.items():
-    app.command(name, cls=PlainCommand, hidden=name == "sweep")(function)
+app.command("run", cls=PlainCommand)(comparisons.run)
+app.command("sweep", cls=PlainCommand, hidden=True)(comparisons.sweep)
+app.command("params", cls=PlainCommand)(comparisons.params)
+app.command("report", cls=PlainCommand)(reports.report)
+app.command("eval", cls=PlainCommand)(checkpoints.evaluate)
+app.command("generate", cls=PlainCommand)(checkpoints.generate)
+app.command("bench", cls=PlainCommand)(benchmarking.bench)
+app.command("list", cls=PlainCommand)(listing.list_known)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

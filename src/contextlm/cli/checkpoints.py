@@ -238,8 +238,8 @@ def _in_words(report: CheckpointReport) -> dict[str, Any]:
             facts[f"input cache at {held.tokens:,} tokens"] = _held(held, change)
         for name in ("prefill", "decode"):
             rate = numbers.rate(getattr(ours, f"{name}_tokens_per_second"))
-            change = numbers.signed_percent(getattr(ours, f"{name}_change_percent"))
-            facts[f"input cache: {name} {timed}"] = f"{rate}, {change}"
+            saved = numbers.signed_percent(getattr(ours, f"{name}_change_percent"))
+            facts[f"input cache: {name} {timed}"] = f"{rate}, {saved}"
     if report.remarks:
         facts["note"] = "; ".join(report.remarks)
     return facts

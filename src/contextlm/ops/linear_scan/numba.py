@@ -95,7 +95,8 @@ class _LinearScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gates_BTC, states_BTC, initial_BC = ctx.saved_tensors
-        gradients = tuple(map(torch.empty_like, (gates_BTC, gates_BTC, initial_BC)))
+        dgates, dinputs = torch.empty_like(gates_BTC), torch.empty_like(gates_BTC)
+        gradients = (dgates, dinputs, torch.empty_like(initial_BC))
         _over_rows(_backward, gates_BTC, states_BTC, initial_BC, grad_BTC.contiguous(), *gradients)
         return gradients
 
