@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from contextlm.data.synthetic import find_task
 from contextlm.data.windows import Windows
 from contextlm.evaluation.quality import (
     Quality,
     bits_per_byte,
     effective_rank,
     evaluate_quality,
+    retrieval_accuracy,
     sample_rows,
     window_contexts,
 )
@@ -63,6 +65,20 @@ def test_ignored_targets_do_not_count():
     quality = evaluate_quality(model, items, 1, CPU)
     assert quality.tokens == 1
     assert quality.loss == pytest.approx(-model.table[2].log_softmax(0)[3].item(), abs=1e-6)
+
+
+def test_right_answers_are_counted_level_by_level():
+    """Sample i has level i modulo the levels; one of two answers of the harder ones is right."""
+    model = Bigram(5)
+    right = int(model.table[1].argmax())
+    wrong = (right + 1) % 5
+    easy = {"input_ids": torch.tensor([1, 1]), "labels": torch.tensor([-100, right])}
+    hard = {"input_ids": torch.tensor([1, 1]), "labels": torch.tensor([right, wrong])}
+    samples = [easy, hard, easy, hard, easy]
+    found = retrieval_accuracy(model, samples, find_task("recall:4"), 2, CPU)
+    counted = [(each.level, each.accuracy, each.answers) for each in found]
+    assert counted == [("2 pairs", 1.0, 3), ("4 pairs", 0.5, 4)]
+    assert retrieval_accuracy(model, samples, None, 2, CPU) == []
 
 
 def test_autocast_does_not_reach_the_evaluation():
