@@ -187,6 +187,17 @@ def test_logits_to_keep(model):
     assert_close(model(ids, logits_to_keep=5).logits, logits[:, -5:])
 
 
+def test_the_plain_form_of_attention_gives_the_same(model):
+    ids = make_tokens(model)
+    rows, mask = pad_first_row(ids, 4)
+    expected = model(rows, attention_mask=mask).logits[mask.bool()]
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    actual = model(rows, attention_mask=mask).logits[mask.bool()]
+    # transformers' own takes its softmax in float32, whatever the type.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_reach_every_trainable_parameter(model):
     model.train()
     ids = make_tokens(model)
