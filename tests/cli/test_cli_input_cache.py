@@ -97,9 +97,9 @@ def test_the_table_shows_both(evaluate: Evaluate) -> None:
     assert code == 0
     lines = {line.strip().rpartition("  ")[0].strip(): line for line in out.splitlines()}
     assert "2.0 KB (2.0 KB resident)" in lines["cache at 8 tokens"]
-    assert "1.0 KB, -50.0 % (1.1 KB resident)" in lines["input cache at 8 tokens"]
+    assert "1.0 KB, -50.0% (1.1 KB resident)" in lines["input cache at 8 tokens"]
     for rate in ("prefill", "decode"):
-        row = rf"^ *input cache: {rate} tokens/s, \d+ tokens +[\d,.]+, [-+]?[\d,.]+ % *$"
+        row = rf"^ *input cache: {rate} tokens/s, \d+ tokens +[\d,.]+, [-+]?[\d,.]+% *$"
         assert len(re.findall(row, out, re.MULTILINE)) == 1
 
 

@@ -108,9 +108,9 @@ def test_a_run_reports_right_answers_by_level(recalled: Path) -> None:
     assert right / 120 == pytest.approx(result["accuracy"])
     assert result["bits_per_byte"] is None
     report = (recalled / "report.md").read_text()
-    assert "| contender | right answers (measured) | validation PPL" in report
+    assert "| contender | right answers | validation PPL" in report
     assert "Right answers" in report
-    assert "| 2 pairs (measured) | 4 pairs (measured) | all answers (measured) |" in report
+    assert "| 2 pairs | 4 pairs | all answers |" in report
     note = read_trained(seed_folder(recalled, "mha", 0) / "checkpoint")
     assert (note.unit, note.sequence_length) == ("answers", 16)
 

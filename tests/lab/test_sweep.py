@@ -257,4 +257,4 @@ def _same_figures(report, four):
         assert row["validation_ppl"]["sd"] == pytest.approx(abs(ppls[0] - ppls[1]) / 2**0.5)
         assert row["seeds"] == [0, 1]
         assert row["baseline"] == (name == "base")
-        assert (row["ppl_vs_baseline_percent"] is None) == (name == "base")
+        assert (row["difference"] is None) == (name == "base")
