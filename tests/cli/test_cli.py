@@ -225,7 +225,11 @@ def test_run_passes_everything_on_and_prints_one_json_object(
         "contextlm.results.result",
         read_run=lambda path: SimpleNamespace(folder=path, outcomes=[]),
     )
-    stand_in("contextlm.report.tables", summarise_runs=lambda runs: [{"ppl": float("nan")}])
+    stand_in(
+        "contextlm.report.contenders",
+        contenders=lambda runs: runs,
+        row_facts=lambda row: {"ppl": float("nan")},
+    )
     done = command(
         *("run", recipe_file, "--scale", "smoke", "--set", "sequence_length=16"),
         *(
@@ -398,7 +402,7 @@ def test_report_of_several_runs_goes_beside_them(
         read_run=lambda path: SimpleNamespace(folder=path, outcomes=[outcome]),
     )
     stand_in("contextlm.report.page", write_report=write_report)
-    stand_in("contextlm.report.tables", summarise_runs=lambda runs: [])
+    stand_in("contextlm.report.contenders", contenders=lambda runs: [], row_facts=None)
     opened: list[str] = []
     stand_in("webbrowser", open=lambda url: bool(opened.append(url)) or True)
     runs = [tmp_path / "runs" / "a-001", tmp_path / "runs" / "b-001"]

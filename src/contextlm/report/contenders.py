@@ -106,9 +106,8 @@ class Contender:
         return self._history(PhaseOneRow)
 
     def _columns(self, start: str) -> list[str]:
-        return [
-            name for name in self.seeds if name.startswith(start) and self.value(name) is not None
-        ]
+        names = [str(name) for name in self.seeds if str(name).startswith(start)]
+        return [name for name in names if self.value(name) is not None]
 
     def _history(self, kind: type[PhaseOneRow | PhaseTwoRow | StepRow]) -> pd.DataFrame:
         lines = [

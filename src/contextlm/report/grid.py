@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from contextlm.base.files import atomic_open, write_json, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, numbers
@@ -116,7 +118,7 @@ def best_sentences(lines: Sequence[_Line]) -> list[str]:
     ]
 
 
-def grid_figure(lines: Sequence[_Line]) -> charts.Figure:
+def grid_figure(lines: Sequence[_Line]) -> Figure:
     """Validation perplexity against the first key, a line a contender (and values of other keys).
 
     Bars are one standard deviation over the seeds. Contenders that diverged have no point there.

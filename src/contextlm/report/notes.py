@@ -167,7 +167,9 @@ def _phase1_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
         if row.value("phase1_converged") is None:
             continue
         listed = recipes[row.value("run")].get("contenders", [])
-        own = next((c for c in listed if c.get("name") == row.value("contender")), {})
+        own: dict[str, Any] = next(
+            (c for c in listed if c.get("name") == row.value("contender")), {}
+        )
         wanted = float((own.get("phase1") or {}).get("stop_at", STOP_AT))
         reached = row.seeds.phase1_converged.min()
         if reached < wanted:

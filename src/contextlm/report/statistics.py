@@ -84,11 +84,11 @@ def difference(mine: pd.Series[float], theirs: pd.Series[float]) -> Difference:
             test = stats.ttest_rel(mine, theirs)
         else:
             test = stats.ttest_ind(mine, theirs, equal_var=False)
-        low, high = test.confidence_interval(CONFIDENCE)
-    p = float(test.pvalue)
+        interval, p = test.confidence_interval(CONFIDENCE), float(test.pvalue)
+    low, high = float(interval.low), float(interval.high)
     if math.isnan(p):  # the seeds differ by exactly nothing, or by exactly the same
         low, high, p = mean, mean, float(mean == 0)
-    return Difference(mean, float(low), float(high), p, paired, seeds)
+    return Difference(mean, low, high, p, paired, seeds)
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:

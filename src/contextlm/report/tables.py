@@ -18,7 +18,7 @@ from contextlm.report.contenders import (
     comparable_groups,
 )
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
-from contextlm.report.sheet import Column, Table, make_table
+from contextlm.report.sheet import Column, Kind, Table, make_table
 from contextlm.report.statistics import stat
 
 Show = Callable[[float], str]
@@ -31,7 +31,7 @@ def mean(heading: str, column: str, show: Show) -> Column[Contender]:
 
 def shared(heading: str, column: str, show: Callable[[Any], str] = str) -> Column[Contender]:
     """What all seeds share; a text, unless it is shown as a number."""
-    kind = "text" if show is str else "measured"
+    kind: Kind = "text" if show is str else "measured"
     return Column(heading, lambda row: _shown(row.value(column), show), kind)
 
 
@@ -196,30 +196,29 @@ def history_tables(row: Contender) -> list[Table]:
     best = row.seeds.set_index("seed").best_epoch
     epochs, iterations = row.epochs(), row.iterations()
     epochs["mark"] = np.where(epochs.epoch == epochs.seed.map(best), " (best)", "")
-    ppl = numbers.perplexity
-    tables = {
-        "Epochs": (
-            epochs,
-            Column[Any]("seed", lambda line: str(line.seed), "text"),
-            Column[Any]("epoch", lambda line: f"{line.epoch}{line.mark}", "text"),
-            _of_line("train loss, running", "train_loss", four),
-            _of_line("train PPL, running", "train_ppl", ppl),
-            _of_line("validation loss", "validation_loss", four),
-            _of_line("validation PPL", "validation_ppl", ppl),
-            _of_line("accuracy", "accuracy", numbers.percent),
-            _of_line("learning rate", "learning_rate", lambda value: f"{value:.3g}"),
-        ),
-        "Phase-1 iterations": (
-            iterations,
-            Column[Any]("seed", lambda line: str(line.seed), "text"),
-            _of_line("iteration", "iteration", numbers.count),
-            _of_line("converged", "converged", numbers.percent),
-            _of_line("loss", "loss", four),
-        ),
-    }
+    seed = Column[Any]("seed", lambda line: str(line.seed), "text")
+    of_epochs = [
+        seed,
+        Column[Any]("epoch", lambda line: f"{line.epoch}{line.mark}", "text"),
+        _of_line("train loss, running", "train_loss", four),
+        _of_line("train PPL, running", "train_ppl", numbers.perplexity),
+        _of_line("validation loss", "validation_loss", four),
+        _of_line("validation PPL", "validation_ppl", numbers.perplexity),
+        _of_line("accuracy", "accuracy", numbers.percent),
+        _of_line("learning rate", "learning_rate", lambda value: f"{value:.3g}"),
+    ]
+    of_iterations = [
+        seed,
+        _of_line("iteration", "iteration", numbers.count),
+        _of_line("converged", "converged", numbers.percent),
+        _of_line("loss", "loss", four),
+    ]
     return [
         make_table(f"{caption} of {row.name}", columns, list(lines.itertuples()))
-        for caption, (lines, *columns) in tables.items()
+        for caption, lines, columns in (
+            ("Epochs", epochs, of_epochs),
+            ("Phase-1 iterations", iterations, of_iterations),
+        )
         if len(lines)
     ]
 
@@ -303,10 +302,10 @@ def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
     against = Column[Contender](
         "PPL vs baseline", lambda row: signed_percent(row.reported_change("val_ppl")), "reported"
     )
-    cache = [
-        _size(f"cache at {numbers.count(length)} tokens", f"{CACHE}{length}"),
-        change("cache vs baseline", f"{CACHE}{length}"),
-    ]
+    cache: list[Column[Contender]] = []
+    if length is not None:
+        cache.append(_size(f"cache at {numbers.count(length)} tokens", f"{CACHE}{length}"))
+        cache.append(change("cache vs baseline", f"{CACHE}{length}"))
     uneven = len({len(row.seeds) for row in group}) > 1
     seeds = Column[Contender](
         "seeds", lambda row: str(len(row.seeds)) if uneven else ABSENT, "text"
@@ -320,7 +319,7 @@ def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
         Column("verdict", verdict_text, "text"),
         documented,
         against,
-        *(cache if length is not None else []),
+        *cache,
         shared("parameters", "parameters", numbers.count),
         seeds,
     ]
@@ -382,7 +381,9 @@ def _epoch_table(row: Contender) -> Table:
     reported, seeds = _reported_epochs(row), len(row.seeds)
     history = row.epochs()
     history["share"] = history.validation_ppl / (row.value("unigram_ppl") or math.nan)
-    measured = {int(epoch): lines for epoch, lines in history.groupby("epoch")}
+    measured = {
+        epoch: history[history.epoch == epoch] for epoch in map(int, history.epoch.unique())
+    }
     curve = {e: v for e, v in enumerate(reported.get("val_ppl", []), 1) if v is not None}
     lowest = min(curve, key=lambda epoch: curve[epoch], default=0)
     best = {"val_ppl": {row.value("reported_best_epoch") or lowest}}

@@ -1,7 +1,7 @@
 """A run folder's files, read as what a stranger may have made.
 
 Nothing leads out of the folder, nothing is executed, and whatever the report relies on is checked
-here: names, seeds, and how large and how deep a file may be.
+here: names, seeds, and how large a file may be.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlm.base.strict_yaml import parse
 from contextlm.base.visible import shown
 
 _MOST_BYTES = 64 * 1024**2  # of a file that is read whole; a run writes kilobytes
-_DEEPEST = 50  # levels of mappings and lists
 
 
 class _Loose(BaseModel):
@@ -59,7 +58,6 @@ def read_recipe(run: Path) -> dict[str, Any]:
     recipe = parse(read_text(run, file), str(file))
     if not isinstance(recipe, dict) or not isinstance(recipe.get("contenders"), list):
         raise InputError(f"{file}: not a resolved recipe")
-    _check_depth(recipe, file)
     try:
         _Resolved.model_validate(recipe)
     except ValidationError as error:
@@ -79,7 +77,6 @@ def read_mapping(run: Path, file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not valid JSON") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: not a mapping")
-    _check_depth(value, file)
     return value
 
 
@@ -127,17 +124,3 @@ def first_problem(error: ValidationError) -> str:
     value = problem["input"]
     given = f", got {shown(value)}" if isinstance(value, (str, int, float, bool)) else ""
     return f"{key}: {message}{given}" if key else message
-
-
-def _check_depth(value: Any, file: Path) -> None:
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return
-    raise InputError(f"{file}: nested deeper than {_DEEPEST} levels")
