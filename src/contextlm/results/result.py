@@ -42,7 +42,8 @@ class Result(Record):
     length only if every token is predicted from all before it. It is None, too, where samples are
     lines or questions, and where the tokenizer has one token for all unknown words.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a corpus of tasks.
+    empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
+    same without the seed: results of one setting are seeds of one experiment, in whichever runs.
     """
 
     version: Literal[1] = RESULT_VERSION
@@ -76,11 +77,8 @@ class Result(Record):
     cache_dtype: str
     reported: dict[str, Finite]
     reported_epochs: dict[str, list[Finite | None]] = {}
-
-    @property
-    def train_validation_ratio(self) -> float:
-        """Train PPL over validation PPL, both on the best weights."""
-        return self.train_ppl / self.validation_ppl
+    job: str | None = None
+    setting: str | None = None
 
 
 class StageMemory(Record):
@@ -130,12 +128,25 @@ class PhaseTwoRow(Record):
     learning_rate: Figure
 
 
+class StepRow(Record):
+    """One step of next-token training; `step` counts from 1 over all epochs."""
+
+    phase: Literal[2] = 2
+    step: Count
+    epoch: Count
+    loss: Figure
+    learning_rate: Figure
+
+
+HistoryRow = PhaseOneRow | PhaseTwoRow | StepRow
+
+
 class Outcome(Record):
     """All that one contender and seed left in its folder."""
 
     result: Result
     timings: Timings
-    history: list[PhaseOneRow | PhaseTwoRow]
+    history: list[HistoryRow]
 
 
 class Run(Record):
@@ -212,12 +223,18 @@ def _read_record(kind: type[R], run: Path, file: Path) -> R:
         raise InputError(f"{file}: {first_problem(error)}") from None
 
 
-def _read_history(run: Path, path: Path) -> list[PhaseOneRow | PhaseTwoRow]:
-    rows: list[PhaseOneRow | PhaseTwoRow] = []
+def _history_kind(row: dict[str, Any]) -> type[HistoryRow]:
+    if row["phase"] == 1:
+        return PhaseOneRow
+    return StepRow if "step" in row else PhaseTwoRow
+
+
+def _read_history(run: Path, path: Path) -> list[HistoryRow]:
+    rows: list[HistoryRow] = []
     for number, line in enumerate(read_text(run, path).splitlines(), start=1):
         try:
             row = json.loads(line)
-            kind = PhaseOneRow if row["phase"] == 1 else PhaseTwoRow
+            kind = _history_kind(row)
             rows.append(kind.model_validate(row))
         except ValidationError as error:
             raise InputError(f"{path}: line {number}: {first_problem(error)}") from None
