@@ -1,0 +1,103 @@
+"""What seeds tell: means, deviations, and differences from a baseline, from pandas and scipy.
+
+With one or two seeds there is a difference and no interval. Several comparisons in one table are
+corrected by Holm's method (Holm, "A simple sequentially rejective multiple test procedure", 1979).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+SEEDS_TO_TELL = 3
+
+Verdict = Literal["lower", "higher", "undecided", "same", "one seed", "two seeds"]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over seeds and its sample standard deviation (ddof=1); one seed has none."""
+
+    mean: float
+    sd: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean minus the baseline's, in their own unit, with the bounds of its 95 % interval.
+
+    `paired` says that both have the same seeds, and that differences were taken seed by seed (paired
+    t); else the test is Welch's. `p` is two-sided; `holm` is `p` after `corrected`. Interval and p
+    are None with fewer than three seeds on a side.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    paired: bool
+    seeds: tuple[int, int]
+    holm: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """``lower`` and ``higher`` only where the corrected test rejects that both are equal."""
+        if self.p is None:
+            return "one seed" if min(self.seeds) == 1 else "two seeds"
+        if self.mean == self.low == self.high == 0:
+            return "same"
+        if (self.p if self.holm is None else self.holm) >= 1 - CONFIDENCE:
+            return "undecided"
+        return "lower" if self.mean < 0 else "higher"
+
+
+def stat(values: pd.Series[float]) -> Stat | None:
+    """The mean and deviation of the seeds that have a value; None if no seed has one."""
+    known = values.dropna().astype(float)
+    if known.empty:
+        return None
+    finite = bool(np.isfinite(known).all())
+    sd = float(known.std()) if len(known) > 1 and finite else None
+    return Stat(float(known.mean()), sd, len(known))
+
+
+def difference(mine: pd.Series[float], theirs: pd.Series[float]) -> Difference:
+    """`mine` against `theirs`, each one finite value a seed, indexed by seed."""
+    mine, theirs = mine.sort_index(), theirs.sort_index()
+    paired = mine.index.equals(theirs.index)
+    seeds = len(mine), len(theirs)
+    mean = float(mine.mean() - theirs.mean())
+    if min(seeds) < SEEDS_TO_TELL:
+        return Difference(mean, None, None, None, paired, seeds)
+    with warnings.catch_warnings():  # where all differences are equal there is no spread to test
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if paired:
+            test = stats.ttest_rel(mine, theirs)
+        else:
+            test = stats.ttest_ind(mine, theirs, equal_var=False)
+        low, high = test.confidence_interval(CONFIDENCE)
+    p = float(test.pvalue)
+    if math.isnan(p):  # the seeds differ by exactly nothing, or by exactly the same
+        low, high, p = mean, mean, float(mean == 0)
+    return Difference(mean, float(low), float(high), p, paired, seeds)
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """The same with Holm's correction over those that have a p."""
+    tested = [d.p for d in differences if d.p is not None]
+    p = np.array(tested)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(steps, 1)
+    left = iter(adjusted.tolist())
+    return [d if d.p is None else replace(d, holm=next(left)) for d in differences]
