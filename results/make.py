@@ -14,15 +14,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from contextlm.report.frame import csv_frame, seed_frame
 from contextlm.report.numbers import human_bytes, perplexity
+from contextlm.report.statistics import corrected, difference
 from contextlm.results.result import read_run
 
 ABSENT = "–"  # noqa: RUF001
@@ -47,9 +48,11 @@ class Results:
 
     def __init__(self, folder: Path):
         self.runs = pd.read_csv(folder / "runs.csv")
+        self.rows, self.baseline = cache(self._rows), cache(self._baseline)
+        self.cache_column = cache(self._cache_column)
         self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
 
-    def rows(self, question: str, contender: str | None = None) -> pd.DataFrame:
+    def _rows(self, question: str, contender: str | None = None) -> pd.DataFrame:
         """The rows that answer a question, of one contender or all."""
         found = self.runs[[question in words.split() for words in self.runs.question]]
         found = found if contender is None else found[found.contender == contender]
@@ -57,7 +60,7 @@ class Results:
             raise SystemExit(f"runs.csv has no rows for {question!r} {contender or ''}")
         return found
 
-    def baseline(self, question: str, contender: str) -> pd.DataFrame:
+    def _baseline(self, question: str, contender: str) -> pd.DataFrame:
         """The rows of the contender that `contender` is compared with; it may be its own."""
         offset = self.rows(question, contender).target_offset.iloc[0]
         alike = self.rows(question)[lambda rows: rows.target_offset == offset]
@@ -65,7 +68,7 @@ class Results:
         named = alike[alike.baseline] if alike.baseline.any() else alike
         return named[named.contender == named.contender.iloc[0]]
 
-    def cache(self, question: str) -> tuple[str, int]:
+    def _cache_column(self, question: str) -> tuple[str, int]:
         """Column and length of the longest cache up to 2,048 tokens that all have."""
         known = self.rows(question).filter(regex="^cache_bytes_").dropna(axis="columns").columns
         lengths = [int(name.rpartition("_")[2]) for name in known]
@@ -75,7 +78,7 @@ class Results:
     def value(self, figure: str, question: str, contender: str) -> str:
         """One figure: ppl, change, interval, cache, saved, answers."""
         own, base = self.rows(question, contender), self.baseline(question, contender)
-        column = self.cache(question)[0]
+        column = self.cache_column(question)[0]
         ppl, base_ppl = (rows.set_index("seed").validation_ppl for rows in (own, base))
         if figure == "ppl":
             deviation = f" ± {perplexity_like(ppl.mean(), ppl.std())}" if len(ppl) > 1 else ""
@@ -90,16 +93,29 @@ class Results:
             return signed(ppl.mean() / base_ppl.mean() - 1)
         if figure == "saved":
             return signed(own[column].mean() / base[column].mean() - 1)
-        paired = (ppl - base_ppl).dropna() / base_ppl.mean()
-        if len(paired) < 3:
+        told = difference(ppl, base_ppl)
+        if told.low is None or told.high is None:
             return ABSENT
-        low, high = stats.ttest_1samp(paired, 0).confidence_interval()
+        low, high = told.low / base_ppl.mean(), told.high / base_ppl.mean()
         return f"{signed(low)} to {signed(high)}"
+
+    def tested(self, question: str) -> dict[str, str]:
+        """The p of each contender's difference from its baseline, corrected for their number."""
+        told = {}
+        for contender, own in self.rows(question).groupby("contender", sort=False):
+            base = self.baseline(question, str(contender))
+            if base.contender.iloc[0] != contender:
+                ppl = (rows.set_index("seed").validation_ppl for rows in (own, base))
+                told[str(contender)] = difference(*ppl)
+        holm = (one.holm for one in corrected(list(told.values())))
+        return {
+            name: ABSENT if p is None else f"{p:.2g}" for name, p in zip(told, holm, strict=True)
+        }
 
     def comparison(self, question: str) -> str:
         """All contenders of a question against their baseline."""
-        rows, (_, length) = self.rows(question), self.cache(question)
-        table = []
+        rows, (_, length) = self.rows(question), self.cache_column(question)
+        table, p = [], self.tested(question)
         for contender, own in rows.groupby("contender", sort=False):
             is_base = self.baseline(question, str(contender)).contender.iloc[0] == contender
             mark = " (baseline)" if is_base else ""
@@ -109,6 +125,7 @@ class Results:
             entry["PPL"] = self.value("ppl", question, contender)
             entry["vs baseline"] = self.value("change", question, contender)
             entry["95% interval"] = self.value("interval", question, contender)
+            entry["p"] = p.get(str(contender), ABSENT)
             entry[f"cache at {length:,} tokens"] = self.value("cache", question, contender)
             entry["cache vs baseline"] = self.value("saved", question, contender)
             entry["parameters"] = f"{own.parameters.iloc[0]:,}"
@@ -118,7 +135,7 @@ class Results:
             table.append(entry)
         frame = pd.DataFrame(table)
         if (frame["95% interval"] == ABSENT).all():
-            frame = frame.drop(columns="95% interval")
+            frame = frame.drop(columns=["95% interval", "p"])
         return markdown(frame)
 
     def answers(self, question: str) -> str:
