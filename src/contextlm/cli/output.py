@@ -86,22 +86,25 @@ def print_table(
     console.print(table)
 
 
-def print_comparison(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_comparison(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
+) -> None:
     """Print a table of contenders, turned on its side where the terminal is too narrow for it.
 
     If even that is too wide, the contenders are shown a few at a time.
     """
     lines: list[Sequence[str]] = [columns, *rows]
-    if not _width(_turned(lines)) < _width(lines) > _room():
-        print_table(columns, rows)
+    fits = _table_width(_least_widths(lines, 1)) <= _room()
+    if fits and not _width(_turned(lines)) < _width(lines) > _room():
+        print_table(columns, rows, caption=caption)
         return
     group: list[Sequence[str]] = []
     for row in rows:
         if group and _table_width(_least_widths(_turned([columns, *group, row]), 1)) > _room():
-            _print_turned(columns, group)
+            _print_turned(columns, group, caption)
             group = []
         group.append(row)
-    _print_turned(columns, group)
+    _print_turned(columns, group, caption)
 
 
 def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:
@@ -111,24 +114,32 @@ def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:
 
 
 def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
-    """Print the main table of some runs and where their report is."""
-    from contextlm.report.tables import main_table, summarise_runs
+    """Print the answer and the comparison of some runs, and where their report is."""
+    from contextlm.report.contenders import contenders
+    from contextlm.report.notes import answers
+    from contextlm.report.tables import main_tables
 
-    table = main_table(summarise_runs(runs))
-    headings = [column.heading.replace(" (measured)", "") for column in table.columns]
-    print_comparison(headings, table.rows)
+    rows = contenders(runs)
+    for sentence in answers(rows):
+        print(visible(sentence))
+    tables = main_tables(rows)
+    for table in tables:
+        caption = table.caption if len(tables) > 1 else ""
+        print_comparison(table.headings, table.rows, caption=caption)
+        if table.note:
+            print(table.note)
     for kind, path in paths.items():
         print(f"{kind}: {visible(str(path))}")
 
 
 def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
     """The same as one object, with the result of every seed beside the rows of their means."""
-    from contextlm.report.tables import summarise_runs
+    from contextlm.report.contenders import contenders, row_facts
 
     return {
         "runs": [run.folder for run in runs],
         "report": dict(paths),
-        "rows": summarise_runs(runs),
+        "rows": [row_facts(row) for row in contenders(runs)],
         "results": [o.result.model_dump() for run in runs for o in run.outcomes],
     }
 
@@ -172,9 +183,9 @@ def _turned(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return [list(column) for column in zip(*lines, strict=True)]
 
 
-def _print_turned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_turned(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
     headings, *lines = _turned([columns, *rows])
-    print_table(headings, lines)
+    print_table(headings, lines, caption=caption)
 
 
 def _table_width(widths: Sequence[int]) -> int:

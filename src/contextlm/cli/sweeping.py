@@ -128,8 +128,8 @@ def _write(
     name: str, grid: dict[str, list[Any]], folder: Path, outcome: SweepOutcome
 ) -> dict[str, Any]:
     """Write sweep.md and sweep.json; what the latter holds."""
-    from contextlm.base.files import write_json, write_text
-    from contextlm.report.sweep_table import facts, markdown, sweep_rows
+    from contextlm.base.files import write_json
+    from contextlm.report.grid import grid_facts, grid_lines, write_grid
 
     report: dict[str, Any] = plain(
         {
@@ -139,23 +139,24 @@ def _write(
             "tasks": outcome.tasks,
             "reused": outcome.reused,
             "failed": outcome.failed,
-            "rows": [facts(setting, row) for setting, row in sweep_rows(outcome.settings)],
+            "rows": grid_facts(grid_lines(outcome.settings)),
         }
     )
-    write_text(folder / "sweep.md", markdown(name, outcome.settings, outcome.failed))
+    write_grid(outcome.settings, folder)
     write_json(folder / "sweep.json", report)
     return report
 
 
 def _print(folder: Path, outcome: SweepOutcome) -> None:
-    from contextlm.report.sweep_table import best_lines, cells, headings, sweep_rows
+    from contextlm.report.grid import best_sentences, grid_lines, grid_table
 
     if outcome.reused:
         print(f"{outcome.reused} of {outcome.tasks} tasks had finished before")
-    rows = [cells(setting, row) for setting, row in sweep_rows(outcome.settings)]
-    if rows:
-        print_comparison(headings(outcome.settings), rows)
-    for line in best_lines(outcome.settings):
+    lines = grid_lines(outcome.settings)
+    table = grid_table(lines)
+    if table.rows:
+        print_comparison(table.headings, table.rows)
+    for line in best_sentences(lines):
         print(line)
-    for file in ("sweep.md", "sweep.json"):
+    for file in ("grid.md", "sweep.json"):
         print(f"{file}: {folder / file}")

@@ -22,7 +22,7 @@ from contextlm.base.locks import locked
 from contextlm.base.progress import Progress, SilentProgress
 from contextlm.lab.sweep_grid import Setting, Task, tasks_of
 from contextlm.recipe.schema import Recipe, dump_recipe
-from contextlm.report.sweep_table import SettingRun
+from contextlm.report.grid import GridPoint
 from contextlm.results.facts import TuningFacts
 from contextlm.results.result import read_run, seed_folder
 
@@ -42,7 +42,7 @@ class Resources:
 class SweepOutcome:
     """The settings with what has finished, how many tasks were done before, and what failed."""
 
-    settings: list[SettingRun]
+    settings: list[GridPoint]
     tasks: int
     reused: int
     failed: dict[str, str]
@@ -85,7 +85,7 @@ def run_sweep(
             write_text(setting.folder / "recipe.yaml", dump_recipe(setting.recipe))
         failed = _run_tasks(waiting, device, resources, progress) if waiting else {}
     runs = [
-        SettingRun(setting.values, read_run(setting.folder))
+        GridPoint(setting.values, read_run(setting.folder))
         for setting in settings
         if (setting.folder / "environment.json").is_file()
     ]

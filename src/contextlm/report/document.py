@@ -1,15 +1,8 @@
 """The source document's own figures beside the measured ones.
 
-A recipe's ``reported`` maps names to numbers. Known names are `val_ppl`, `val_loss`, `train_ppl`
-(running), `train_ppl_best_weights`,
-`bits_per_byte`, `accuracy`, `best_epoch`, `epochs`, `parameters`, `parameters_trainable`,
-`seconds_per_epoch`, `phase1_iterations`, `phase1_converged`, `phase1_seconds`,
-`effective_rank_train`, `effective_rank_val`, `cache_kb_at_N` (`mb`, `bytes`), `train_val_gap`,
-`store_mb`, `store_train_contexts_mb`, `store_train_embeddings_mb`, `store_val_contexts_mb`,
-`store_val_embeddings_mb`, and `host_gb_STAGE` and `accelerator_gb_STAGE` with the stages `data`,
-`model`, `phase1` and `phase2`; `validation_` may stand for `val_`. Accuracy, convergence and rank
-(as part of the width) are shares up to 1, and percentages above; 1 KB = 1024 bytes. Any other name
-is shown as it stands, with nothing measured beside it.
+A recipe's ``reported`` maps names to numbers. Names known here have a measured figure beside them;
+any other is shown as it stands. ``validation_`` may stand for ``val_``. Accuracy, convergence and
+rank (as part of the width) are shares up to 1, and percentages above; 1 KB = 1024 bytes.
 """
 
 from __future__ import annotations
@@ -19,277 +12,164 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from contextlm.report import numbers
-from contextlm.report.numbers import Stat, percent_change
-from contextlm.report.resources import (
-    AFTER_PHASE_1,
-    DATA_LOADED,
-    MODEL_INITIALISED,
-    PHASE_2_PREPARED,
-    StoreSummary,
-)
-from contextlm.report.summary import SummaryRow
+from contextlm.report.contenders import CACHE, REPORTED, Contender
+from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
+from contextlm.report.sheet import Column, Table, make_table
+from contextlm.report.statistics import Stat
+from contextlm.report.tables import Show, four, whole
 
-
-@dataclass(frozen=True)
-class DocumentFigure:
-    """One figure of one contender. Texts are ready to print; changes are percent of the reference.
-
-    `measured` is None where this run has no such figure; a change is None where a percentage makes
-    no sense or the reference lacks the figure.
-    """
-
-    name: str
-    key: str
-    label: str
-    reported: str
-    measured: str | None
-    reported_change: float | None
-    measured_change: float | None
-
-
-Measure = Callable[[SummaryRow], Stat | None]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    label: str
-    measure: Measure
-    show: Callable[[float], str]
-    unit: str = ""
-    share: bool = False
-    relative: bool = False
-    remark: Callable[[SummaryRow], str] = lambda row: ""  # beside the measured figure
-
-    def reported(self, value: float) -> str:
-        """The document's figure, in its own digits."""
-        if self.share:
-            return numbers.plain(100 * value if value <= 1 else value) + " %"
-        return numbers.plain(value) + self.unit
-
-
-def loss(value: float) -> str:
-    """Nats, four decimals."""
-    return numbers.decimal(value, 4)
-
-
-def ratio(value: float) -> str:
-    """A ratio of perplexities, two decimals."""
-    return numbers.decimal(value, 2)
-
-
-def epoch(value: float) -> str:
-    """An epoch or iteration: whole where it is whole."""
-    return numbers.decimal(value, 0 if value == int(value) else 1)
-
-
-def windows_of_train_ppl(row: SummaryRow) -> tuple[int, int] | None:
-    """On how many train windows the best weights were scored, and of how many; None if on all."""
-    windows, total = row.outcomes[0].result.train_ppl_windows, row.corpus.train_windows
-    return None if windows is None or windows >= total else (windows, total)
-
-
-def _part_of_windows(row: SummaryRow) -> str:
-    part = windows_of_train_ppl(row)
-    return f" (first {numbers.count(part[0])} of {numbers.count(part[1])} windows)" if part else ""
-
-
-def validation_rank_label(stored: bool) -> str:
-    """What the validation rank is measured on: a store's contexts are one stream, never reset."""
-    return f"effective rank, validation {'stream' if stored else 'windows'}"
-
-
-def _exactly(value: float) -> Stat:
-    return Stat(mean=value, sd=None, seeds=1)
-
-
-def _rank(validation: bool) -> Measure:
-    def measure(row: SummaryRow) -> Stat | None:
-        if row.phase1 is None:
-            return None
-        rank = row.phase1.rank_validation if validation else row.phase1.rank_train
-        width = row.phase1.context_dim
-        return Stat(rank.mean / width, None if rank.sd is None else rank.sd / width, rank.seeds)
-
-    return measure
-
-
-def _iterations(row: SummaryRow) -> Stat | None:
-    return row.phase1.iterations if row.phase1 else None
-
-
-def _converged(row: SummaryRow) -> Stat | None:
-    return row.phase1.converged if row.phase1 else None
-
-
-_STAGES = {
-    "data": DATA_LOADED,
-    "model": MODEL_INITIALISED,
-    "phase1": AFTER_PHASE_1,
-    "phase2": PHASE_2_PREPARED,
-}
 _UNITS = {"bytes": 1, "kb": 1024, "mb": 1024**2, "gb": 1024**3}
 
 
-def _store(label: str, size: Callable[[StoreSummary], int]) -> _Kind:
-    def measure(row: SummaryRow) -> Stat | None:
-        return _exactly(size(row.store) / _UNITS["mb"]) if row.store else None
+@dataclass(frozen=True)
+class Figure:
+    """What a document's figure is called and which column of the seed frame stands beside it.
 
-    return _Kind(label, measure, _megabytes, " MB", relative=True)
+    `unit` divides bytes (``mb``), `suffix` is printed after the document's number. `relative` says
+    that a percentage of the baseline's makes sense, `share` that it is a part of 1.
+    """
 
-
-def _megabytes(value: float) -> str:
-    return f"{numbers.decimal(value, 1)} MB"
-
-
-def _memory(stage: str, accelerator: bool) -> _Kind:
-    def measure(row: SummaryRow) -> Stat | None:
-        found = row.stage(stage)
-        if found is None:
-            return None
-        size = found.accelerator_bytes if accelerator else found.host_bytes
-        return None if size is None else _exactly(size / _UNITS["gb"])
-
-    place = "accelerator" if accelerator else "host"
-    return _Kind(f"{place} memory, {stage}", measure, numbers.gigabytes, " GB")
+    label: str
+    column: str
+    show: Show
+    relative: bool = True
+    share: bool = False
+    suffix: str = ""
+    unit: str = "bytes"
 
 
-_TRAIN_RANK = _Kind("effective rank, training stream", _rank(False), numbers.percent, share=True)
-_KINDS = {
-    "val_ppl": _Kind("validation PPL", lambda r: r.ppl, numbers.perplexity, relative=True),
-    "val_loss": _Kind("validation loss", lambda r: r.loss, loss, relative=True),
-    "train_ppl": _Kind(
-        "train PPL, running", lambda r: r.train_ppl_running, numbers.perplexity, relative=True
+def _sized(label: str, column: str, unit: str) -> Figure:
+    suffix = f" {unit if unit == 'bytes' else unit.upper()}"
+    places = {"bytes": 0, "gb": 2}.get(unit, 1)
+    return Figure(
+        label, column, lambda v: numbers.decimal(v, places) + suffix, suffix=suffix, unit=unit
+    )
+
+
+def _share(label: str, column: str) -> Figure:
+    return Figure(label, column, numbers.percent, relative=False, share=True)
+
+
+_STAGES = {
+    "data": "data_loaded",
+    "model": "model_initialised",
+    "phase1": "after_phase_1",
+    "phase2": "phase_2_prepared",
+}
+FIGURES = {
+    "val_ppl": Figure("validation PPL", "validation_ppl", numbers.perplexity),
+    "val_loss": Figure("validation loss", "validation_loss", four),
+    "train_ppl": Figure("train PPL, running", "train_ppl_running", numbers.perplexity),
+    "train_ppl_best_weights": Figure("train PPL, best weights", "train_ppl", numbers.perplexity),
+    "bits_per_byte": Figure("bits per byte", "bits_per_byte", four),
+    "accuracy": _share("accuracy", "accuracy"),
+    "best_epoch": Figure("best epoch", "best_epoch", whole, relative=False),
+    "epochs": Figure("epochs run", "epochs", whole, relative=False),
+    "parameters": Figure("parameters", "parameters", numbers.count),
+    "trainable": Figure("parameters trained in phase 2", "trainable", numbers.count),
+    "seconds_per_epoch": Figure(
+        "seconds an epoch", "seconds_per_epoch", numbers.seconds, suffix=" s"
     ),
-    "train_ppl_best_weights": _Kind(
-        "train PPL, best weights",
-        lambda r: r.train_ppl,
-        numbers.perplexity,
-        relative=True,
-        remark=_part_of_windows,
+    "phase1_iterations": Figure("phase-1 iterations", "phase1_iterations", whole, relative=False),
+    "phase1_converged": _share("phase-1 convergence", "phase1_converged"),
+    "phase1_seconds": Figure(
+        "phase-1 seconds", "phase1_seconds", numbers.seconds, relative=False, suffix=" s"
     ),
-    "bits_per_byte": _Kind("bits per byte", lambda r: r.bits_per_byte, loss, relative=True),
-    "accuracy": _Kind("accuracy", lambda r: r.accuracy, numbers.percent, share=True),
-    "best_epoch": _Kind("best epoch", lambda r: r.best_epoch, epoch),
-    "epochs": _Kind("epochs run", lambda r: r.epochs, epoch),
-    "parameters": _Kind(
-        "parameters", lambda r: _exactly(r.parameters_total), numbers.count, relative=True
+    "effective_rank_train": _share("effective rank, training stream", "rank_share_train"),
+    "effective_rank_val": _share("effective rank, validation", "rank_share_validation"),
+    "train_val_gap": Figure(
+        "validation / running train PPL",
+        "train_val_gap",
+        lambda value: numbers.decimal(value, 2),
+        relative=False,
     ),
-    "parameters_trainable": _Kind(
-        "parameters trained in phase 2",
-        lambda r: _exactly(r.parameters_trainable),
-        numbers.count,
-        relative=True,
-    ),
-    "seconds_per_epoch": _Kind(
-        "seconds an epoch", lambda r: r.seconds_per_epoch, numbers.seconds, " s", relative=True
-    ),
-    "phase1_iterations": _Kind("phase-1 iterations", _iterations, epoch),
-    "phase1_converged": _Kind("phase-1 convergence", _converged, numbers.percent, share=True),
-    "phase1_seconds": _Kind("phase-1 seconds", lambda r: r.phase1_seconds, numbers.seconds, " s"),
-    "effective_rank_train": _TRAIN_RANK,
-    "train_val_gap": _Kind(
-        "gap, validation / running train PPL", lambda r: r.train_validation_gap, ratio
+    "store_mb": _sized("stored contexts and embeddings, both splits", "store_bytes", "mb"),
+    "store_train_contexts_mb": _sized("stored contexts, training text", "store_train_bytes", "mb"),
+    "store_val_contexts_mb": _sized(
+        "stored contexts, validation text", "store_validation_bytes", "mb"
     ),
     # The documents store an embedding for every position, too; here it is looked up by token.
-    "store_mb": _store("stored contexts and embeddings, both splits", lambda s: s.total_bytes),
-    "store_train_contexts_mb": _store("stored contexts, training text", lambda s: s.train_bytes),
-    "store_train_embeddings_mb": _store(
-        "stored embeddings, training text (here looked up by token)", lambda s: 0
-    ),
-    "store_val_contexts_mb": _store(
-        "stored contexts, validation text", lambda s: s.validation_bytes
-    ),
-    "store_val_embeddings_mb": _store(
-        "stored embeddings, validation text (here looked up by token)", lambda s: 0
-    ),
     **{
-        f"{place}_gb_{key}": _memory(stage, accelerator=place == "accelerator")
+        f"store_{split}_embeddings_mb": _sized(
+            f"stored embeddings, {text} text (here looked up by token)",
+            "store_embedding_bytes",
+            "mb",
+        )
+        for split, text in (("train", "training"), ("val", "validation"))
+    },
+    **{
+        f"{place}_gb_{key}": _sized(
+            f"{place} memory, {stage.replace('_', ' ')}", f"{place}_bytes_{stage}", "gb"
+        )
         for place in ("host", "accelerator")
         for key, stage in _STAGES.items()
     },
 }
-_ALIASES = {
-    "parameters_total": "parameters",
-    "iterations": "phase1_iterations",
-    "converged": "phase1_converged",
-    "effective_rank": "effective_rank_train",
-}
-_CACHE = re.compile(r"cache_(bytes|kb|mb)_at_(\d+)")
+_CACHE_AT = re.compile(r"cache_(bytes|kb|mb)_at_(\d+)")
+_Line = tuple[Contender, str, float]
 
 
-def document_figures(rows: Sequence[SummaryRow]) -> list[DocumentFigure]:
-    """Every reported figure of every contender, in the recipe's order."""
-    return [
-        _figure(row, _reference(row, rows), key, value)
+def document_table(rows: Sequence[Contender]) -> Table | None:
+    """Each figure of the source document beside the one measured here; None if it has none."""
+    lines: list[_Line] = [
+        (row, str(column).removeprefix(REPORTED), float(value))
         for row in rows
-        for key, value in row.reported.items()
+        for column in row.seeds
+        if str(column).startswith(REPORTED) and (value := row.value(str(column))) is not None
     ]
+    if not lines:
+        return None
+    columns: list[Column[_Line]] = [
+        Column("contender", lambda line: line[0].name, "text"),
+        Column("figure", lambda line: _label(line[1]), "text"),
+        Column("document", lambda line: _reported(line[1], line[2]), "reported"),
+        Column("this run", _measured),
+        Column("document vs its baseline", _reported_change, "reported"),
+        Column("this run vs its baseline", _measured_change),
+    ]
+    return make_table("The document's figures and this run's", columns, lines)
 
 
-def reported_value(row: SummaryRow, key: str) -> float | None:
-    """The document's figure for a contender, whichever of its names the recipe uses."""
-    return next((v for name, v in row.reported.items() if _canonical(name) == key), None)
-
-
-def reported_change(row: SummaryRow, rows: Sequence[SummaryRow], key: str) -> float | None:
-    """The document's own difference of a contender from its reference, in percent."""
-    value, other = reported_value(row, key), _reference(row, rows)
-    base = reported_value(other, key) if other else None
-    return None if value is None or base is None else percent_change(value, base)
-
-
-def _reference(row: SummaryRow, rows: Sequence[SummaryRow]) -> SummaryRow | None:
-    return next((other for other in rows if other.name == row.comparison.reference), None)
-
-
-def _canonical(key: str) -> str:
-    key = key.replace("validation", "val")
-    return _ALIASES.get(key, key)
-
-
-def _kind(key: str, row: SummaryRow) -> _Kind | None:
-    """What is known of a figure; None for a name that is not."""
-    if key == "effective_rank_val":
-        label = validation_rank_label(stored=row.store is not None)
-        return _Kind(label, _rank(True), numbers.percent, share=True)
-    cache = _CACHE.fullmatch(key)
+def _figure(key: str) -> Figure | None:
+    cache = _CACHE_AT.fullmatch(key)
     if cache is None:
-        return _KINDS.get(key)
-    unit, tokens = cache[1], int(cache[2])
-    name = "bytes" if unit == "bytes" else unit.upper()
-
-    def measure(row: SummaryRow) -> Stat | None:
-        found = row.cache_at(tokens)
-        return _exactly(found.logical / _UNITS[unit]) if found else None
-
-    def show(value: float) -> str:
-        return f"{numbers.decimal(value, 0 if unit == 'bytes' else 1)} {name}"
-
-    label = f"cache at {numbers.count(tokens)} tokens"
-    return _Kind(label, measure, show, f" {name}", relative=True)
+        return FIGURES.get(key)
+    label = f"cache at {numbers.count(int(cache[2]))} tokens"
+    return _sized(label, f"{CACHE}{cache[2]}", cache[1])
 
 
-def _figure(
-    row: SummaryRow, reference: SummaryRow | None, key: str, value: float
-) -> DocumentFigure:
-    kind = _kind(_canonical(key), row)
-    if kind is None:
-        label = key.replace("_", " ")
-        return DocumentFigure(row.name, key, label, numbers.plain(value), None, None, None)
-    measured = kind.measure(row)
-    base = kind.measure(reference) if reference and kind.relative else None
-    return DocumentFigure(
-        name=row.name,
-        key=key,
-        label=kind.label,
-        reported=kind.reported(value),
-        measured=(
-            numbers.with_deviation(measured, kind.show) + kind.remark(row) if measured else None
-        ),
-        reported_change=(
-            reported_change(row, [row, reference], _canonical(key))
-            if reference and kind.relative
-            else None
-        ),
-        measured_change=percent_change(measured.mean, base.mean) if measured and base else None,
-    )
+def _label(key: str) -> str:
+    figure = _figure(key)
+    return figure.label if figure else key.replace("_", " ")
+
+
+def _reported(key: str, value: float) -> str:
+    figure = _figure(key)
+    if figure is None:
+        return numbers.plain(value)
+    if figure.share:
+        return numbers.plain(100 * value if value <= 1 else value) + "%"
+    return numbers.plain(value) + figure.suffix
+
+
+def _measured(line: _Line) -> str:
+    figure = _figure(line[1])
+    found = line[0].stat(figure.column) if figure else None
+    if figure is None or found is None:
+        return ABSENT
+    size = _UNITS[figure.unit]
+    scaled = Stat(found.mean / size, None if not found.sd else found.sd / size, found.seeds)
+    return with_deviation(scaled, figure.show)
+
+
+def _relative(line: _Line, change: Callable[[Figure], float | None]) -> str:
+    figure = _figure(line[1])
+    return signed_percent(change(figure)) if figure and figure.relative else ABSENT
+
+
+def _reported_change(line: _Line) -> str:
+    return _relative(line, lambda figure: line[0].reported_change(line[1]))
+
+
+def _measured_change(line: _Line) -> str:
+    return _relative(line, lambda figure: line[0].change(figure.column))

@@ -48,10 +48,10 @@ def seed_frame(runs: Sequence[Run]) -> pd.DataFrame:
     0..1, rates in tokens a second, sizes in bytes. ``cache_bytes_N`` (logical) and
     ``cache_resident_N`` are those after N tokens, ``answers_LEVEL`` the share of right answers at a
     level of a synthetic task, ``reported_KEY`` the source document's own figures,
-    ``host_bytes_STAGE`` and ``accelerator_bytes_STAGE`` the memory in use at the end of a stage; spaces in levels and
-    stages become underscores. `epoch_limit` is what the recipe allows, `epochs` what was trained.
-    `diverged` says that the validation loss is not finite or at least `DIVERGED_LOSS`. What a
-    contender does not have is missing (NA or NaN).
+    ``host_bytes_STAGE`` and ``accelerator_bytes_STAGE`` the memory in use at the end of a stage;
+    spaces in levels and stages become underscores. `epoch_limit` is what the recipe allows,
+    `epochs` what was trained. `diverged` says that the validation loss is not finite or at least
+    `DIVERGED_LOSS`. What a contender does not have is missing (NA or NaN).
     """
     rows = [
         {"run": label, **_row(run, outcome)}
@@ -166,7 +166,7 @@ def _plain(text: str) -> str:
 def _epoch_limit(run: Run) -> int | None:
     training = run.recipe.get("training")
     limit = training.get("epochs") if isinstance(training, dict) else None
-    return limit if isinstance(limit, int) else None
+    return limit if isinstance(limit, int) and 0 <= limit < 2**31 else None
 
 
 def _place(name: str) -> tuple[int, int]:

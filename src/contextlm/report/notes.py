@@ -1,166 +1,258 @@
-"""What a reader must know before believing the tables, in sentences."""
+"""The report in sentences: the answer, and what to know before believing the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from contextlm.report import numbers
-from contextlm.report.document import windows_of_train_ppl
-from contextlm.report.frontier import comparable_groups
-from contextlm.report.numbers import amount
-from contextlm.report.setting import setting_notes
-from contextlm.report.summary import SummaryRow, run_labels
-from contextlm.results.facts import PhaseOneFacts, TuningTrial
+from contextlm.report.contenders import CACHE, Contender, cache_length, comparable_groups
+from contextlm.report.frame import run_labels
+from contextlm.report.numbers import with_deviation
+from contextlm.report.tables import (
+    difference_text,
+    interval_text,
+    ppl_text,
+    setting_of,
+    verdict_text,
+)
 from contextlm.results.result import Run
 
 STOP_AT = 0.9  # a recipe's phase 1 stops at this converged share unless it says otherwise
 MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched
+FULL, SMOKE = "full", "smoke"
+_NAMED_KEYS = 6  # of a setting's departures; the report's settings list them all
 
 
-def notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
-    """The notes of a report; empty if there is nothing to beware of.
+def answers(rows: Sequence[Contender]) -> list[str]:
+    """The answer in one sentence, for each list of contenders that may be ranked."""
+    groups = comparable_groups(rows)
+    if len(groups) == 1:
+        return [_answer(groups[0])]
+    return [f"On {setting_of(group)}: {_answer(group)}" for group in groups]
 
-    Args:
-        runs: what is reported.
-        rows: `summarise_runs(runs)`.
-    """
+
+def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
+    """What to beware of; empty if there is nothing."""
     return [
-        *setting_notes(runs, rows),
-        *_phase1_notes(runs, rows),
+        *_setting_notes(runs, rows),
         *_missing_notes(runs),
-        *_tuning_notes(rows),
-        *_comparison_notes(rows),
-        *_size_notes(rows),
-        *_length_notes(rows),
+        *(note for row in rows for note in _row_notes(row)),
+        *_phase1_notes(runs, rows),
+        *(
+            f"{_names(group)} were trained in different precisions."
+            for group in comparable_groups(rows)
+            if len({row.value("precision") for row in group}) > 1
+        ),
     ]
 
 
-def detail_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    """Notes on figures that only the full report shows."""
-    first: dict[tuple[int, int], list[SummaryRow]] = {}
-    for row in rows:
-        part = windows_of_train_ppl(row)
-        if part is not None:
-            first.setdefault(part, []).append(row)
-    return [
-        f"Train PPL with the best weights was measured on the first {numbers.count(windows)} of "
-        f"{numbers.count(total)} train windows ({_names(measured)})."
-        for (windows, total), measured in first.items()
+def curves_alt(rows: Sequence[Contender]) -> str:
+    """What the learning curves show, for those who cannot see them."""
+    best = "; ".join(f"{row.name}: {ppl_text(row)}" for row in rows)
+    return f"Loss and perplexity while training. Best validation perplexity of {best}."
+
+
+def frontier_alt(rows: Sequence[Contender]) -> str:
+    """What the chart of perplexity against cache shows, for those who cannot see it."""
+    points = [
+        f"{row.name}: {ppl_text(row)} with {numbers.human_bytes(size)} at {numbers.count(length)}"
+        for group in comparable_groups(rows)
+        if (length := cache_length(group)) is not None
+        for row in group
+        if (size := row.value(f"{CACHE}{length}")) is not None
     ]
+    return f"Validation perplexity against cache and tokens kept. {'; '.join(points)}."
 
 
-def _phase1_notes(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> list[str]:
+def _answer(group: Sequence[Contender]) -> str:
+    sound = [row for row in group if not row.diverged]
+    if not sound:
+        return "Training diverged in every contender."
+    ranked = sorted(sound, key=_rank)
+    best = ranked[0]
+    seeds = numbers.seeds_text(len(best.seeds))
+    if len(group) == 1:
+        return f"Only {best.name} was measured: {_measure(best)} {_quality(best)} ({seeds})."
+    alike = [row.name for row in ranked if _rank(row) == _rank(best)]
+    most = "most right answers" if best.task else "lowest validation perplexity"
+    head = f"{' and '.join(alike)} {'share' if len(alike) > 1 else 'has'} the {most}, "
+    head += f"{_quality(best)} ({seeds})"
+    if len(alike) > 1:
+        return f"{head}."
+    if best.difference is not None:
+        return f"{head}: {_against(best)}{_cache(best, group)}."
+    nearest = next(
+        (
+            row
+            for row in ranked
+            if row.difference and row.reference and row.reference.name == best.name
+        ),
+        None,
+    )
+    if nearest is None:
+        return f"{head}."
+    return f"{head}; the nearest, {nearest.name}, is {_against(nearest)}{_cache(nearest, group)}."
+
+
+def _against(row: Contender) -> str:
+    """The difference from the baseline, and whether the seeds tell it."""
+    found, size = row.difference, difference_text(row).lstrip("+-")
+    if found is None or row.reference is None:
+        return ""
+    side = "lower" if found.mean < 0 else "higher"
+    text = f"{size} {side} than" if found.mean else "the same as"
+    text += f" the baseline {row.reference.name}"
+    if found.p is None:
+        return f"{text} ({found.verdict}: no interval)"
+    told = f"95% interval {interval_text(row)}"
+    verdict = verdict_text(row)
+    return f"{text} ({told if verdict == side else f'{verdict}, {told}'})"
+
+
+def _cache(row: Contender, group: Sequence[Contender]) -> str:
+    length = cache_length(group)
+    change = None if length is None else row.change(f"{CACHE}{length}")
+    if length is None or change is None:
+        return ""
+    size = (
+        "as much" if change == 0 else f"{numbers.amount(change)} {'less' if change < 0 else 'more'}"
+    )
+    return f", with {size} cache at {numbers.count(length)} tokens"
+
+
+def _row_notes(row: Contender) -> list[str]:
+    found, other = [], row.reference
+    if row.diverged:
+        seeds = ", ".join(map(str, row.diverged))
+        found.append(f"{row.name} diverged (seed{'s' if ',' in seeds else ''} {seeds}).")
+    share, change = row.stat("unigram_share"), row.change("parameters")
+    if share is not None and share.mean >= 1 and not row.diverged:
+        unigram = numbers.perplexity(row.value("unigram_ppl"))
+        found.append(
+            f"{row.name} has learned nothing beyond how frequent each token is: that alone reaches "
+            f"a perplexity of {unigram}."
+        )
+    if other is not None and change is not None and abs(change) > MATCHED_PERCENT:
+        side = "more" if change > 0 else "fewer"
+        found.append(
+            f"{row.name} has {numbers.amount(change)} {side} parameters than {other.name}: the two "
+            "are not matched in size."
+        )
+    tuning = row.outcomes[0].result.tuning
+    if tuning is not None and tuning.at_an_end:
+        found.append(
+            f"The learning rate of {row.name}, {tuning.chosen:g}, is the end of its grid: another "
+            "may be better."
+        )
+    ahead = row.value("target_offset")
+    if ahead > 1:
+        found.append(
+            f"{row.name} predicts the token {ahead} ahead, which is harder than the next one."
+        )
+    if other is not None and other.value("speed_tokens") != row.value("speed_tokens"):
+        found.append(
+            f"{row.name} was timed on {numbers.count(row.value('speed_tokens'))} tokens, "
+            f"{other.name} on {numbers.count(other.value('speed_tokens'))}: their "
+            "prefill and decode speeds are not compared."
+        )
+    return found
+
+
+def _phase1_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
     recipes = {label: run.recipe for run, label in zip(runs, run_labels(runs), strict=True)}
     found = []
     for row in rows:
-        facts = [o.result.phase1 for o in row.outcomes if o.result.phase1 is not None]
-        if facts:
-            contenders = recipes[row.run].get("contenders", [])
-            settings = next(
-                (c.get("phase1") for c in contenders if c.get("name") == row.contender), None
+        if row.value("phase1_converged") is None:
+            continue
+        listed = recipes[row.value("run")].get("contenders", [])
+        own = next((c for c in listed if c.get("name") == row.value("contender")), {})
+        wanted = float((own.get("phase1") or {}).get("stop_at", STOP_AT))
+        reached = row.seeds.phase1_converged.min()
+        if reached < wanted:
+            # More decimals where one would round the share up to what was asked for.
+            places = 1 if round(100 * reached, 1) < 100 * wanted else 3
+            found.append(
+                f"Phase 1 of {row.name} stopped at its limit of iterations with "
+                f"{numbers.decimal(100 * reached, places)}% converged (the recipe asks for "
+                f"{numbers.plain(100 * wanted)}%)."
             )
-            found += _unconverged(row.name, min(facts, key=lambda f: f.converged), settings or {})
     return found
-
-
-def _unconverged(name: str, worst: PhaseOneFacts, settings: Mapping[str, Any]) -> list[str]:
-    """The note on the seed that converged least, if that was not enough."""
-    wanted = float(settings.get("stop_at", STOP_AT))
-    if worst.converged >= wanted:
-        return []
-    limit = settings.get("max_iterations", worst.iterations)
-    # More decimals where one would round the share up to what was asked for.
-    places = 1 if round(100 * worst.converged, 1) < 100 * wanted else 3
-    return [
-        f"Phase 1 of {name} stopped at its limit of {numbers.count(limit)} iterations with "
-        f"{numbers.decimal(100 * worst.converged, places)} % converged "
-        f"(the recipe asks for {numbers.plain(100 * wanted)} %)."
-    ]
-
-
-def _tuning_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    """How each learning rate was chosen, contenders with the same trials' settings together."""
-    found: dict[tuple[float, int], list[str]] = {}
-    for row in rows:
-        facts = row.outcomes[0].result.tuning
-        if facts is not None:
-            tried = ", ".join(_tried(trial) for trial in facts.trials)
-            end = "; at the end of what was tried, another may be better" if facts.at_an_end else ""
-            chosen = f"{row.name} {facts.chosen:g} (tried: {tried}{end})"
-            found.setdefault((facts.share, facts.seed), []).append(chosen)
-    return [
-        f"Learning rates were chosen by validation loss after training on "
-        f"{numbers.percent(share)} of the windows with seed {seed}: {'; '.join(chosen)}."
-        for (share, seed), chosen in found.items()
-    ]
-
-
-def _tried(trial: TuningTrial) -> str:
-    broke = " (broke down)" if trial.validation_loss is None else ""
-    return f"{trial.learning_rate:g}{broke}"
 
 
 def _missing_notes(runs: Sequence[Run]) -> list[str]:
-    missing = []
-    for run, label in zip(runs, run_labels(runs), strict=True):
-        above = f"{label}/" if len(runs) > 1 else ""
-        for name, seeds in run.missing_seeds().items():
-            plural = "seed" if len(seeds) == 1 else "seeds"
-            missing.append(f"{above}{name} ({plural} {', '.join(map(str, seeds))})")
+    missing = [
+        f"{f'{label}/' if len(runs) > 1 else ''}{name} (seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))})"
+        for run, label in zip(runs, run_labels(runs), strict=True)
+        for name, seeds in run.missing_seeds().items()
+    ]
     return [f"Not finished, and so not shown: {'; '.join(missing)}."] if missing else []
 
 
-def _comparison_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    found = []
-    groups = comparable_groups(rows)
-    for group in groups:
-        if len({row.corpus.train_tokens for row in group}) > 1:
-            found.append(f"{_names(group)} were trained on different numbers of tokens.")
-        if len({row.precision for row in group}) > 1:
-            found.append(f"{_names(group)} were trained in different precisions.")
-    if len({group[0].corpus.model_dump_json(exclude={"unigram_ppl"}) for group in groups}) > 1:
-        found.append(
-            "The runs differ in data, tokenizer or window; perplexities are compared only "
-            "between contenders that share them."
-        )
-    for row in rows:
-        reference = row.comparison.reference
-        if row.target_offset > 1:
-            beside = f"; it is compared with {reference}" if reference else ""
-            found.append(
-                f"{row.name} predicts the token {row.target_offset} ahead, which is harder than "
-                f"the next one{beside}."
+def _setting_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
+    """How far runs are from the setting that they stand for, a document's or a recipe's.
+
+    A run's recipe says in ``departs_from_full`` in which keys it departs from its top level.
+    """
+    found: dict[str, None] = {}
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        mine = [row for row in rows if label in set(row.seeds.run)]
+        scale = mine[0].value("scale") if mine else FULL
+        documented = [row for row in mine if _documented(row)]
+        keys = _departures(run.recipe.get("departs_from_full"), documented)
+        where = f" ({label})" if len(runs) > 1 else ""
+        if scale == SMOKE:
+            found[f"Scale smoke only tests that everything runs{where}: draw no conclusions."] = (
+                None
             )
-        alone = reference is None and not row.baseline
-        if alone and not any(other.comparison.reference == row.name for other in rows):
-            found.append(f"{row.name} has no baseline result to be compared with.")
-    return found
+        elif documented and (keys or (keys is None and scale != FULL)):
+            differ = _listed(keys) if keys else f"scale {scale}"
+            found[
+                f"Not the document's setting{where}: {differ}. Compare the differences from the "
+                "baseline rather than the figures themselves."
+            ] = None
+        elif scale != FULL:
+            found[f"Measured at scale {scale}, not at the recipe's full setting{where}."] = None
+    return list(found)
 
 
-def _size_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    found = []
-    for row in rows:
-        change = row.comparison.parameters
-        if change is not None and abs(change) > MATCHED_PERCENT:
-            found.append(
-                f"{row.name} has {amount(change)} {'more' if change > 0 else 'fewer'} parameters "
-                f"than {row.comparison.reference}: the two are not matched in size."
-            )
-    return found
+def _departures(keys: Any, documented: Sequence[Contender]) -> list[str] | None:
+    """The keys in which documented contenders depart; None where an older run does not say."""
+    if not isinstance(keys, list):
+        return None
+    own = tuple(f"contenders.{row.value('contender')}." for row in documented)
+    return [k for k in map(str, keys) if not k.startswith("contenders.") or k.startswith(own)]
 
 
-def _length_notes(rows: Sequence[SummaryRow]) -> list[str]:
-    longest = max((cache.tokens for row in rows for cache in row.cache), default=0)
-    found = []
-    for row in rows:
-        reach = max((cache.tokens for cache in row.cache), default=0)
-        if reach < longest:
-            measured = f"up to {numbers.count(reach)}" if reach else "at none of the lengths"
-            head = f"{row.name} stops short of {numbers.count(longest)} tokens"
-            found.append(f"{head}: its cache was measured {measured}.")
-    return found
+def _documented(row: Contender) -> bool:
+    result = row.outcomes[0].result
+    return bool(result.reported or result.reported_epochs)
 
 
-def _names(rows: Sequence[SummaryRow]) -> str:
+def _listed(keys: Sequence[str]) -> str:
+    more = len(keys) - _NAMED_KEYS
+    named = [*keys[:_NAMED_KEYS], *([f"{more} more"] if more > 0 else [])]
+    return f"{', '.join(named)} differ" if len(named) > 1 else f"{named[0]} differs"
+
+
+def _rank(row: Contender) -> float:
+    found = row.stat("accuracy" if row.task else "validation_loss")
+    if found is None:  # not a number in every seed
+        return math.inf
+    return -found.mean if row.task else found.mean
+
+
+def _quality(row: Contender) -> str:
+    if row.task:
+        return with_deviation(row.stat("accuracy"), numbers.percent)
+    return ppl_text(row)
+
+
+def _measure(row: Contender) -> str:
+    return "right answers" if row.task else "validation perplexity"
+
+
+def _names(rows: Sequence[Contender]) -> str:
     return ", ".join(row.name for row in rows)

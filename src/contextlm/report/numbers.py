@@ -6,41 +6,14 @@ Text only; nothing here knows what a run is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # scipy takes a second to import, and bytes are printed by every command
+    from contextlm.report.statistics import Stat
 
 ABSENT = "–"  # noqa: RUF001 - the dash that stands for "no such figure", in every table
 _UNITS = ("KB", "MB", "GB", "TB")
-
-
-@dataclass(frozen=True)
-class Stat:
-    """A mean over seeds and its sample standard deviation (ddof=1); one seed has none."""
-
-    mean: float
-    sd: float | None
-    seeds: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Stat:
-        """The mean and deviation of one value per seed.
-
-        Raises:
-            ValueError: there are no values.
-        """
-        known = [float(value) for value in values]
-        if not known:
-            raise ValueError("no values to summarise")
-        finite = all(math.isfinite(value) for value in known)
-        sd = stdev(known) if len(known) > 1 and finite else None
-        return cls(mean=fmean(known), sd=sd, seeds=len(known))
-
-    @classmethod
-    def of_known(cls, values: Iterable[float | None]) -> Stat | None:
-        """The same without the seeds that have no such value; None if no seed has one."""
-        known = [value for value in values if value is not None]
-        return cls.of(known) if known else None
 
 
 def percent_change(value: float, base: float) -> float | None:
@@ -54,6 +27,8 @@ def decimal(value: float, places: int) -> str:
     """A number with thousands separators and a fixed count of decimals."""
     if not math.isfinite(value):
         return "not finite"
+    if abs(value) >= 1e15:
+        return f"{value:.1e}"
     text = f"{value:,.{places}f}"
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
 
@@ -87,7 +62,7 @@ def seconds(value: float) -> str:
 
 def percent(share: float) -> str:
     """A share in 0..1 as a percentage with one decimal."""
-    return decimal(100 * share, 1) + " %"
+    return decimal(100 * share, 1) + "%"
 
 
 def signed_percent(change: float | None) -> str:
@@ -95,23 +70,18 @@ def signed_percent(change: float | None) -> str:
     if change is None:
         return ABSENT
     text = decimal(change, 1)
-    return f"{'+' if change > 0 and float(text.replace(',', '')) != 0 else ''}{text} %"
+    return f"{'+' if change > 0 and float(text.replace(',', '')) != 0 else ''}{text}%"
 
 
 def amount(change: float) -> str:
     """The size of a difference in percent, without its sign."""
     size = abs(change)
-    return "less than 0.1 %" if round(size, 1) == 0 else f"{decimal(size, 1)} %"
+    return "less than 0.1%" if round(size, 1) == 0 else f"{decimal(size, 1)}%"
 
 
 def plain(value: float) -> str:
     """A number as it was given, with thousands separators."""
     return f"{value:,.10g}"
-
-
-def gigabytes(value: float) -> str:
-    """GB, two decimals; 1 GB = 1024^3 bytes."""
-    return decimal(value, 2) + " GB"
 
 
 def human_bytes(size: float) -> str:
@@ -134,13 +104,13 @@ def with_deviation(stat: Stat | None, show: Callable[[float], str] = perplexity)
     text = show(stat.mean)
     if stat.sd is None:
         return text
-    number, space, unit = text.partition(" ")
+    number = text.rstrip("% BGKMTs")
+    unit = text.removeprefix(number)
     places = len(number.partition(".")[2])
-    scale = 100 if unit == "%" else 1
-    deviation = stat.sd * scale
+    deviation = stat.sd * (100 if unit == "%" else 1)
     if deviation > 10.0 ** -(places + 3) and round(deviation, places) == 0:
         places = -math.floor(math.log10(deviation))
-    return f"{number} ± {decimal(deviation, places)}{space}{unit}"
+    return f"{number} ± {decimal(deviation, places)}{unit}"
 
 
 def seeds_text(number: int) -> str:

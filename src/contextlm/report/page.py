@@ -1,4 +1,4 @@
-"""The report of one or several runs: ``report.md``, ``report.html`` and the two plots.
+"""The report of one or several runs: ``report.md``, ``report.html`` and the two charts.
 
 The HTML is one self-contained file without scripts. Both texts come from templates that hold words
 only: every figure, and every sentence with one, is computed from the results.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -19,35 +19,35 @@ from contextlm.base.errors import InputError
 from contextlm.base.files import atomic_open, write_text
 from contextlm.base.paths import is_folder
 from contextlm.base.visible import visible
-from contextlm.report import details, plots, resource_tables, tables, words
-from contextlm.report.epoch_tables import epoch_tables
-from contextlm.report.notes import detail_notes, notes
-from contextlm.report.remarks import data_remarks, unigram_remarks
-from contextlm.report.retrieval_table import retrieval_table
-from contextlm.report.sheet import Column, Table, escape_markdown, markdown_table
-from contextlm.report.summary import SummaryRow, run_labels, summarise_runs
-from contextlm.report.terms import terms
+from contextlm.report import charts, notes, tables
+from contextlm.report.contenders import Contender, contenders
+from contextlm.report.document import document_table
+from contextlm.report.frame import run_labels
+from contextlm.report.sheet import escape_markdown, markdown_table
 from contextlm.results.result import Run
 
 FILES = ("report.md", "report.html", "curves.png", "frontier.png")
 
-
-@dataclass(frozen=True)
-class _RunPart:
-    """What the page says about one run alone."""
-
-    label: str
-    settings: Table
-    contenders: Table
-    environment: Table
+# The words of the tables that a newcomer may not know.
+TERMS = {
+    "PPL vs baseline": "The mean difference in validation loss, as percent of perplexity.",
+    "share of unigram PPL": "Of the perplexity that the training tokens' frequencies alone reach.",
+    "running": "Averaged over an epoch's batches while the weights still changed.",
+    "train / validation PPL": "Both with the best weights; far below 1, the model learned its text "
+    "by heart.",
+    "bits per byte": "The validation loss for each UTF-8 byte; it compares lossless tokenizers.",
+    "converged": "The share of positions whose context hardly changed in phase 1's last iteration.",
+    "effective rank": "How many dimensions the contexts really use, at most their width.",
+    "drift": "Mean-square difference, per number, between parallel contexts and the exact ones.",
+    "resident": "The memory that holds a cache; all other sizes count the elements kept.",
+}
 
 
 def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
     """Write the report of `runs` into `folder`, each file whole or not at all.
 
     Args:
-        runs: usually one, with ``folder == run.folder``. Several are compared with each other;
-            contenders whose names clash get their run folder's name in front.
+        runs: usually one, with ``folder == run.folder``. Several are compared with each other.
         folder: made if it does not exist; earlier reports in it are replaced.
 
     Returns:
@@ -61,46 +61,35 @@ def write_report(runs: list[Run], folder: Path) -> dict[str, Path]:
     for name in FILES:  # before the first of them is written
         if is_folder(folder / name):
             raise InputError(f"{folder / name}: is a folder, the report needs that name for a file")
-    rows = summarise_runs(runs)
+    rows = contenders(runs)
     pictures = {
-        "curves.png": plots.png(plots.curves_figure(rows)),
-        "frontier.png": plots.png(plots.frontier_figure(rows)),
+        "curves.png": charts.png(charts.curves_figure(rows)),
+        "frontier.png": charts.png(charts.frontier_figure(rows)),
     }
     facts = _facts(runs, rows)
     embedded = {name: _data_uri(picture) for name, picture in pictures.items()}
     texts = {
-        "report.md": render_markdown({**facts, "images": {name: name for name in pictures}}),
-        "report.html": render_html({**facts, "images": embedded}),
+        "report.md": _markdown("report.md.j2", {**facts, "images": {n: n for n in pictures}}),
+        "report.html": _environment(True, _visible_unless_marked)
+        .get_template("report.html.j2")
+        .render({**facts, "images": embedded}),
     }
     for name, picture in pictures.items():
         with atomic_open(folder / name, "wb") as stream:
             stream.write(picture)
     for name, text in texts.items():
         write_text(folder / name, text)
-    return {name: folder / name for name in (*texts, *pictures)}
-
-
-def render_html(facts: dict[str, Any]) -> str:
-    """The HTML page; whatever is not marked up by the template itself is escaped."""
-    environment = _environment(autoescape=True, finalize=_visible_unless_marked)
-    return environment.get_template("report.html.j2").render(facts)
-
-
-def render_markdown(facts: dict[str, Any], template: str = "report.md.j2") -> str:
-    """The Markdown page; whatever is not marked up by the template itself is escaped."""
-    environment = _environment(autoescape=False, finalize=_escape_unless_marked)
-    environment.filters["table"] = lambda table: Markup(markdown_table(table))
-    return environment.get_template(template).render(facts)
+    return {name: folder / name for name in FILES}
 
 
 def render_summary(runs: list[Run]) -> str:
-    """The answer, the main table and the findings as Markdown, to stand in another document.
+    """The answer, the comparison and what to beware of as Markdown, for another document.
 
     Raises:
         InputError: there is no run, or a run in which no contender has finished.
     """
     _check(runs)
-    return render_markdown(_facts(runs, summarise_runs(runs)), "summary.md.j2")
+    return _markdown("summary.md.j2", _facts(runs, contenders(runs)))
 
 
 def _check(runs: Sequence[Run]) -> None:
@@ -111,7 +100,38 @@ def _check(runs: Sequence[Run]) -> None:
             raise InputError(f"{run.folder}: no contender has finished, nothing to report")
 
 
-def _environment(*, autoescape: bool, finalize: Callable[[object], object]) -> Environment:
+def _facts(runs: Sequence[Run], rows: Sequence[Contender]) -> dict[str, Any]:
+    """All that the templates may show."""
+    retrieval, document = tables.retrieval_table(rows), document_table(rows)
+    return {
+        "title": _title(runs),
+        "questions": _distinct(runs, "question"),
+        "documents": _distinct(runs, "document"),
+        "answers": notes.answers(rows),
+        "main": tables.main_tables(rows),
+        "retrieval": [retrieval] if retrieval else [],
+        "document": [*([document] if document else []), *tables.epoch_tables(rows)],
+        "notes": notes.notes(runs, rows),
+        "measured": tables.measured_tables(rows),
+        "terms": TERMS,
+        "data": tables.data_table(rows),
+        "runs": [
+            (label, {"Recipe": _yaml(run.recipe), "Environment": _yaml(run.environment)})
+            for run, label in zip(runs, run_labels(runs), strict=True)
+        ],
+        "histories": [table for row in rows for table in tables.history_tables(row)],
+        "curves_alt": notes.curves_alt(rows),
+        "frontier_alt": notes.frontier_alt(rows),
+    }
+
+
+def _markdown(template: str, facts: dict[str, Any]) -> str:
+    environment = _environment(False, _escape_unless_marked)
+    environment.filters["table"] = lambda table: Markup(markdown_table(table))
+    return environment.get_template(template).render(facts)
+
+
+def _environment(autoescape: bool, finalize: Callable[[object], object]) -> Environment:
     return Environment(
         loader=PackageLoader("contextlm.report"),
         autoescape=autoescape,
@@ -131,60 +151,14 @@ def _escape_unless_marked(value: object) -> object:
     return value if isinstance(value, Markup) else escape_markdown(value)
 
 
+def _yaml(value: dict[str, Any]) -> Markup:
+    """A mapping as text between ``<pre>`` marks, which Markdown and HTML both show as it is."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return Markup("<pre>{}</pre>").format(visible(text))
+
+
 def _data_uri(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
-
-
-def _facts(runs: Sequence[Run], rows: Sequence[SummaryRow]) -> dict[str, Any]:
-    """All that the templates may show."""
-    answers_by_level = retrieval_table(rows)
-    measured = [
-        answers_by_level,
-        tables.quality_table(rows),
-        tables.training_table(rows),
-        tables.phase1_table(rows),
-        resource_tables.store_table(rows),
-        tables.cache_table(rows),
-        tables.speed_table(rows),
-        resource_tables.stage_table(rows),
-    ]
-    parts = [
-        _RunPart(
-            label,
-            details.settings_table(run),
-            details.contenders_table(run),
-            details.environment_table(run),
-        )
-        for run, label in zip(runs, run_labels(runs), strict=True)
-    ]
-    return {
-        "title": _title(runs),
-        "answers_by_level": answers_by_level,
-        "questions": _distinct(runs, "question"),
-        "documents": _distinct(runs, "document"),
-        "answer": words.answer(rows),
-        "verdicts": words.verdicts(rows),
-        "notes": notes(runs, rows),
-        "detail_notes": detail_notes(rows),
-        "main": tables.main_table(rows),
-        "document_table": tables.document_table(rows),
-        "epoch_tables": epoch_tables(rows),
-        "measured": [table for table in measured if table is not None],
-        "terms": terms(rows),
-        "data": details.data_table(rows),
-        "data_remarks": data_remarks(rows),
-        "unigram_remarks": unigram_remarks(rows),
-        "runs": parts,
-        "histories": [(row.name, details.history_tables(row)) for row in rows],
-        "curves_alt": words.curves_alt(rows),
-        "frontier_alt": words.frontier_alt(rows),
-        "kinds": _kinds,
-    }
-
-
-def _kinds(table: Table, row: tuple[str, ...]) -> list[tuple[Column, str]]:
-    """The cells of a row after the first, each with its column."""
-    return list(zip(table.columns[1:], row[1:], strict=True))
 
 
 def _title(runs: Sequence[Run]) -> str:

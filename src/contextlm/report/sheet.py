@@ -1,52 +1,67 @@
-"""A table as texts in columns, each column marked as measured or reported, and its Markdown."""
+"""Columns declared once, tables made of them, and a table's Markdown.
+
+A table knows nothing of Markdown, HTML or a terminal; the page, `markdown_table` and the command
+line render the same one.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from contextlm.base.visible import visible
+from contextlm.report.numbers import ABSENT
 
 Kind = Literal["text", "measured", "reported"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Column:
-    """A heading, and where the figures below it come from."""
+class Column(Generic[T]):
+    """A heading, with its unit; how to print an item's cell; and where the figures come from."""
 
-    label: str
+    heading: str
+    cell: Callable[[T], str]
     kind: Kind = "measured"
-
-    @property
-    def heading(self) -> str:
-        """The label with its origin, for renderers that have no styles."""
-        return self.label if self.kind == "text" else f"{self.label} ({self.kind})"
-
-
-CONTENDER = Column("contender", "text")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, columns, and rows of one text per column. The first column names the row."""
+    """A caption, headings with their kinds, and rows of one text a column; the first names the row.
+
+    Headings say ``(measured)`` only where the table also has ``(reported)`` figures.
+    """
 
     caption: str
-    columns: tuple[Column, ...]
+    headings: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
-def make_table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Table:
-    """A `Table` from any sequences."""
-    return Table(caption, tuple(columns), tuple(tuple(row) for row in rows))
+def make_table(
+    caption: str, columns: Sequence[Column[T]], items: Iterable[T], note: str = ""
+) -> Table:
+    """A row for each item; columns after the first in which no item has anything are left out."""
+    rows = [[column.cell(item) for column in columns] for item in items]
+    kept = [i for i in range(len(columns)) if i == 0 or any(row[i] != ABSENT for row in rows)]
+    kinds = tuple(columns[i].kind for i in kept)
+    headings = tuple(
+        f"{columns[i].heading} ({columns[i].kind})"
+        if "reported" in kinds and columns[i].kind != "text"
+        else columns[i].heading
+        for i in kept
+    )
+    return Table(caption, headings, kinds, tuple(tuple(row[i] for i in kept) for row in rows), note)
 
 
 def markdown_table(table: Table) -> str:
-    """A table as GitHub Markdown; headings say which figures are measured and which reported."""
-    header = [escape_markdown(column.heading) for column in table.columns]
-    rule = [":---" if i == 0 or c.kind == "text" else "---:" for i, c in enumerate(table.columns)]
-    body = [[escape_markdown(cell) for cell in row] for row in table.rows]
+    """A table as GitHub Markdown."""
+    rule = [":---" if i == 0 or k == "text" else "---:" for i, k in enumerate(table.kinds)]
+    lines = [table.headings, *table.rows]
+    header, *body = [[escape_markdown(cell) for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *body])
 
 

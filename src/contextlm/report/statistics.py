@@ -35,9 +35,9 @@ class Stat:
 class Difference:
     """A mean minus the baseline's, in their own unit, with the bounds of its 95 % interval.
 
-    `paired` says that both have the same seeds, and that differences were taken seed by seed (paired
-    t); else the test is Welch's. `p` is two-sided; `holm` is `p` after `corrected`. Interval and p
-    are None with fewer than three seeds on a side.
+    `paired` says that both have the same seeds, and that differences were taken seed by seed
+    (paired t); else the test is Welch's. `p` is two-sided; `holm` is `p` after `corrected`.
+    Interval and p are None with fewer than three seeds on a side.
     """
 
     mean: float
