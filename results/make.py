@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,274 +21,229 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from contextlm.report import numbers, tables
+from contextlm.report.charts import frontier_figure, styles
+from contextlm.report.contenders import Contender
 from contextlm.report.frame import csv_frame, seed_frame
-from contextlm.report.numbers import human_bytes, perplexity
+from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
 from contextlm.results.result import read_run
 
-ABSENT = "–"  # noqa: RUF001
 NOT_FIGURES = ["run", "question", "scale"]
-MARKS = re.compile(r"<!-- make (\w+) ?(.*?) -->\n?(.*?)(\n?)<!-- made -->", re.DOTALL)
-# Of a document's figures: label, how the measured one is had, and how both are written.
-REPORTED: dict[str, tuple[str, Callable[[pd.DataFrame], pd.Series], str]] = {
-    "val_ppl": ("validation PPL", lambda f: f.validation_ppl, ",.1f"),
-    "accuracy": ("accuracy", lambda f: f.accuracy, ".1%"),
-    "best_epoch": ("best epoch", lambda f: f.best_epoch, ",.1f"),
-    "train_val_gap": ("val / train PPL", lambda f: f.validation_ppl / f.train_ppl_running, ",.2f"),
-    "phase1_iterations": ("phase-1 iterations", lambda f: f.phase1_iterations, ",.1f"),
-    "phase1_converged": ("phase-1 convergence", lambda f: f.phase1_converged, ".1%"),
-    "effective_rank_train": ("rank, training", lambda f: f.rank_train / f.context_dim, ".1%"),
-    "effective_rank_val": ("rank, validation", lambda f: f.rank_validation / f.context_dim, ".1%"),
-    "parameters": ("parameters", lambda f: f.parameters, ",.0f"),
+MARKS = re.compile(r"<!-- make (\w+) ?(.*?) -->\n?(.*?)\n?<!-- made -->", re.DOTALL)
+# Of a document's figures: label, the column of the measured one, and how both are written.
+REPORTED = {
+    "val_ppl": ("validation PPL", "validation_ppl", numbers.perplexity),
+    "accuracy": ("accuracy", "accuracy", numbers.percent),
+    "best_epoch": ("best epoch", "best_epoch", tables.whole),
+    "train_val_gap": ("validation / train PPL", "gap", lambda v: numbers.decimal(v, 2)),
+    "phase1_iterations": ("phase-1 iterations", "phase1_iterations", tables.whole),
+    "phase1_converged": ("phase-1 convergence", "phase1_converged", numbers.percent),
+    "effective_rank_train": ("rank, training", "rank_share_train", numbers.percent),
+    "effective_rank_val": ("rank, validation", "rank_share_validation", numbers.percent),
+    "parameters": ("parameters", "parameters", numbers.count),
 }
 
 
 class Results:
-    """The rows of both files, and what tables say of them."""
+    """The rows of both files, and what pages say of them."""
 
     def __init__(self, folder: Path):
-        self.runs = pd.read_csv(folder / "runs.csv")
-        self.rows, self.baseline = cache(self._rows), cache(self._baseline)
-        self.cache_column = cache(self._cache_column)
+        self.runs = pd.read_csv(folder / "runs.csv").assign(
+            gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
+            rank_share_train=lambda rows: rows.rank_train / rows.context_dim,
+            rank_share_validation=lambda rows: rows.rank_validation / rows.context_dim,
+        )
         self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
+        self.rows = cache(self._rows)
 
-    def _rows(self, question: str, contender: str | None = None) -> pd.DataFrame:
-        """The rows that answer a question, of one contender or all."""
-        found = self.runs[[question in words.split() for words in self.runs.question]]
-        found = found if contender is None else found[found.contender == contender]
-        if found.empty:
-            raise SystemExit(f"runs.csv has no rows for {question!r} {contender or ''}")
-        return found
+    def _rows(self, question: str) -> list[Contender]:
+        """The contenders that answer a question, each compared with its baseline."""
+        seeds = self.runs[[question in words.split() for words in self.runs.question]]
+        if seeds.empty:
+            raise SystemExit(f"results/runs.csv has no rows for {question!r}")
+        plain = [Contender(str(n), rows, ()) for n, rows in seeds.groupby("contender", sort=False)]
+        rows: list[Contender] = []
+        for row in plain:
+            alike = [
+                one for one in plain if one.value("target_offset") == row.value("target_offset")
+            ]
+            # A pair with another target has no marked baseline: it is the first of the pair.
+            base = next((one for one in alike if one.value("baseline")), alike[0])
+            column = "accuracy" if row.task else "validation_loss"
+            pair = (one.seeds.set_index("seed")[column] for one in (row, base))
+            rows.append(
+                row if row is base else replace(row, reference=base, difference=difference(*pair))
+            )
+        told = iter(corrected([row.difference for row in rows if row.difference]))
+        return [replace(row, difference=next(told)) if row.difference else row for row in rows]
 
-    def _baseline(self, question: str, contender: str) -> pd.DataFrame:
-        """The rows of the contender that `contender` is compared with; it may be its own."""
-        offset = self.rows(question, contender).target_offset.iloc[0]
-        alike = self.rows(question)[lambda rows: rows.target_offset == offset]
-        # A pair with another target has no marked baseline: it is the first of the pair.
-        named = alike[alike.baseline] if alike.baseline.any() else alike
-        return named[named.contender == named.contender.iloc[0]]
-
-    def _cache_column(self, question: str) -> tuple[str, int]:
-        """Column and length of the longest cache up to 2,048 tokens that all have."""
-        known = self.rows(question).filter(regex="^cache_bytes_").dropna(axis="columns").columns
-        lengths = [int(name.rpartition("_")[2]) for name in known]
-        longest = max(length for length in lengths if length <= 2048)
-        return f"cache_bytes_{longest}", longest
+    def row(self, question: str, contender: str) -> Contender:
+        """One contender of a question."""
+        return next(row for row in self.rows(question) if row.name == contender)
 
     def value(self, figure: str, question: str, contender: str) -> str:
-        """One figure: ppl, change, interval, cache, saved, answers."""
-        own, base = self.rows(question, contender), self.baseline(question, contender)
-        column = self.cache_column(question)[0]
-        ppl, base_ppl = (rows.set_index("seed").validation_ppl for rows in (own, base))
-        if figure == "ppl":
-            deviation = f" ± {perplexity_like(ppl.mean(), ppl.std())}" if len(ppl) > 1 else ""
-            return perplexity(ppl.mean()) + deviation
-        if figure == "cache":
-            return human_bytes(own[column].mean())
+        """One figure: ppl, change, interval or answers."""
+        row = self.row(question, contender)
         if figure == "answers":
-            return f"{own.accuracy.mean():.1%}"
-        if own.contender.iloc[0] == base.contender.iloc[0]:
-            return ABSENT
-        if figure == "change":
-            return signed(ppl.mean() / base_ppl.mean() - 1)
-        if figure == "saved":
-            return signed(own[column].mean() / base[column].mean() - 1)
-        told = difference(ppl, base_ppl)
-        if told.low is None or told.high is None:
-            return ABSENT
-        low, high = told.low / base_ppl.mean(), told.high / base_ppl.mean()
-        return f"{signed(low)} to {signed(high)}"
-
-    def tested(self, question: str) -> dict[str, str]:
-        """The p of each contender's difference from its baseline, corrected for their number."""
-        told = {}
-        for contender, own in self.rows(question).groupby("contender", sort=False):
-            base = self.baseline(question, str(contender))
-            if base.contender.iloc[0] != contender:
-                ppl = (rows.set_index("seed").validation_ppl for rows in (own, base))
-                told[str(contender)] = difference(*ppl)
-        holm = (one.holm for one in corrected(list(told.values())))
-        return {
-            name: ABSENT if p is None else f"{p:.2g}" for name, p in zip(told, holm, strict=True)
+            return numbers.with_deviation(row.stat("accuracy"), numbers.percent)
+        show = {
+            "ppl": tables.ppl_text,
+            "change": tables.difference_text,
+            "interval": tables.interval_text,
         }
+        return show[figure](row)
 
     def comparison(self, question: str) -> str:
         """All contenders of a question against their baseline."""
-        rows, (_, length) = self.rows(question), self.cache_column(question)
-        table, p = [], self.tested(question)
-        for contender, own in rows.groupby("contender", sort=False):
-            is_base = self.baseline(question, str(contender)).contender.iloc[0] == contender
-            mark = " (baseline)" if is_base else ""
-            entry = {"contender": f"{contender}{mark}"}
-            if rows.filter(regex="^answers_").notna().any(axis=None):
-                entry["right answers"] = self.value("answers", question, contender)
-            entry["PPL"] = self.value("ppl", question, contender)
-            entry["vs baseline"] = self.value("change", question, contender)
-            entry["95% interval"] = self.value("interval", question, contender)
-            entry["p"] = p.get(str(contender), ABSENT)
-            entry[f"cache at {length:,} tokens"] = self.value("cache", question, contender)
-            entry["cache vs baseline"] = self.value("saved", question, contender)
-            entry["parameters"] = f"{own.parameters.iloc[0]:,}"
-            if rows.learning_rate.notna().all():
-                entry["rate"] = f"{own.learning_rate.iloc[0]:g}"
-            entry["seeds"] = str(len(own))
-            table.append(entry)
-        frame = pd.DataFrame(table)
-        if (frame["95% interval"] == ABSENT).all():
-            frame = frame.drop(columns=["95% interval", "p"])
-        return markdown(frame)
+        rows = self.rows(question)
+        length = max(n for n in rows[0].cache_lengths if n <= 2048)
+        size = f"cache_bytes_{length}"
+        columns = [
+            tables.CONTENDER,
+            *([tables.mean("right answers", "accuracy", numbers.percent)] if rows[0].task else []),
+            Column("validation PPL", tables.ppl_text),
+            Column("vs baseline", tables.difference_text),
+            Column("95% interval", tables.interval_text),
+            Column("verdict", tables.verdict_text, "text"),
+            tables.shared(f"cache at {numbers.count(length)} tokens", size, numbers.human_bytes),
+            tables.change("cache vs baseline", size),
+            tables.shared("parameters", "parameters", numbers.count),
+            tables.shared("rate", "learning_rate", "{:g}".format),
+            Column[Contender]("seeds", lambda row: str(len(row.seeds))),
+        ]
+        return markdown_table(make_table("", columns, rows))
 
     def answers(self, question: str) -> str:
         """Right answers by level."""
-        rows = self.rows(question)
-        levels = rows.filter(regex="^answers_").dropna(axis="columns", how="all")
-        shares = levels.assign(all=rows.accuracy).groupby(rows.contender, sort=False).mean()
-        shares.columns = [name.removeprefix("answers_").replace("_", " ") for name in shares]
-        return markdown(shares.map("{:.1%}".format).reset_index())
+        table = tables.retrieval_table(self.rows(question))
+        return "" if table is None else markdown_table(table)
 
     def reported(self, question: str) -> str:
         """A document's figures beside the measured ones."""
-        table = []
-        for contender, own in self.rows(question).groupby("contender", sort=False):
-            for key, (label, measured, form) in REPORTED.items():
-                given = own.get(f"reported_{key}", pd.Series(dtype=float)).dropna()
-                if given.empty:
-                    continue
-                values = measured(own)
-                spread = f" ± {values.std():{form}}" if values.nunique() > 1 else ""
-                ours = f"{values.mean():{form}}".removesuffix(".0") + spread
-                theirs = f"{given.iloc[0]:{'.1%' if '%' in form else ',.10g'}}"
-                table.append([contender, label, theirs, ours])
-        names = ["contender", "figure", "document", "this run"]
-        return markdown(pd.DataFrame(table, columns=names))
+        cells = [
+            (row, key) for row in self.rows(question) for key in REPORTED
+            if row.value(f"reported_{key}") is not None
+        ]  # fmt: skip
+        columns: list[Column[tuple[Contender, str]]] = [
+            Column("contender", lambda pair: pair[0].name, "text"),
+            Column("figure", lambda pair: REPORTED[pair[1]][0], "text"),
+            Column("document", lambda pair: _given(pair[0].value(f"reported_{pair[1]}"), pair[1])),
+            Column("this run", lambda pair: _found(pair[0], *REPORTED[pair[1]][1:])),
+        ]
+        return markdown_table(make_table("", columns, cells))
 
     def budgets(self, *questions: str) -> str:
         """Perplexity of attention and the hybrid, a row a question."""
-        table = []
-        for question in questions:
-            rows = self.rows(question)
-            entry = {"training tokens": f"{rows.train_tokens.iloc[0]:,}"}
-            for name in ("mha", "hybrid"):
-                own = self.rows(question, name)
-                entry[f"{name}, rate"] = f"{own.learning_rate.iloc[0]:g}"
-                entry[name] = self.value("ppl", question, name)
-            entry["difference"] = self.value("change", question, "hybrid")
-            entry["95% interval"] = self.value("interval", question, "hybrid")
-            table.append(entry | {"seeds": str(len(own))})
-        return markdown(pd.DataFrame(table))
+        pairs = [
+            (self.row(question, "mha"), self.row(question, "hybrid")) for question in questions
+        ]
+        columns: list[Column[tuple[Contender, Contender]]] = [
+            Column("training tokens", lambda pair: numbers.count(pair[0].value("train_tokens"))),
+            Column("mha, at rate", lambda pair: f"{pair[0].value('learning_rate'):g}"),
+            Column("mha", lambda pair: tables.ppl_text(pair[0])),
+            Column("hybrid, at rate", lambda pair: f"{pair[1].value('learning_rate'):g}"),
+            Column("hybrid", lambda pair: tables.ppl_text(pair[1])),
+            Column("difference", lambda pair: tables.difference_text(pair[1])),
+            Column("95% interval", lambda pair: tables.interval_text(pair[1])),
+            Column("seeds", lambda pair: str(len(pair[1].seeds))),
+        ]
+        return markdown_table(make_table("", columns, pairs))
 
     def ratios(self, question: str) -> str:
-        """What one benchmark printed; a target that was missed says so."""
-        rows = self.benchmarks[self.benchmarks.question == question].copy()
-        rows["cell"] = [with_target(*pair) for pair in zip(rows.measured, rows.target, strict=True)]
-        table = rows.pivot(index=["model", "baseline"], columns="figure", values="cell")
-        order = rows.drop_duplicates(["model", "baseline"])[["model", "baseline"]]
-        table = table.loc[list(order.itertuples(index=False, name=None)), rows.figure.unique()]
-        return markdown(table.fillna(ABSENT).reset_index())
+        """What one benchmark printed, beside its targets; one that was missed says so."""
+        lines = self.benchmarks[self.benchmarks.question == question]
+        cells = {(line.model, line.baseline, line.figure): line for line in lines.itertuples()}
+        columns: list[Column[tuple[str, str]]] = [
+            Column("model", lambda pair: pair[0], "text"),
+            Column("baseline", lambda pair: pair[1] or numbers.ABSENT, "text"),
+            *(
+                Column(figure, lambda pair, figure=figure: _ratio(cells.get((*pair, figure))))
+                for figure in lines.figure.unique()
+            ),
+        ]
+        pairs = dict.fromkeys((model, baseline) for model, baseline, _ in cells)
+        return markdown_table(make_table("", columns, pairs))
 
 
-def signed(share: float) -> str:
-    """A share as a percentage with its sign; zero has none."""
-    text = f"{share:+.1%}"
-    return text[1:] if float(text[:-1]) == 0 else text
+def _given(value: float, key: str) -> str:
+    return numbers.percent(value) if REPORTED[key][2] is numbers.percent else numbers.plain(value)
 
 
-def perplexity_like(mean: float, deviation: float) -> str:
-    """A deviation with its mean's decimals, and one more where it would read zero."""
-    places = len(perplexity(mean).partition(".")[2])
-    return f"{deviation:,.{places + (round(deviation, places) == 0)}f}"
+def _found(row: Contender, column: str, show: tables.Show) -> str:
+    text = numbers.with_deviation(row.stat(column), show)
+    return text.removesuffix(" ± 0")
 
 
-def with_target(measured: str, target: str) -> str:
-    """A ratio beside its target."""
-    shown = f"{float(measured):,.0f}" if float(measured) >= 1000 else measured
+def _ratio(line: object) -> str:
+    if line is None:
+        return numbers.ABSENT
+    measured, target = float(line.measured), line.target  # type: ignore[attr-defined]
+    shown = numbers.count(measured) if measured >= 1000 else f"{measured:.3g}"
     if not target:
         return shown
     sign, limit = target.split()
-    met = float(measured) >= float(limit) if sign == ">=" else float(measured) <= float(limit)
-    return f"{shown} ({target})" if met else f"**{shown}** (missed {target})"
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table whose first column is text and all others stand at the right."""
-    lines = [list(frame.columns), [":---", *["---:"] * (len(frame.columns) - 1)]]
-    lines += frame.astype(str).to_numpy().tolist()
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    met = measured >= float(limit) if sign == ">=" else measured <= float(limit)
+    return (
+        f"{shown} ({'' if met else 'missed: '}{'at least' if sign == '>=' else 'at most'} {limit})"
+    )
 
 
 def plots(results: Results, folder: Path) -> None:
     """Perplexity against bytes and against tokens, and right answers by difficulty."""
     folder.mkdir(exist_ok=True)
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log", xlabel="bytes of cache at 2,048 tokens", ylabel="validation PPL"
-    )
-    # Where names stand, so that none covers another.
-    beside = {
-        "mha-conv-norm": (4, 12),
-        "latent": (-28, 6),
-        "dca": (20, -4),
-        "multi-query": (0, 10),
-        "context-pythia": (-16, -20),
-    }
-    for name, rows in results.rows("frontier").groupby("contender", sort=False):
-        where = rows.cache_bytes_2048.iloc[0], rows.validation_ppl.mean()
-        axes.errorbar(*where, rows.validation_ppl.std(), fmt="o", capsize=3)
-        offset = beside.get(str(name), (0, -20))
-        axes.annotate(str(name), where, offset, textcoords="offset points", ha="center")
-    axes.margins(x=0.13, y=0.1)
-    figure.savefig(folder / "frontier.svg", metadata={"Date": None})
+    save(frontier_figure(results.rows("frontier")), folder / "frontier.svg")
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(
         xscale="log", xlabel="million training tokens", ylabel="validation PPL"
     )
     tuned, same = ("half", "frontier", "double"), ("one-rate", "double-one-rate")
-    for questions, label, style in ((tuned, "tuned", "o-"), (same, "0.004 for both", "s--")):
-        for name, color in (("mha", "tab:blue"), ("hybrid", "tab:orange")):
-            rows = pd.concat([results.rows(question, name) for question in questions])
+    for questions, label, line in ((tuned, "tuned", "-"), (same, "0.004 for both", "--")):
+        for name, style in zip(("mha", "hybrid"), styles(2), strict=True):
+            rows = pd.concat([results.row(question, name).seeds for question in questions])
             ppl = rows.groupby("train_tokens").validation_ppl.mean()
-            axes.plot(ppl.index / 1e6, ppl, style, color=color, label=f"{name}, {label}")
+            look = {"color": style.colour, "marker": style.marker, "linestyle": line}
+            axes.plot(ppl.index / 1e6, ppl, **look, label=f"{name}, {label}")
     axes.set_xticks([0.75, 1.5, 3], ["0.75", "1.5", "3"])
     axes.set_xticks([], minor=True)
     axes.legend()
-    figure.savefig(folder / "budgets.svg", metadata={"Date": None})
+    save(figure, folder / "budgets.svg")
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    names = results.rows("recall").contender.unique()
-    for axes, question in zip(
-        figure.subplots(1, 2, sharey=True), ("recall", "needles"), strict=True
-    ):
-        for number, name in enumerate(names):
-            if name not in set(results.rows(question).contender):
-                continue
-            shares = 100 * results.rows(question, name).filter(regex="^answers_").dropna(axis=1)
-            levels = [label.split("_")[1] for label in shares]
-            axes.plot(levels, shares.iloc[0], "o^sDx"[number] + "-", color=f"C{number}", label=name)
-        axes.set(title=question, xlabel=shares.columns[0].split("_")[2])
+    asked = ("recall", "needles")
+    looks = dict(zip([row.name for row in results.rows(asked[0])], styles(5), strict=True))
+    for axes, question in zip(figure.subplots(1, 2, sharey=True), asked, strict=True):
+        rows = results.rows(question)
+        for row in rows:
+            look = {"color": looks[row.name].colour, "marker": looks[row.name].marker}
+            shares = [100 * row.value(level) for level in row.levels]
+            levels = [level.split("_")[1] for level in row.levels]
+            axes.plot(levels, shares, **look, alpha=0.8, label=row.name)
+        axes.set(title=question, xlabel=rows[0].levels[0].split("_")[2])
     figure.axes[0].set_ylabel("right answers, %")
     figure.axes[0].legend(fontsize="small")
-    figure.savefig(folder / "retrieval.svg", metadata={"Date": None})
+    save(figure, folder / "retrieval.svg")
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a plot, the same bytes each time."""
+    with mpl.rc_context({"svg.hashsalt": "contextlm", "svg.fonttype": "none"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 def make(folder: Path) -> None:
-    """Make every page and plot of a folder again.
-
-    Raises:
-        SystemExit: a mark asks for what the files do not hold.
-    """
+    """Make every page and plot of a folder again."""
     results = Results(folder)
 
     def made(mark: re.Match[str]) -> str:
-        kind, words, _, newline = mark.groups()
+        kind, words = mark.groups()[:2]
         text = getattr(results, kind)(*words.split())
-        newline = "\n" if text.startswith("|") else ""
-        return f"<!-- make {kind} {words} -->{newline}{text}{newline}<!-- made -->"
+        around = "\n" if text.endswith("\n") else ""
+        return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
 
     for page in sorted(folder.glob("*.md")):
         page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
-    mpl.rcParams.update({"svg.hashsalt": "contextlm", "svg.fonttype": "none"})
     plots(results, folder / "plots")
 
 

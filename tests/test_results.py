@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from contextlm.report import numbers
+
 RESULTS = Path(__file__).parents[1] / "results"
 PAGES = sorted(RESULTS.glob("*.md"))
 _spec = importlib.util.spec_from_file_location("make", RESULTS / "make.py")
@@ -81,14 +83,14 @@ def test_a_run_that_serves_two_questions_is_one_row(runs: pd.DataFrame) -> None:
 
 def test_statistics_against_numbers_worked_out_by_hand(copy: Path) -> None:
     runs = pd.read_csv(copy / "runs.csv")
-    for contender, values in {"mha": (10.0, 12.0, 14.0), "hybrid": (9.0, 10.0, 14.0)}.items():
-        runs.loc[
-            (runs.run == "frontier-books") & (runs.contender == contender), "validation_ppl"
-        ] = values
+    for contender, losses in {"mha": (1.0, 1.2, 1.4), "hybrid": (0.9, 1.0, 1.4)}.items():
+        these = (runs.run == "frontier-books") & (runs.contender == contender)
+        runs.loc[these, "validation_loss"] = losses
+        runs.loc[these, "validation_ppl"] = (10.0, 12.0, 14.0)
     runs.to_csv(copy / "runs.csv", index=False)
     results = make.Results(copy)
     assert results.value("ppl", "books", "mha") == "12.0 ± 2.0"
-    assert results.value("change", "books", "hybrid") == "-8.3%"
-    # Differences -1, -2, 0 of a mean of 12: -1 -+ 4.3027 (Student's t, two degrees) / sqrt(3).
-    assert results.value("interval", "books", "hybrid") == "-29.0% to +12.4%"
-    assert results.value("interval", "half", "hybrid") == make.ABSENT  # one seed
+    assert results.value("change", "books", "hybrid") == "-9.5%"  # exp(-0.1)
+    # Differences -0.1, -0.2, 0: -0.1 -+ 4.3027 (Student's t, two degrees) 0.1 / sqrt(3).
+    assert results.value("interval", "books", "hybrid") == "-29.4% to +16.0%"
+    assert results.value("interval", "half", "hybrid") == numbers.ABSENT  # one seed
