@@ -101,7 +101,7 @@ def test_a_name_can_be_registered_once_only():
 
     entry = registry()["context_pythia"]
     with pytest.raises(ValueError, match="registered already"):
-        register_architecture(entry.config, decoder=entry.model, tiny=())(entry.model)
+        register_architecture(tiny=())(entry.model)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import attended, gelu, linear, norm, turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import measure_cache
@@ -14,55 +13,26 @@ from contextlm.models.build import build_config, create_model
 from contextlm.models.context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 
 
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.mean()
-    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def rotate(vector: Tensor, position: int, share: float, base: float) -> Tensor:
-    """Rotary positions on the first `share` of a head, pairs (i, i + half)."""
-    size = int(len(vector) * share)
-    half = size // 2
-    out = vector.clone()
-    for i in range(half):
-        angle = position * base ** (-2 * i / size)
-        a, b = vector[i], vector[i + half]
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-    return out
-
-
 def naive_layer(layer, inputs: list[Tensor], heads: int, config) -> list[Tensor]:
-    """One GPT-NeoX layer with parallel residual, token by token, head by head."""
-    width = len(inputs[0])
-    size = width // heads
+    """One GPT-NeoX layer with parallel residual, token by token."""
+    size = len(inputs[0]) // heads
+    rotated = int(size * config.rotary_pct)
+
+    def at(position: int, parts: Tensor) -> Tensor:
+        """The first part of each head turned by its position."""
+        first = [turned(part[:rotated], position, config.rope_theta) for part in parts]
+        return torch.cat([torch.cat([f, p[rotated:]]) for f, p in zip(first, parts, strict=True)])
+
     keys, values, outputs = [], [], []
     for position, x in enumerate(inputs):
-        normed = norm(x, layer.input_layernorm)
-        qkv = layer.attention.query_key_value.weight @ normed + layer.attention.query_key_value.bias
-        per_head = qkv.view(heads, 3 * size)
-        query = [rotate(h[:size], position, config.rotary_pct, config.rope_theta) for h in per_head]
-        keys.append(
-            [
-                rotate(h[size : 2 * size], position, config.rotary_pct, config.rope_theta)
-                for h in per_head
-            ]
-        )
-        values.append([h[2 * size :] for h in per_head])
-        mixed = []
-        for head in range(heads):
-            scores = torch.stack([query[head] @ k[head] / math.sqrt(size) for k in keys])
-            weights = torch.softmax(scores, 0)
-            mixed.append(sum(w * v[head] for w, v in zip(weights, values, strict=True)))
-        attention = layer.attention.dense.weight @ torch.cat(mixed) + layer.attention.dense.bias
+        qkv = linear(layer.attention.query_key_value, norm(x, layer.input_layernorm))
+        query, key, value = qkv.view(heads, 3 * size).split(size, dim=1)
+        keys.append(at(position, key))
+        values.append(value.flatten())
+        mixed = attended(at(position, query), keys, values, heads)
         inner = norm(x, layer.post_attention_layernorm)
-        inner = gelu(layer.mlp.dense_h_to_4h.weight @ inner + layer.mlp.dense_h_to_4h.bias)
-        feed_forward = layer.mlp.dense_4h_to_h.weight @ inner + layer.mlp.dense_4h_to_h.bias
-        outputs.append(x + attention + feed_forward)
+        inner = linear(layer.mlp.dense_4h_to_h, gelu(linear(layer.mlp.dense_h_to_4h, inner)))
+        outputs.append(x + linear(layer.attention.dense, mixed) + inner)
     return outputs
 
 

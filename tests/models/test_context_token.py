@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import gelu, norm
 from torch import Tensor
 
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
@@ -31,15 +30,6 @@ def make(mode: str = "layerwise", layers: int = 2, **fields) -> ContextTokenForC
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
-
-
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.sum() / len(x)
-    return centred / torch.sqrt((centred**2).sum() / len(x) + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def layer_step(layer, stream: Tensor, other: Tensor) -> Tensor:
@@ -71,8 +61,8 @@ def naive(model: ContextTokenForCausalLM, ids: list[int]) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 19])
 def test_logits_equal_the_naive_form(mode, layers, length):
     model = make(mode, layers)
     ids = torch.randint(V, (3, length))
@@ -92,7 +82,7 @@ def test_the_modes_differ_from_two_layers_on():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("length", [1, 5, 7, 23])
+@pytest.mark.parametrize("length", [1, 7])
 def test_stored_contexts_give_the_logits_of_the_recurrence(mode, layers, length):
     """Window by window over a stream whose contexts are never reset."""
     model = make(mode, layers)
@@ -220,13 +210,9 @@ def test_contexts_with_a_cache_or_of_a_wrong_length_are_refused():
     model = make()
     ids = torch.randint(V, (2, 5))
     contexts = torch.zeros(2, 6, C, dtype=torch.float64)
-    refused = [
-        {"contexts": contexts, "past_key_values": model.new_cache()},
-        {"contexts": contexts[:, 1:]},
-        {"contexts": contexts[:, :1]},
-        {"contexts": torch.cat([contexts, contexts], dim=1)},
-    ]
-    for arguments in refused:
-        with pytest.raises(ValueError, match="the token before the window and the window, only"):
-            model(ids, **arguments)
+    with pytest.raises(ValueError, match="together with a cache"):
+        model(ids, contexts=contexts, past_key_values=model.new_cache())
+    for wrong in (contexts[:, 1:], contexts[:, :1], torch.cat([contexts, contexts], dim=1)):
+        with pytest.raises(ValueError, match=f"6 in all, got {wrong.shape[1]}"):
+            model(ids, contexts=wrong)
     assert model(ids, contexts=contexts).logits.shape == (2, 5, V)

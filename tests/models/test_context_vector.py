@@ -13,6 +13,7 @@ from contextlm.evaluation.memory import measure_cache, position_limit
 from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config
 from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
+from contextlm.models.inputs import NewTokens
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.oacd import train_context_block
 
@@ -33,7 +34,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def gated_recurrence(decoder, embedding: Tensor, context: Tensor) -> Tensor:
-    """The equations of `models.gated_context`."""
+    """The equations of `models.gated_recurrence`."""
     norm, layer = decoder.embed_norm, decoder.context_block.layer
     centred = embedding - embedding.mean()
     e = centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
@@ -298,7 +299,7 @@ def test_the_gated_blocks_parts_are_its_recurrence():
     """What phase 1 computes once per vocabulary entry, and what a store's contexts go through."""
     block = small(context="gated_recurrence").base_model.context_block
     embedded = torch.randn(2, 9, 7, dtype=torch.float64)
-    contexts = block.run(embedded, None, None)
+    contexts = block.run(embedded, NewTokens.of(embedded), None)
     before = torch.zeros(2, 5, dtype=torch.float64)
     for t in range(9):
         before = block.step(before, [block.layer.project(embedded[:, t])])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
 from contextlm.evaluation.memory import measure_cache
@@ -33,39 +34,12 @@ def make_model(**fields) -> DualContextForCausalLM:
     return model
 
 
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.mean()
-    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def linear(x: Tensor, module) -> Tensor:
-    return module.weight @ x + module.bias
-
-
 def conv1d(x: Tensor, module) -> Tensor:
     return x @ module.weight + module.bias
-
-
-def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], heads: int) -> Tensor:
-    """One query, head by head."""
-    size = len(query) // heads
-    out = torch.empty_like(query)
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = [float(query[part] @ key[part]) / math.sqrt(size) for key in keys]
-        highest = max(scores)
-        weights = [math.exp(score - highest) for score in scores]
-        total = sum(weights)
-        out[part] = sum(w / total * value[part] for w, value in zip(weights, values, strict=True))
-    return out
 
 
 class NaiveDualContext:
@@ -84,18 +58,18 @@ class NaiveDualContext:
             span, self.buffer = self.buffer[:half], self.buffer[half:]
             first, _, _, second, last_norm = module.representative
             mean = sum(span) / half
-            self.representatives.append(norm(linear(gelu(linear(mean, first)), second), last_norm))
+            self.representatives.append(norm(linear(second, gelu(linear(first, mean))), last_norm))
             if len(self.representatives) > config.max_representatives:
                 self.representatives.pop(0)
-        query = linear(hidden, module.query)
-        keys = [linear(h, module.local_key) for h in self.buffer]
-        mixed = attend(query, keys, [linear(h, module.local_value) for h in self.buffer], heads)
+        query = linear(module.query, hidden)
+        keys = [linear(module.local_key, h) for h in self.buffer]
+        mixed = attended(query, keys, [linear(module.local_value, h) for h in self.buffer], heads)
         if self.representatives:
-            keys = [linear(r, module.past_key) for r in self.representatives]
-            past = attend(query, keys, self.representatives, heads)
+            keys = [linear(module.past_key, r) for r in self.representatives]
+            past = attended(query, keys, self.representatives, heads)
             gate = 1 / (1 + math.exp(-float(module.gate)))
             mixed = gate * mixed + (1 - gate) * past
-        return linear(mixed, module.out)
+        return linear(module.out, mixed)
 
 
 class NaiveSegment:
@@ -112,7 +86,7 @@ class NaiveSegment:
         query, key, value = conv1d(hidden, self.module.c_attn).chunk(3)
         self.keys.append(key)
         self.values.append(value)
-        mixed = attend(query, self.keys, self.values, self.config.num_attention_heads)
+        mixed = attended(query, self.keys, self.values, self.config.num_attention_heads)
         return conv1d(mixed, self.module.c_proj)
 
 
@@ -136,7 +110,7 @@ def naive_logits(model: DualContextForCausalLM, ids: list[int]) -> Tensor:
         if appended is not None:
             h = h + appended(h)
             norm_a, norm_b, up, _, down, _ = body.appended.feed_forward
-            h = h + linear(gelu(linear(norm(norm(h, norm_a), norm_b), up)), down)
+            h = h + linear(down, gelu(linear(up, norm(norm(h, norm_a), norm_b))))
         logits.append(body.embed_tokens.weight @ h)
     return torch.stack(logits)
 

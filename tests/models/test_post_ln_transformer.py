@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
 from contextlm.evaluation.memory import measure_cache, position_limit
@@ -34,34 +33,16 @@ def small(**fields) -> PostLNTransformerForCausalLM:
     return model
 
 
-def norm(x: Tensor, module) -> Tensor:
-    centred = x - x.mean()
-    return centred / torch.sqrt((centred**2).mean() + 1e-5) * module.weight + module.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def linear(module, x: Tensor) -> Tensor:
-    return module.weight @ x + module.bias
-
-
 def naive_layer(layer, inputs: list[Tensor], heads: int) -> list[Tensor]:
-    """One post-LN layer, token by token and head by head."""
-    attention, size = layer.attention, len(inputs[0]) // heads
+    """One post-LN layer, token by token."""
+    attention = layer.attention
     keys = [linear(attention.key, x) for x in inputs]
     values = [linear(attention.value, x) for x in inputs]
     outputs = []
     for i, x in enumerate(inputs):
         query = linear(attention.query, x)
-        attended = []
-        for head in range(heads):
-            own = slice(head * size, (head + 1) * size)
-            scores = [math.exp(query[own] @ keys[j][own] / size**0.5) for j in range(i + 1)]
-            mixed = sum(score * values[j][own] for j, score in enumerate(scores))
-            attended.append(mixed / sum(scores))
-        x = norm(x + linear(attention.output, torch.cat(attended)), layer.attention_norm)
+        read = attended(query, keys[: i + 1], values[: i + 1], heads)
+        x = norm(x + linear(attention.output, read), layer.attention_norm)
         fed = linear(layer.dense_out, gelu(linear(layer.dense_in, x)))
         outputs.append(norm(x + fed, layer.feed_forward_norm))
     return outputs

@@ -1,10 +1,10 @@
-"""What every architecture shares: the registry, the base class, the language-model head."""
+"""What every architecture shares: the registry, the decoder's forward pass, the head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
+from contextlm.models.cache import RowStateLayer
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, OwnStart
 
 
@@ -35,20 +39,16 @@ class Architecture:
 
 
 _REGISTRY: dict[str, Architecture] = {}
-M = TypeVar("M", bound=type[PreTrainedModel])
+M = TypeVar("M", bound="type[ContextForCausalLM]")
 
 
-def register_architecture(
-    config: type[PreTrainedConfig],
-    *,
-    decoder: type[PreTrainedModel],
-    tiny: tuple[dict[str, Any], ...],
-) -> Callable[[M], M]:
+def register_architecture(*, tiny: tuple[dict[str, Any], ...]) -> Callable[[M], M]:
     """Class decorator: makes a causal language model known to recipes, tests and Auto classes.
 
+    It is named in recipes by its configuration's `model_type`, and described by the first line of
+    its docstring.
+
     Args:
-        config: its configuration class; `model_type` is the name used in recipes.
-        decoder: the model without its head, for `AutoModel`.
         tiny: one or more sets of config fields, each a variant that the contract tests try.
 
     Raises:
@@ -56,6 +56,8 @@ def register_architecture(
     """
 
     def register(model: M) -> M:
+        decoder = model.decoder_class
+        config = decoder.config_class
         name = config.model_type
         if name in _REGISTRY:
             raise ValueError(f"an architecture named {name!r} is registered already")
@@ -115,9 +117,14 @@ class ContextPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    # Whether a decoder's `forward` takes `last`, the number of positions whose logits are wanted
-    # (0 for all), and may return hidden states of these only.
-    reads_only_last = False
+
+    def new_cache(self) -> Cache:
+        """An empty cache of this model's own kind.
+
+        Raises:
+            NotImplementedError: this model does not define it; each has to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define new_cache")
 
     @property
     def _is_stateful(self) -> bool:
@@ -128,13 +135,10 @@ class ContextPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def new_cache(self) -> Cache:
-        """An empty cache of this decoder's own kind; every decoder has one.
-
-        Raises:
-            AttributeError: this decoder does not define it.
-        """
-        raise AttributeError(f"{type(self).__name__} does not define new_cache")
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Attention is in a file of its own; transformers looks for it in the model's."""
+        return True
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -156,11 +160,175 @@ class ContextPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
 
-class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
-    """A decoder in `self.model` with a linear head. Subclasses build both and call `post_init`."""
+# Arguments of other models that would change the answer: caches of other kinds, packed documents.
+_NOT_READ = (
+    *("cache", "cache_params", "past_key_value", "encoder_hidden_states", "head_mask"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+)
 
-    model: ContextPreTrainedModel
-    lm_head: nn.Module
+
+class ContextDecoder(ContextPreTrainedModel):
+    """A model without its head. Subclasses give `new_cache`, `decode` and an embedding.
+
+    Attributes:
+        embed_tokens: the embedding of tokens.
+        embed_norm: the norm behind it, where a context block reads the embeddings.
+        reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
+            of the last tokens only.
+    """
+
+    embed_tokens: nn.Module
+    embed_norm: nn.Module
+    reads_only_last: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states, which the head reads."""
+        return self.config.hidden_size
+
+    def embed_normalised(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings as a context block reads them, ``[..., D]``."""
+        return self.embed_norm(self.embed_tokens(input_ids))
+
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states of the new tokens, ``[B, T, width]``; moves `new.cache` on.
+
+        Args:
+            embeds_BTD: the tokens' embeddings.
+            new: what the forward pass was given.
+            **kwargs: for attention functions.
+
+        Raises:
+            NotImplementedError: the subclass does not define it; each has to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define decode")
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        contexts: Tensor | None = None,
+        last: int = 0,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states.
+
+        Args:
+            input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
+            attention_mask: ``[B, past + T]``, 0 at padding.
+            position_ids: ``[B, T]``; only learned and rotary positions over all tokens follow them,
+                by default positions are counted over each row's real tokens.
+            past_key_values: the cache that an earlier call returned, or `new_cache()`.
+            inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
+            use_cache: return a cache.
+            contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
+                window (zeros before the stream's start) and of the window's own; the recurrence is
+                not run then, and nothing cached.
+            last: how many hidden states are wanted, 0 for all; where `reads_only_last`, no others
+                may be given.
+            **kwargs: `output_hidden_states` and `output_attentions`, where they are recorded, and
+                arguments of attention functions.
+
+        Raises:
+            ValueError: neither or both of tokens and embeddings are given, the cache is not of this
+                model's making, has other rows or would be moved on twice by gradient checkpointing,
+                the mask does not fit, documents are packed, stored contexts do not fit, or an
+                argument is given that would change the answer and is not read.
+        """
+        self._refuse_unread(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        cache, past, seen_B = past_key_values, 0, None
+        if cache is None and use_cache and contexts is None:
+            cache = self.new_cache()
+        if cache is not None:
+            counter = self._counter(cache, inputs_embeds.shape[0])
+            past, seen_B = counter.get_seq_length(), counter.counts
+        new = NewTokens.of(inputs_embeds, attention_mask, past=past, seen_B=seen_B)
+        new = replace(new, cache=cache, position_ids=position_ids, contexts=contexts, last=last)
+        new.refuse_packed()
+        if contexts is not None:
+            self._check_contexts(contexts, new)
+        hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+
+    def _counter(self, cache: Cache, batch: int) -> RowStateLayer:
+        """The layer of our own kind of cache that counts each row's tokens: there must be one."""
+        kinds = [type(layer) for layer in self.new_cache().layers]
+        own = [layer for layer in cache.layers if isinstance(layer, RowStateLayer)]
+        if not own or [type(layer) for layer in cache.layers] != kinds:
+            raise ValueError(
+                f"{self.config.model_type} needs its own cache: leave past_key_values out, pass "
+                "what an earlier call returned, or make one with new_cache()"
+            )
+        own[0].check_rows(batch)
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing runs every layer twice, which would move the cache on "
+                "twice: train without past_key_values, and call eval() before generating"
+            )
+        return own[0]
+
+    def _check_contexts(self, contexts: Tensor, new: NewTokens) -> None:
+        if not isinstance(self, ReadsStoredContexts):
+            raise ValueError(f"this {self.config.model_type} reads no contexts of a store")
+        if new.cache is not None:
+            raise ValueError("contexts of a store do not go together with a cache")
+        expected = self.history + new.tokens
+        if contexts.shape[1] != expected:
+            raise ValueError(
+                f"contexts must cover {self.history} positions before the window and the window, "
+                f"{expected} in all, got {contexts.shape[1]}"
+            )
+
+    def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
+        """An argument that would change the answer is never swallowed."""
+        for name in _NOT_READ:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{self.config.model_type} does not take {name}")
+        for name in ("hidden_states", "attentions"):
+            if kwargs.get(f"output_{name}") and name not in (self._can_record_outputs or {}):
+                raise ValueError(f"{self.config.model_type} does not record {name}")
+
+
+class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
+    """A decoder in `self.model` with a linear head. Subclasses name the decoder's class.
+
+    Attributes:
+        decoder_class: of the decoder, whose configuration and flags the model shares.
+        head_bias: whether the head has a bias.
+    """
+
+    decoder_class: ClassVar[type[ContextDecoder]]
+    head_bias: ClassVar[bool] = False
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        for name in (
+            "config_class",
+            "supports_gradient_checkpointing",
+            "_no_split_modules",
+            "_can_compile_fullgraph",
+        ):
+            setattr(cls, name, getattr(cls.decoder_class, name))
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self.decoder_class(config)
+        self.lm_head: nn.Module = nn.Linear(
+            self.model.width, config.vocab_size, bias=self.head_bias
+        )
+        self.post_init()
+        self.freeze_parts()
 
     def new_cache(self) -> Cache:
         """An empty cache of this model's own kind."""
@@ -196,24 +364,22 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss when labels are given.
+        """Logits ``[B, T, V]``, and the loss when labels are given.
 
         Args:
-            input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
-            attention_mask: ``[B, past + T]``, 0 at padding (on the left).
-            position_ids: ``[B, T]``; by default counted over each row's real tokens.
-            past_key_values: the cache that an earlier call returned.
-            inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
+            input_ids: this and what is not named here: see `ContextDecoder.forward`.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
             labels: ``[B, T]``, shifted inside as everywhere in transformers; -100 is ignored.
-            use_cache: return a cache.
-            logits_to_keep: compute logits for the last so many tokens only; 0 for all.
+            use_cache: see there.
+            logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the
+                positions that a tensor names.
             **kwargs: passed to the decoder and to the loss (`num_items_in_batch`).
-
-        Returns:
-            `CausalLMOutputWithPast` with logits ``[B, T, V]``.
         """
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        shorter = isinstance(logits_to_keep, int) and self.model.reads_only_last
+        shorter = self.model.reads_only_last and isinstance(logits_to_keep, int)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -221,7 +387,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **({"last": logits_to_keep} if shorter else {}),
+            last=logits_to_keep if shorter else 0,
             **kwargs,
         )
         # The last n of what is n long already are all of it.

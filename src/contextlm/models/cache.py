@@ -2,8 +2,6 @@
 
 Each is an ordinary member of a transformers `Cache`, so that `generate` can reorder it for beams,
 repeat it for several returned sequences and ask how many tokens it has seen.
-
-Shape suffixes: B batch, T new tokens, C context width, K entries kept, E width of an entry.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from contextlm.models.alignment import newest
+from contextlm.models.inputs import NewTokens, take
 
 
 class RowStateLayer(CacheLayerMixin):
@@ -46,20 +44,10 @@ class RowStateLayer(CacheLayerMixin):
         """
         raise TypeError(f"{type(self).__name__} keeps no keys and values to update")
 
-    def advance(
-        self, mask_BT: Tensor | None, batch: int, tokens: int, device: torch.device
-    ) -> None:
-        """Count T new tokens.
-
-        Args:
-            mask_BT: False where one of them is padding, or None.
-            batch: B.
-            tokens: T, padding included.
-            device: where the counts are made.
-        """
-        new_B = torch.full((batch,), tokens, device=device) if mask_BT is None else mask_BT.sum(1)
-        self.counts = new_B if self.counts is None else self.counts + new_B
-        self._seen += tokens
+    def advance(self, new: NewTokens) -> None:
+        """Count the new tokens."""
+        self.counts = new.counts if self.counts is None else self.counts + new.counts
+        self._seen += new.tokens
         self.is_initialized = True
 
     def check_rows(self, batch: int) -> None:
@@ -142,17 +130,13 @@ class ContextStateLayer(RowStateLayer):
         super().__init__()
         self.state: Tensor | None = None
 
-    def update_state(self, state_BC: Tensor, mask_BT: Tensor | None, tokens: int) -> None:
-        """Replace the state and count the tokens.
+    def update_state(self, state_BC: Tensor, new: NewTokens) -> None:
+        """Count the new tokens and keep the context after them.
 
-        Args:
-            state_BC: the context after the newest token; copied, because it may be a slice that
-                would keep a whole chunk of contexts in memory.
-            mask_BT: False where a token of this chunk is padding, or None.
-            tokens: T, the length of this chunk, padding included.
+        It is copied, because it may be a slice that would keep a whole chunk of contexts in memory.
         """
         self.state = state_BC.clone()
-        self.advance(mask_BT, state_BC.shape[0], tokens, state_BC.device)
+        self.advance(new)
 
     def continue_from(self, start_BC: Tensor) -> Tensor:
         """The state to go on from: the cached one, or `start_BC` before the first token."""
@@ -177,21 +161,33 @@ class RecentLayer(RowStateLayer):
         self.limit = limit
         self.entries: Tensor | None = None
 
-    def append(self, new_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Take in the entries of T new tokens.
-
-        Args:
-            new_BTE: of the new tokens, each row's real ones first (`alignment.RealFirst`).
-            mask_BT: False where a token is padding, in the order of the input, or None.
+    def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
+        """Take in the entries of the new tokens, each row's real ones first.
 
         Returns:
-            Old and new entries, ``[B, K' + T, E]``: a row's entry of position p is in column
-            ``K' + p - counts`` with the counts from before this call.
+            Old and new entries, ``[B, K + T, E]``, which stand at the positions `new.columns(K)`.
         """
-        batch, tokens = new_BTE.shape[:2]
-        new_B = None if mask_BT is None else mask_BT.sum(1)
         old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
         both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
-        self.entries = newest(both_BSE, old_BKE.shape[1], new_B, self.limit)
-        self.advance(mask_BT, batch, tokens, new_BTE.device)
+        self.entries = newest(both_BSE, new.ends(old_BKE.shape[1]), self.limit)
+        self.advance(new)
         return both_BSE
+
+
+def newest(entries_BSE: Tensor, end_B: Tensor | None, limit: int) -> Tensor:
+    """The newest entries of each row, the last in the last column: ``[B, min(limit, S), E]``.
+
+    Args:
+        entries_BSE: old ones and new ones behind them.
+        end_B: the column behind each row's newest entry; None: S.
+        limit: the most entries to keep.
+
+    Returns:
+        A copy.
+    """
+    total = entries_BSE.shape[1]
+    keep = min(limit, total)
+    if end_B is None:
+        return entries_BSE[:, total - keep :].clone()
+    columns_BK = end_B.unsqueeze(1) - keep + torch.arange(keep, device=end_B.device)
+    return take(entries_BSE, columns_BK.clamp(min=0))

@@ -5,42 +5,32 @@ stand in front of ordinary GPT-NeoX layers. With ``stream="compressed"`` the lay
 and values that decoding keeps, have the width of the context; with ``stream="projected"`` a linear
 map restores the full width first, and nothing is saved.
 
-Shape suffixes: B batch, T tokens, D embedding width, C context width, S stream width, V vocabulary.
+X is the width of the layers' stream here.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
     GPTNeoXLayer,
     GPTNeoXRotaryEmbedding,
 )
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.base import (
-    ContextForCausalLM,
-    ContextPreTrainedModel,
-    register_architecture,
-)
+from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import ContextStateLayer
-from contextlm.models.config_checks import check_counts, check_dropout, check_positive
-from contextlm.models.gated_context import GatedContextBlock
-from contextlm.models.inputs import DecoderInputs, read_inputs
+from contextlm.models.config import ContextConfig
+from contextlm.models.gated_recurrence import GatedContextBlock
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock
 
 
 @strict
-class ContextPythiaConfig(PreTrainedConfig):
+class ContextPythiaConfig(ContextConfig):
     """Configuration of Context-Pythia; the defaults are the document's.
 
     Args:
@@ -48,7 +38,7 @@ class ContextPythiaConfig(PreTrainedConfig):
         hidden_size: D, the width of the embedding, and of the layers when projected.
         context_dim: C, the width of the context, and of the layers when compressed.
         context: what updates the context: the document's block, or a gated recurrence
-            (`models.gated_context`), which has one layer.
+            (`models.gated_recurrence`), which has one layer.
         context_layers: layers of the document's context block.
         freeze_context: the block learns in phase 1 only, as in the document.
         stream: what the layers see.
@@ -61,13 +51,10 @@ class ContextPythiaConfig(PreTrainedConfig):
         rope_theta: base of the rotary frequencies.
         attention_dropout: on the attention weights.
         hidden_dropout: on the embedding and after each sublayer.
-        initializer_range: standard deviation of the linear layers and the embedding.
         layer_norm_eps: of every layer norm.
-        use_cache: return a cache by default.
     """
 
     model_type = "context_pythia"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50304
     hidden_size: int = 512
@@ -85,17 +72,12 @@ class ContextPythiaConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     @property
     def stream_size(self) -> int:
-        """S, the width of the layers and of the head's input."""
+        """X, the width of the layers and of the head's input."""
         return self.context_dim if self.stream == "compressed" else self.hidden_size
 
     def layer_config(self) -> GPTNeoXConfig:
@@ -121,11 +103,11 @@ class ContextPythiaConfig(PreTrainedConfig):
         Raises:
             ValueError: the heads do not divide the stream's width, or a size is not positive.
         """
-        check_counts(self, "vocab_size", "hidden_size", "context_dim", "context_layers")
-        check_counts(self, "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        check_counts(self, "intermediate_size")
-        check_positive(self, "rope_theta", "initializer_range", "layer_norm_eps")
-        check_dropout(self, "attention_dropout", "hidden_dropout")
+        self.check_counts("vocab_size", "hidden_size", "context_dim", "context_layers")
+        self.check_counts("num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        self.check_counts("intermediate_size")
+        self.check_positive("rope_theta", "initializer_range", "layer_norm_eps")
+        self.check_dropout("attention_dropout", "hidden_dropout")
         if self.context == "gated_recurrence" and self.context_layers > 1:
             raise ValueError(
                 f"context_layers must be 1 with context 'gated_recurrence', "
@@ -154,7 +136,7 @@ def _context_block(config: ContextPythiaConfig) -> ContextBlock:
     return ContextBlock(*widths, layers, eps, frozen=config.freeze_context)
 
 
-class ContextPythiaModel(ContextPreTrainedModel):
+class ContextPythiaModel(ContextDecoder):
     """Embedding, context block and GPT-NeoX layers, without the head."""
 
     config_class = ContextPythiaConfig
@@ -188,73 +170,42 @@ class ContextPythiaModel(ContextPreTrainedModel):
         self.freeze_parts()
         self.post_init()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as the context block reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and the context after the last token."""
         attention = [DynamicLayer() for _ in self.layers]
         return Cache(layers=[*attention, ContextStateLayer()])
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, S]``; the arguments are those of `ContextForCausalLM.forward`.
+    @property
+    def width(self) -> int:
+        """X."""
+        return self.config.stream_size
 
-        Raises:
-            ValueError: neither or both of tokens and embeddings are given, or the cache is foreign.
-        """
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
-        if position_ids is None:
-            position_ids = inputs.positions()
-        stream_BTS = self.dropout(self.projection(self._contexts(inputs)))
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, X]``; moves keys and values and the context on."""
+        state = new.states(len(self.layers) + 1)[-1]
+        contexts_BTC = self.context_block.run(self.embed_norm(embeds_BTD), new, state)[-1]
+        contexts_BTC = contexts_BTC.to(self.final_layer_norm.weight.dtype)
+        stream_BTX = self.dropout(self.projection(contexts_BTC))
+        position_ids = new.positions() if new.position_ids is None else new.position_ids
         self.layer_config._attn_implementation = self.config._attn_implementation
         causal_mask = create_causal_mask(
             config=self.layer_config,
-            inputs_embeds=stream_BTS,
-            attention_mask=attention_mask,
-            past_key_values=inputs.cache,
+            inputs_embeds=stream_BTX,
+            attention_mask=new.attention_mask,
+            past_key_values=new.cache,
             position_ids=position_ids,
         )
-        rotary = self.rotary_emb(stream_BTS, position_ids=position_ids)
+        rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)
         for layer in self.layers:
-            stream_BTS = layer(
-                stream_BTS,
+            stream_BTX = layer(
+                stream_BTX,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                layer_past=inputs.cache,
-                use_cache=use_cache,
+                layer_past=new.cache,
                 position_embeddings=rotary,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(stream_BTS), past_key_values=inputs.cache
-        )
-
-    def _contexts(self, inputs: DecoderInputs) -> Tensor:
-        """The contexts of the new tokens, ``[B, T, C]``; moves the cached state on."""
-        state = None if inputs.cache is None else inputs.cache.layers[-1]
-        embedded_BTD = self.embed_norm(inputs.embeds_BTD)
-        contexts_BTC = self.context_block.run(embedded_BTD, inputs.mask_BT, state)[-1]
-        return contexts_BTC.to(self.final_layer_norm.weight.dtype)
+        return self.final_layer_norm(stream_BTX)
 
 
 _TINY = {
@@ -267,8 +218,6 @@ _TINY = {
 
 
 @register_architecture(
-    ContextPythiaConfig,
-    decoder=ContextPythiaModel,
     tiny=(
         {**_TINY, "stream": "compressed"},
         {**_TINY, "stream": "projected"},
@@ -279,13 +228,4 @@ _TINY = {
 class ContextPythiaForCausalLM(ContextForCausalLM):
     """Context-Pythia: GPT-NeoX layers over recurrent contexts, full width or compressed."""
 
-    config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
-    _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ContextPythiaConfig):
-        super().__init__(config)
-        self.model = ContextPythiaModel(config)
-        self.lm_head = nn.Linear(config.stream_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = ContextPythiaModel

@@ -9,35 +9,28 @@ Source: the report 004_c8f9b3c1474d6e53 (DESIGN 1.2)::
 
 With ``context_mode="layerwise"`` token layer i reads context layer i's output, with
 ``"final_only"`` every token layer reads c_t. There is no attention, so decoding keeps one vector.
-
-Shape suffixes: B batch, T tokens, D embedding width, C context width, L layers, V vocabulary.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
 
 from contextlm.models.base import (
+    ContextDecoder,
     ContextForCausalLM,
-    ContextPreTrainedModel,
     mark_frozen,
     register_architecture,
 )
 from contextlm.models.cache import ContextStateLayer
-from contextlm.models.config_checks import check_counts, check_positive
-from contextlm.models.inputs import read_inputs
+from contextlm.models.config import ContextConfig
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, ContextLayer
 
 
 @strict
-class ContextTokenConfig(PreTrainedConfig):
+class ContextTokenConfig(ContextConfig):
     """Configuration of the context and token blocks; the defaults are the document's.
 
     Args:
@@ -48,13 +41,10 @@ class ContextTokenConfig(PreTrainedConfig):
         context_mode: which context a token layer reads.
         freeze_context: the context block learns in phase 1 only.
         freeze_embedding: embedding (and with it the head) and its norm never learn.
-        initializer_range: standard deviation of the embedding.
         layer_norm_eps: of every layer norm.
-        use_cache: return a cache by default.
     """
 
     model_type = "context_token"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50257
     hidden_size: int = 768
@@ -63,22 +53,13 @@ class ContextTokenConfig(PreTrainedConfig):
     context_mode: Literal["layerwise", "final_only"] = "layerwise"
     freeze_context: bool = True
     freeze_embedding: bool = True
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = True
 
     def validate_architecture(self) -> None:
-        """Called by transformers on construction.
-
-        Raises:
-            ValueError: a size is not positive.
-        """
-        check_counts(self, "vocab_size", "hidden_size", "context_dim", "num_hidden_layers")
-        check_positive(self, "initializer_range", "layer_norm_eps")
+        """Called by transformers on construction; raises `ValueError`."""
+        self.check_counts("vocab_size", "hidden_size", "context_dim", "num_hidden_layers")
+        self.check_positive("initializer_range", "layer_norm_eps")
 
 
 class TokenLayer(ContextLayer):
@@ -94,12 +75,13 @@ class TokenLayer(ContextLayer):
         return self.step(stream_BTD.flatten(0, 1), projected_ND).view(stream_BTD.shape)
 
 
-class ContextTokenModel(ContextPreTrainedModel):
+class ContextTokenModel(ContextDecoder):
     """Embedding, context block and token block, without the head."""
 
     config_class = ContextTokenConfig
     supports_gradient_checkpointing = False  # the token layers are a matrix product each
-    history = 1
+    _can_record_outputs = {"hidden_states": TokenLayer}
+    history = 1  # the token before a window, whose context goes into its first one
 
     def __init__(self, config: ContextTokenConfig):
         super().__init__(config)
@@ -120,66 +102,23 @@ class ContextTokenModel(ContextPreTrainedModel):
         self.freeze_parts()
         self.post_init()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as the context block reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
         return Cache(layers=[ContextStateLayer()])
 
-    @merge_with_config_defaults
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        contexts: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, D]``; see `ContextForCausalLM.forward`.
-
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, past + T]``, or None.
-            position_ids: not used: the recurrence knows no positions.
-            past_key_values: the cache.
-            inputs_embeds: ``[B, T, D]`` instead of tokens.
-            use_cache: return a cache.
-            contexts: ``[B, 1 + T, C]`` of a context store, those of the token before the window
-                (zeros at the beginning) and of the window's own; the recurrence is not run then.
-            **kwargs: ignored.
-
-        Raises:
-            ValueError: `contexts` together with a cache or of another length, or see `read_inputs`.
-        """
-        if contexts is not None:
-            use_cache = False
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
-        embedded_BTD = self.embed_norm(inputs.embeds_BTD)
-        if contexts is None:
-            state = None if inputs.cache is None else inputs.cache.layers[-1]
-            contexts_LBTC = self.context_block.run(embedded_BTD, inputs.mask_BT, state)
-        elif inputs.cache is not None or contexts.shape[1] != embedded_BTD.shape[1] + self.history:
-            raise ValueError("contexts must cover the token before the window and the window, only")
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, D]``; the recurrence knows no positions."""
+        embedded_BTD = self.embed_norm(embeds_BTD)
+        if new.contexts is None:
+            (state,) = new.states(1)
+            contexts_LBTC = self.context_block.run(embedded_BTD, new, state)
         else:
-            contexts_LBTC = self.context_block.parallel(embedded_BTD, contexts[:, :-1])
+            contexts_LBTC = self.context_block.parallel(embedded_BTD, new.contexts[:, :-1])
         stream_BTD = embedded_BTD
         for index, layer in enumerate(self.layers):
             read = index if self.config.context_mode == "layerwise" else -1
             stream_BTD = layer(stream_BTD, contexts_LBTC[read])
-        return BaseModelOutputWithPast(last_hidden_state=stream_BTD, past_key_values=inputs.cache)
+        return stream_BTD
 
 
 # A wide spread: with 0.02 a frozen head could say little.
@@ -187,8 +126,6 @@ _TINY = {"vocab_size": 97, "hidden_size": 24, "context_dim": 16, "initializer_ra
 
 
 @register_architecture(
-    ContextTokenConfig,
-    decoder=ContextTokenModel,
     tiny=(
         _TINY,
         {**_TINY, "context_mode": "final_only", "num_hidden_layers": 3},
@@ -198,13 +135,4 @@ _TINY = {"vocab_size": 97, "hidden_size": 24, "context_dim": 16, "initializer_ra
 class ContextTokenForCausalLM(ContextForCausalLM):
     """Context-Token: a recurrent context block and a token block that reads it, no attention."""
 
-    config_class = ContextTokenConfig
-    supports_gradient_checkpointing = False
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ContextTokenConfig):
-        super().__init__(config)
-        self.model = ContextTokenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-        self.freeze_parts()
+    decoder_class = ContextTokenModel

@@ -21,43 +21,32 @@ The context before a token decides the context after it through the whole MLP, s
 taken one after the other; only the tokens' part of the first layer is computed for all at once.
 
 With ``context="gated_recurrence"`` the context is a gated recurrence over the normalised embeddings
-(`models.gated_context`) instead, which the MLP reads but does not write, so that tokens need not
+(`models.gated_recurrence`) instead, which the MLP reads but does not write, so that tokens need not
 wait for each other. Phase 1 can train it, as it trains Context-Pythia's.
 
-Shape suffixes: B batch, T tokens, D embedding width, C width of all context vectors together,
-H width of the MLP, V vocabulary.
+H is the width of the MLP here, C that of all context vectors together.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
 
-from contextlm.models.base import (
-    ContextForCausalLM,
-    ContextPreTrainedModel,
-    register_architecture,
-)
+from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import ContextStateLayer
-from contextlm.models.config_checks import check_counts, check_dropout, check_positive
-from contextlm.models.context_update import ContextUpdate, ForgetGate
-from contextlm.models.gated_context import GatedContextBlock
-from contextlm.models.inputs import DecoderInputs, read_inputs
-from contextlm.models.positions import table_positions
+from contextlm.models.config import ContextConfig
+from contextlm.models.gated_recurrence import GatedContextBlock
+from contextlm.models.inputs import NewTokens
 
 _DEFAULT_POSITIONS = 32
 
 
 @strict
-class ContextVectorConfig(PreTrainedConfig):
+class ContextVectorConfig(ContextConfig):
     """Configuration of the context-vector model; the defaults are the document's.
 
     Args:
@@ -74,12 +63,9 @@ class ContextVectorConfig(PreTrainedConfig):
         update: how the MLP changes the context.
         positions: learned, or none, which leaves the length unbounded.
         max_position_embeddings: positions that can be learned, 32 by default; None without them.
-        initializer_range: standard deviation of the linear layers and the embeddings.
-        use_cache: return a cache by default.
     """
 
     model_type = "context_vector"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 1000
     hidden_size: int = 256
@@ -93,11 +79,6 @@ class ContextVectorConfig(PreTrainedConfig):
     update: Literal["additive", "gated"] = "additive"
     positions: Literal["learned", "none"] = "learned"
     max_position_embeddings: int | None = None
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -118,9 +99,9 @@ class ContextVectorConfig(PreTrainedConfig):
                 that is not as wide as the embedding, or a setting of the other kind of context.
         """
         sizes = ("vocab_size", "hidden_size", "context_dim", "num_contexts")
-        check_counts(self, *sizes, "mlp_size", "mlp_layers")
-        check_positive(self, "initializer_range")
-        check_dropout(self, "dropout")
+        self.check_counts(*sizes, "mlp_size", "mlp_layers")
+        self.check_positive("initializer_range")
+        self.check_dropout("dropout")
         if self.context == "mlp" and self.freeze_context:
             raise ValueError("freeze_context is for context 'gated_recurrence', not 'mlp'")
         if self.context == "gated_recurrence" and self.update == "gated":
@@ -144,7 +125,52 @@ class ContextVectorConfig(PreTrainedConfig):
             )
 
 
-class ContextVectorModel(ContextPreTrainedModel):
+class ForgetGate(nn.Linear):
+    """A linear layer whose bias starts high: a model that has learnt nothing remembers.
+
+    Args:
+        mlp_size: H.
+        context_dim: C.
+        num_contexts: parts of the output whose biases start at 1, 3, 5 ...
+    """
+
+    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int):
+        super().__init__(mlp_size, context_dim)
+        self.num_contexts = num_contexts
+
+    def reset_bias(self) -> None:
+        """The starting biases."""
+        starts = 1.0 + 2.0 * torch.arange(self.num_contexts, device=self.bias.device)
+        width = self.bias.shape[0] // self.num_contexts
+        init.copy_(self.bias, starts.repeat_interleave(width))
+
+
+class ContextUpdate(nn.Module):
+    """How a token changes the context; `gated` adds a forget gate and an input gate.
+
+    Args:
+        mlp_size: H.
+        context_dim: C. One layer for all context vectors is the same as one layer for each.
+        num_contexts: how many vectors these are.
+        gated: scale what is kept and what is written, channel by channel.
+    """
+
+    def __init__(self, mlp_size: int, context_dim: int, num_contexts: int, *, gated: bool):
+        super().__init__()
+        self.written = nn.Linear(mlp_size, context_dim)
+        self.forget_gate = ForgetGate(mlp_size, context_dim, num_contexts) if gated else None
+        self.input_gate = nn.Linear(mlp_size, context_dim) if gated else None
+
+    def forward(self, hidden_BH: Tensor, context_BC: Tensor) -> Tensor:
+        """The context after a token, ``[B, C]``, in the type of the context before it."""
+        written_BC = self.written(hidden_BH)
+        if self.forget_gate is None or self.input_gate is None:
+            return context_BC + written_BC
+        kept_BC = torch.sigmoid(self.forget_gate(hidden_BH)) * context_BC
+        return kept_BC + torch.sigmoid(self.input_gate(hidden_BH)) * torch.tanh(written_BC)
+
+
+class ContextVectorModel(ContextDecoder):
     """Embedding, MLP and context update, without the head."""
 
     config_class = ContextVectorConfig
@@ -181,50 +207,31 @@ class ContextVectorModel(ContextPreTrainedModel):
         if isinstance(module, ForgetGate):
             module.reset_bias()
 
-    def embed_normalised(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings as a gated recurrence reads them, ``[..., D]``."""
-        return self.embed_norm(self.embed_tokens(input_ids))
-
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
         return Cache(layers=[ContextStateLayer()])
 
-    @merge_with_config_defaults
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, H]``; the arguments are those of `ContextForCausalLM.forward`.
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.config.mlp_size
 
-        Raises:
-            ValueError: neither or both of tokens and embeddings are given, the cache is foreign, or
-                a row has more tokens than there are positions.
-        """
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
-        tokens_BTD = inputs.embeds_BTD
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, H]``; a `ValueError` for more tokens than learned positions."""
+        tokens_BTD = embeds_BTD
         if self.embed_positions is not None:
-            limit = self.embed_positions.num_embeddings
-            positions_BT = table_positions(inputs, position_ids, limit)
+            positions_BT = new.table_positions(self.embed_positions.num_embeddings)
             tokens_BTD = tokens_BTD + self.embed_positions(positions_BT)
-        state = None if inputs.cache is None else inputs.cache.layers[-1]
-        run = self._in_turn if self.config.context == "mlp" else self._at_once
-        return BaseModelOutputWithPast(
-            last_hidden_state=run(tokens_BTD, inputs, state), past_key_values=inputs.cache
-        )
+        (state,) = new.states(1)
+        start_BC = embeds_BTD.new_zeros(new.batch, self.config.total_context_dim)
+        if state is not None:
+            start_BC = state.continue_from(start_BC)
+        if self.config.context == "mlp":
+            return self._in_turn(tokens_BTD, start_BC, new, state)
+        # Over a gated recurrence, at once.
+        (contexts_BTC,) = self.context_block.run(self.embed_norm(embeds_BTD), new, state)
+        before_BTC = torch.cat([start_BC.unsqueeze(1), contexts_BTC[:, :-1]], dim=1)
+        return self._hidden(self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype))
 
     def _hidden(self, token: Tensor, context: Tensor) -> Tensor:
         """The MLP's output, ``[..., H]``, for the tokens' part and the contexts before them."""
@@ -233,38 +240,24 @@ class ContextVectorModel(ContextPreTrainedModel):
             hidden = self.dropout(F.relu(layer(hidden)))
         return hidden
 
-    def _start(self, inputs: DecoderInputs, state: ContextStateLayer | None) -> Tensor:
-        """The context before the first of the new tokens, ``[B, C]``."""
-        batch, width = inputs.embeds_BTD.shape[0], self.config.total_context_dim
-        start_BC = inputs.embeds_BTD.new_zeros(batch, width)
-        return start_BC if state is None else state.continue_from(start_BC)
-
-    def _at_once(
-        self, tokens_BTD: Tensor, inputs: DecoderInputs, state: ContextStateLayer | None
-    ) -> Tensor:
-        """The MLP's outputs over a gated recurrence, ``[B, T, H]``; moves the state on."""
-        start_BC = self._start(inputs, state)
-        embedded_BTD = self.embed_norm(inputs.embeds_BTD)
-        (contexts_BTC,) = self.context_block.run(embedded_BTD, inputs.mask_BT, state)
-        before_BTC = torch.cat([start_BC.unsqueeze(1), contexts_BTC[:, :-1]], dim=1)
-        return self._hidden(self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype))
-
     def _in_turn(
-        self, tokens_BTD: Tensor, inputs: DecoderInputs, state: ContextStateLayer | None
+        self,
+        tokens_BTD: Tensor,
+        context_BC: Tensor,
+        new: NewTokens,
+        state: ContextStateLayer | None,
     ) -> Tensor:
-        """The MLP's outputs from where the cache left off, ``[B, T, H]``; moves the state on."""
-        mask_BT, tokens = inputs.mask_BT, tokens_BTD.shape[1]
-        context_BC = self._start(inputs, state)
+        """The MLP's outputs, which change the context, ``[B, T, H]``; moves the state on."""
         outputs = []
         for t, token_BH in enumerate(self.token_input(tokens_BTD).unbind(1)):
             hidden_BH = self._hidden(token_BH, context_BC)
             outputs.append(hidden_BH)
             new_BC = self.update(hidden_BH, context_BC)
-            if mask_BT is not None:  # padding leaves the context as it is
-                new_BC = torch.where(mask_BT[:, t, None], new_BC, context_BC)
+            if new.mask_BT is not None:  # padding leaves the context as it is
+                new_BC = torch.where(new.mask_BT[:, t, None], new_BC, context_BC)
             context_BC = new_BC
         if state is not None:
-            state.update_state(context_BC, mask_BT, tokens)
+            state.update_state(context_BC, new)
         return torch.stack(outputs, dim=1)
 
 
@@ -280,8 +273,6 @@ _TINY = {
 
 
 @register_architecture(
-    ContextVectorConfig,
-    decoder=ContextVectorModel,
     tiny=(
         _TINY,
         {**_TINY, "update": "gated", "num_contexts": 2, "positions": "none"},
@@ -291,13 +282,5 @@ _TINY = {
 class ContextVectorForCausalLM(ContextForCausalLM):
     """Context vector (New-LLM): no attention, a vector updated each token by an MLP or gates."""
 
-    config_class = ContextVectorConfig
-    supports_gradient_checkpointing = False
-    _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ContextVectorConfig):
-        super().__init__(config)
-        self.model = ContextVectorModel(config)
-        self.lm_head = nn.Linear(config.mlp_size, config.vocab_size)
-        self.post_init()
+    decoder_class = ContextVectorModel
+    head_bias = True

@@ -1,6 +1,6 @@
-"""Blocks that architectures share.
+"""Norms, starting weights and the context block, which architectures share.
 
-Shape suffixes: B batch, T tokens, L layers, C context width, D embedding width.
+N is a number of independent contexts here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from contextlm.models.cache import ContextStateLayer
+from contextlm.models.inputs import NewTokens
 from contextlm.ops.context_scan import context_scan, context_step
 
 
@@ -169,26 +170,23 @@ class ContextBlock(nn.Module):
             eps=layers[0].norm.eps,
         )
 
-    def run(
-        self, embedded_BTD: Tensor, mask_BT: Tensor | None, state: ContextStateLayer | None
-    ) -> Tensor:
+    def run(self, embedded_BTD: Tensor, new: NewTokens, state: ContextStateLayer | None) -> Tensor:
         """The recurrence from where the cache left it; moves the cached state on.
 
         Args:
             embedded_BTD: normalised token embeddings.
-            mask_BT: False where a token is padding, or None.
+            new: the tokens, in the order of the input.
             state: the cache's layer, or None to start from zero and keep nothing.
 
         Returns:
             Every layer's output at every token, ``[L, B, T, C]``.
         """
-        batch, tokens = embedded_BTD.shape[:2]
-        initial_BC = embedded_BTD.new_zeros(batch, self.context_dim)
+        initial_BC = embedded_BTD.new_zeros(embedded_BTD.shape[0], self.context_dim)
         if state is not None:
             initial_BC = state.continue_from(initial_BC)
-        contexts_LBTC = self(embedded_BTD, initial_BC, mask_BT)
+        contexts_LBTC = self(embedded_BTD, initial_BC, new.mask_BT)
         if state is not None:
-            state.update_state(contexts_LBTC[-1, :, -1], mask_BT, tokens)
+            state.update_state(contexts_LBTC[-1, :, -1], new)
         return contexts_LBTC
 
     def parallel(self, embedded_BTD: Tensor, previous_BTC: Tensor) -> Tensor:

@@ -7,40 +7,26 @@ the residual sums, as in the first transformers::
     x = LN(x + drop(attention(x)))              dropout on the attention weights too
     x = LN(x + drop(W_2 drop(GELU(W_1 x))))     once per layer, both lines
     logits = W_o LN(x) + b_o                    not tied
-
-Shape suffixes: B batch, T new tokens, S keys, N heads, K width of a head, D width, V vocabulary.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 from typing import Any
 
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.base import (
-    ContextForCausalLM,
-    ContextPreTrainedModel,
-    register_architecture,
-)
+from contextlm.models.attention import attend
+from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import RowStateLayer
-from contextlm.models.config_checks import check_counts, check_dropout, check_positive
-from contextlm.models.inputs import read_inputs
-from contextlm.models.positions import table_positions
+from contextlm.models.config import ContextConfig
+from contextlm.models.inputs import NewTokens
 
 
 @strict
-class PostLNTransformerConfig(PreTrainedConfig):
+class PostLNTransformerConfig(ContextConfig):
     """Configuration of the post-LN transformer; the defaults are the document's.
 
     Args:
@@ -52,13 +38,10 @@ class PostLNTransformerConfig(PreTrainedConfig):
         dropout: on the embedding, on the attention weights, inside the feed-forward part and on
             what both sublayers add.
         max_position_embeddings: learned positions.
-        initializer_range: standard deviation of the linear layers and the embeddings.
         layer_norm_eps: of every layer norm.
-        use_cache: return a cache by default.
     """
 
     model_type = "post_ln_transformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 1000
     hidden_size: int = 256
@@ -67,12 +50,7 @@ class PostLNTransformerConfig(PreTrainedConfig):
     intermediate_size: int = 1024
     dropout: float | int = 0.1
     max_position_embeddings: int = 32
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def validate_architecture(self) -> None:
@@ -82,14 +60,10 @@ class PostLNTransformerConfig(PreTrainedConfig):
             ValueError: the heads do not divide the width, or a size is not positive.
         """
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        check_counts(self, *sizes, "intermediate_size", "max_position_embeddings")
-        check_positive(self, "initializer_range", "layer_norm_eps")
-        check_dropout(self, "dropout")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must divide "
-                f"hidden_size ({self.hidden_size})"
-            )
+        self.check_counts(*sizes, "intermediate_size", "max_position_embeddings")
+        self.check_positive("initializer_range", "layer_norm_eps")
+        self.check_dropout("dropout")
+        self.check_divides("num_attention_heads", "hidden_size")
 
 
 class PostLNAttention(nn.Module):
@@ -101,7 +75,6 @@ class PostLNAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = width // config.num_attention_heads
-        self.is_causal = True
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -118,24 +91,15 @@ class PostLNAttention(nn.Module):
             past_key_values: keys and values to extend and attend to, or None.
             **kwargs: for the attention backend.
         """
-        query_BNTK = self._split(self.query(x_BTD))
-        key_BNSK, value_BNSK = self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
+        query_BHTE = self._split(self.query(x_BTD))
+        key_BHSE, value_BHSE = self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
         if past_key_values is not None:
-            key_BNSK, value_BNSK = past_key_values.update(key_BNSK, value_BNSK, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            key_BHSE, value_BHSE = past_key_values.update(key_BHSE, value_BHSE, self.layer_idx)
+        dropout = self.config.dropout
+        mixed, weights = attend(
+            self, query_BHTE, key_BHSE, value_BHSE, mask, dropout=dropout, **kwargs
         )
-        attended_BTNK, weights = attend(
-            self,
-            query_BNTK,
-            key_BNSK,
-            value_BNSK,
-            mask,
-            scaling=self.head_dim**-0.5,
-            dropout=self.config.dropout if self.training else 0.0,
-            **kwargs,
-        )
-        return self.output(attended_BTNK.reshape(x_BTD.shape)), weights
+        return self.output(mixed), weights
 
     def _split(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -164,7 +128,7 @@ class PostLNLayer(GradientCheckpointingLayer):
         return self.feed_forward_norm(x_BTD + self.dropout(added_BTD))
 
 
-class PostLNTransformerModel(ContextPreTrainedModel):
+class PostLNTransformerModel(ContextDecoder):
     """Embedding and post-LN layers, without the head."""
 
     config_class = PostLNTransformerConfig
@@ -189,55 +153,25 @@ class PostLNTransformerModel(ContextPreTrainedModel):
         """An empty cache: keys and values per layer, and each row's count of tokens."""
         return Cache(layers=[*(DynamicLayer() for _ in self.layers), RowStateLayer()])
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, D]``; the arguments are those of `ContextForCausalLM.forward`.
-
-        Raises:
-            ValueError: neither or both of tokens and embeddings are given, the cache is foreign, or
-                a row has more tokens than there are positions.
-        """
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
-        positions_BT = table_positions(inputs, position_ids, self.embed_positions.num_embeddings)
-        x_BTD = self.dropout(inputs.embeds_BTD + self.embed_positions(positions_BT))
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, D]``; a `ValueError` for more tokens than learned positions."""
+        positions_BT = new.table_positions(self.embed_positions.num_embeddings)
+        x_BTD = self.dropout(embeds_BTD + self.embed_positions(positions_BT))
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=inputs.cache,
+            attention_mask=new.attention_mask,
+            past_key_values=new.cache,
             position_ids=positions_BT,
         )
         for layer in self.layers:
-            x_BTD = layer(x_BTD, mask, past_key_values=inputs.cache, **kwargs)
-        if inputs.cache is not None:
-            batch, tokens = x_BTD.shape[:2]
-            inputs.cache.layers[-1].advance(inputs.mask_BT, batch, tokens, x_BTD.device)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(x_BTD), past_key_values=inputs.cache
-        )
+            x_BTD = layer(x_BTD, mask, past_key_values=new.cache, **kwargs)
+        if new.cache is not None:
+            new.cache.layers[-1].advance(new)
+        return self.final_layer_norm(x_BTD)
 
 
 @register_architecture(
-    PostLNTransformerConfig,
-    decoder=PostLNTransformerModel,
     tiny=(
         {
             "vocab_size": 97,
@@ -252,13 +186,5 @@ class PostLNTransformerModel(ContextPreTrainedModel):
 class PostLNTransformerForCausalLM(ContextForCausalLM):
     """Post-LN transformer: multi-head attention, layer norms behind the sums, learned positions."""
 
-    config_class = PostLNTransformerConfig
-    _no_split_modules = ["PostLNLayer"]
-    _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: PostLNTransformerConfig):
-        super().__init__(config)
-        self.model = PostLNTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
+    decoder_class = PostLNTransformerModel
+    head_bias = True

@@ -2,8 +2,7 @@
 
 `ContextAttention` reads contexts, `TokenAttention` (the baseline) the last tokens themselves.
 
-Shape suffixes: B batch, T tokens, S memory entries, M entries read by a token, D embedding width,
-C an entry's width, N heads, E width of a head.
+C is the width of an entry of the memory here.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.alignment import RealFirst
 from contextlm.models.cache import RecentLayer
 from contextlm.models.context_kv.cache import Reading
+from contextlm.models.inputs import NewTokens, take
 from contextlm.ops.dilated_attention import Anchor, dilated_attention, gather_attention
 
 
@@ -48,14 +47,14 @@ class TokenWindow(NamedTuple):
     """The tokens that the last of them are to read, in the order of the input.
 
     Attributes:
-        entries: ``[B, T, C]``, embeddings of the new tokens.
-        mask_BT: False at padding, or None.
+        entries: ``[B, T, D]``, embeddings of the new tokens.
+        new: these tokens.
         state: keys and values of earlier tokens, moved on by reading; None: there are none, and no
             later ones will come.
     """
 
     entries: Tensor
-    mask_BT: Tensor | None
+    new: NewTokens
     state: RecentLayer | None
 
 
@@ -65,7 +64,7 @@ class MemoryAttention(nn.Module):
     Args:
         hidden_size: D.
         entry_dim: C.
-        heads: N.
+        heads: H.
         interval: positions from one entry that is read to the next.
         size: M.
         anchor: where the earlier entries lie (`dilated_attention`).
@@ -106,7 +105,7 @@ class MemoryAttention(nn.Module):
         reading: Reading | None = None,
     ) -> Tensor:
         """What each token reads, ``[B, T, D]``; for the last two see `Memory`."""
-        query_BNTE = self._heads(self.query(stream_BTD))
+        query_BHTE = self._heads(self.query(stream_BTD))
         memory = (self._heads(key_BSD), self._heads(value_BSD))
         dropout = self.dropout if self.training else 0.0
         pads: dict[str, Tensor] = {}
@@ -114,10 +113,10 @@ class MemoryAttention(nn.Module):
             pads["pad_key_HE"] = self.key.bias.view(self.heads, -1)
             pads["pad_value_HE"] = self.value.bias.view(self.heads, -1)
         if reading is not None:
-            mixed_BNTE = gather_attention(query_BNTE, *memory, *reading, dropout=dropout, **pads)
+            mixed_BHTE = gather_attention(query_BHTE, *memory, *reading, dropout=dropout, **pads)
         else:
-            mixed_BNTE = dilated_attention(
-                query_BNTE,
+            mixed_BHTE = dilated_attention(
+                query_BHTE,
                 *memory,
                 interval=self.interval,
                 size=self.size,
@@ -126,7 +125,7 @@ class MemoryAttention(nn.Module):
                 dropout=dropout,
                 **pads,
             )
-        return self.output(mixed_BNTE.transpose(1, 2).flatten(2))
+        return self.output(mixed_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -154,15 +153,14 @@ class TokenAttention(MemoryAttention):
         """What the last T tokens of the window read, ``[B, T, D]``; the others only serve them."""
         entries_BSD = torch.cat([self.key(window.entries), self.value(window.entries)], dim=-1)
         state = RecentLayer(self.size - 1) if window.state is None else window.state
-        before = entries_BSD.shape[1] - stream_BTD.shape[1]
+        new, before = window.new, entries_BSD.shape[1] - stream_BTD.shape[1]
         if before:
-            _append(state, entries_BSD[:, :before], window.mask_BT, slice(before))
-        start_B = state.counts
-        both_BSD, order = _append(
-            state, entries_BSD[:, before:], window.mask_BT, slice(before, None)
-        )
+            earlier, new = new.split(before)
+            state.append(earlier.real_first(entries_BSD[:, :before]), earlier)
+        both_BSD = state.append(new.real_first(entries_BSD[:, before:]), new)
         keys_BSD, values_BSD = both_BSD.chunk(2, dim=-1)
-        return order.undo(self._attend(order.apply(stream_BTD), keys_BSD, values_BSD, start_B))
+        stream_BTD = new.real_first(stream_BTD)
+        return new.as_given(self._attend(stream_BTD, keys_BSD, values_BSD, new.seen_B))
 
 
 class ContextKVLayer(nn.Module):
@@ -195,19 +193,9 @@ class ContextKVLayer(nn.Module):
         return hidden_BTD + self.dropout(branch_BTD)
 
 
-def _append(
-    state: RecentLayer, new_BTE: Tensor, mask_BS: Tensor | None, columns: slice
-) -> tuple[Tensor, RealFirst]:
-    """Old and new entries, each row's real ones first among the new, and the order of these."""
-    mask_BT = None if mask_BS is None else mask_BS[:, columns]
-    order = RealFirst.of(mask_BT)
-    return state.append(order.apply(new_BTE), mask_BT), order
-
-
 def _only_read(entries_BSC: Tensor, reading: Reading) -> Memory:
     """The entries that a single token reads, so that no other is projected in vain."""
     columns_BM = reading.columns[:, 0]
-    read_BMC = entries_BSC.gather(1, columns_BM.unsqueeze(-1).expand(-1, -1, entries_BSC.shape[-1]))
     in_order_M = torch.arange(columns_BM.shape[1], device=columns_BM.device)
     columns_BTM = in_order_M.expand_as(reading.columns)
-    return Memory(read_BMC, reading=Reading(columns_BTM, reading.real))
+    return Memory(take(entries_BSC, columns_BM), reading=Reading(columns_BTM, reading.real))

@@ -4,12 +4,8 @@ Source: the report 000_39ffc4a62d9fc6b5 (DESIGN 1.5). With ``placement="appended
 see only the segment of W tokens that a token is in, and one more layer behind them carries
 information further. With ``placement="integrated"`` dual-context attention replaces the attention
 of every layer.
-
-Shape suffixes: B batch, T new tokens, D model width.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 import math
 from typing import Any, Literal
 
@@ -18,36 +14,27 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.base import (
-    ContextForCausalLM,
-    ContextPreTrainedModel,
-    register_architecture,
-)
+from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import RecentLayer
-from contextlm.models.config_checks import check_counts, check_dropout, check_positive
+from contextlm.models.config import ContextConfig
 from contextlm.models.dual_context.attention import (
     DualContextAttention,
-    MaskStyle,
+    DualContextLayer,
     Past,
-    Plan,
+    Views,
     Recent,
     SegmentAttention,
 )
-from contextlm.models.dual_context.cache import DualContextLayer, Timeline
-from contextlm.models.inputs import read_inputs
+from contextlm.models.inputs import NewTokens
 
 
 @strict
-class DualContextConfig(PreTrainedConfig):
+class DualContextConfig(ContextConfig):
     """Configuration of DCA-LLM; the defaults are the document's.
 
     Args:
@@ -65,11 +52,9 @@ class DualContextConfig(PreTrainedConfig):
         layer_norm_epsilon: of every layer norm.
         initializer_range: standard deviation of embeddings and linear layers; GPT-2's own
             projections into the residual stream start smaller, as in GPT-2.
-        use_cache: return a cache by default.
     """
 
     model_type = "dual_context"
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "base_layers"}
 
     vocab_size: int = 50257
@@ -82,11 +67,6 @@ class DualContextConfig(PreTrainedConfig):
     num_positions: int = 512
     dropout: float | int = 0.1
     layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = True
 
     def base_config(self) -> GPT2Config:
@@ -113,20 +93,16 @@ class DualContextConfig(PreTrainedConfig):
             ValueError: a value is out of range, or the heads do not divide the width.
         """
         sizes = ("vocab_size", "hidden_size", "base_layers", "num_attention_heads")
-        check_counts(self, *sizes, "max_representatives")
+        self.check_counts(*sizes, "max_representatives")
         if self.window < 2 or self.window % 2:
             raise ValueError(f"window must be even and at least 2, got {self.window}")
         if self.num_positions < self.window:
             raise ValueError(
                 f"num_positions ({self.num_positions}) must be at least window ({self.window})"
             )
-        check_positive(self, "layer_norm_epsilon", "initializer_range")
-        check_dropout(self, "dropout")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must divide "
-                f"hidden_size ({self.hidden_size})"
-            )
+        self.check_positive("layer_norm_epsilon", "initializer_range")
+        self.check_dropout("dropout")
+        self.check_divides("num_attention_heads", "hidden_size")
 
 
 class BaseBlock(GPT2Block):
@@ -137,9 +113,9 @@ class BaseBlock(GPT2Block):
         attention = DualContextAttention if integrated else SegmentAttention
         self.attn = attention(config)
 
-    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, views: Views) -> Tensor:
         """The stream behind the block, ``[B, T, D]``."""
-        hidden_BTD = hidden_BTD + self.attn(self.ln_1(hidden_BTD), state, plan)
+        hidden_BTD = hidden_BTD + self.attn(self.ln_1(hidden_BTD), state, views)
         return hidden_BTD + self.mlp(self.ln_2(hidden_BTD))
 
 
@@ -159,35 +135,18 @@ class AppendedBlock(GradientCheckpointingLayer):
             nn.Dropout(config.resid_pdrop),
         )
 
-    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, plan: Plan) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, views: Views) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``."""
-        hidden_BTD = hidden_BTD + self.attn(hidden_BTD, state, plan)
+        hidden_BTD = hidden_BTD + self.attn(hidden_BTD, state, views)
         return hidden_BTD + self.feed_forward(hidden_BTD)
 
 
-class DualContextPreTrainedModel(ContextPreTrainedModel):
-    """GPT-2's initial weights for GPT-2's parts; a gate that begins in the middle."""
+class DualContextModel(ContextDecoder):
+    """Embeddings, GPT-2 layers and dual-context attention, without the head."""
 
     config_class = DualContextConfig
     _no_split_modules = ["BaseBlock", "AppendedBlock"]
     _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Conv1D):
-            std = self.config.initializer_range
-            if getattr(module, "adds_to_stream", False):
-                std /= math.sqrt(2 * self.config.base_layers)  # two such sublayers in each block
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, DualContextAttention):
-            init.zeros_(module.gate)
-
-
-class DualContextModel(DualContextPreTrainedModel):
-    """Embeddings, GPT-2 layers and dual-context attention, without the head."""
-
     _can_record_outputs = {"hidden_states": [BaseBlock, AppendedBlock]}
 
     def __init__(self, config: DualContextConfig):
@@ -220,58 +179,42 @@ class DualContextModel(DualContextPreTrainedModel):
         segments = [RecentLayer(window - 1) for _ in range(layers)]
         return Cache(layers=[*segments, DualContextLayer(window)])
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, D]``; the arguments are those of `ContextForCausalLM.forward`.
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's initial weights for GPT-2's parts; a gate that begins in the middle."""
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            std = self.config.initializer_range
+            if getattr(module, "adds_to_stream", False):
+                std /= math.sqrt(2 * self.config.base_layers)  # two such sublayers in each block
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, DualContextAttention):
+            init.zeros_(module.gate)
 
-        Raises:
-            ValueError: see `read_inputs`.
-        """
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, D]``; positions start anew with each window of a row's text."""
         self.base_config._attn_implementation = self.config._attn_implementation
-        timeline = Timeline.of(inputs)
-        positions_BTD = self.embed_positions(timeline.query_BT % self.config.window)
-        stream_BTD = self.dropout(inputs.embeds_BTD + positions_BTD)
-        plan = self._plan(timeline, stream_BTD.dtype)
-        states = [None] * len(self.layers) if inputs.cache is None else inputs.cache.layers
+        positions_BTD = self.embed_positions(new.positions() % self.config.window)
+        stream_BTD = self.dropout(embeds_BTD + positions_BTD)
+        views = self._views(new)
+        states = new.states(len(self.layers) + (self.appended is not None))
         for layer, state in zip(self.layers, states, strict=False):
-            stream_BTD = layer(stream_BTD, state, plan)
+            stream_BTD = layer(stream_BTD, state, views)
         stream_BTD = self.final_layer_norm(stream_BTD)
         if self.appended is not None:
-            stream_BTD = self.appended(stream_BTD, states[-1], plan)
-        return BaseModelOutputWithPast(last_hidden_state=stream_BTD, past_key_values=inputs.cache)
+            stream_BTD = self.appended(stream_BTD, states[-1], views)
+        return stream_BTD
 
-    def _plan(self, timeline: Timeline, dtype: torch.dtype) -> Plan:
+    def _views(self, new: NewTokens) -> Views:
         """Who sees what, for every layer."""
         window, half = self.config.window, self.config.window // 2
-        style = MaskStyle(self.config._attn_implementation, dtype)
         segment = None
         if self.appended is not None:
-            segment = Recent.of(timeline, style, block=window, before=0, limit=window - 1)
-        return Plan(
-            timeline=timeline,
-            segment=segment,
-            local=Recent.of(timeline, style, block=half, before=1, limit=window),
-            past=Past.of(timeline, style, half=half, most=self.config.max_representatives),
-        )
+            segment = Recent.of(new, block=window, before=0, limit=window - 1)
+        local = Recent.of(new, block=half, before=1, limit=window)
+        past = Past.of(new, half=half, most=self.config.max_representatives)
+        return Views(new, segment, local, past)
 
 
 _TINY = {
@@ -286,8 +229,6 @@ _TINY = {
 
 
 @register_architecture(
-    DualContextConfig,
-    decoder=DualContextModel,
     tiny=(
         _TINY,
         {**_TINY, "window": 4, "max_representatives": 2},
@@ -295,13 +236,7 @@ _TINY = {
         {**_TINY, "placement": "integrated", "max_representatives": 2},
     ),
 )
-class DualContextForCausalLM(DualContextPreTrainedModel, ContextForCausalLM):
+class DualContextForCausalLM(ContextForCausalLM):
     """DCA-LLM: GPT-2 with dual-context attention to recent tokens and summaries of older spans."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: DualContextConfig):
-        super().__init__(config)
-        self.model = DualContextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = DualContextModel

@@ -1,6 +1,6 @@
 """The short convolution before a recurrence or an attention: each channel, a few tokens back.
 
-Shape suffixes: B batch, T new tokens, C channels, S tokens before the new ones and these.
+J is a number of taps before the current token here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from contextlm.models.hybrid.cache import Taps
+from contextlm.models.cache import newest
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import OwnStart
-from contextlm.models.steps import Steps
+
+
+class Taps:
+    """Mixed into a cache layer: the newest inputs of a causal convolution, ``[B, <=J, C]``."""
+
+    taps: Tensor | None = None
+
+    def with_taps(self, new_BTC: Tensor, taps: int, new: NewTokens) -> Tensor:
+        """The inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
+
+        Args:
+            new_BTC: inputs of the new tokens, real ones first.
+            taps: J.
+            new: the new tokens.
+        """
+        old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
+        old_BJC = old_BJC if self.taps is None else self.taps
+        both_BSC = torch.cat([old_BJC, new_BTC], dim=1)
+        self.taps = newest(both_BSC, new.ends(old_BJC.shape[1]), taps)
+        return both_BSC
 
 
 class CausalConvolution(OwnStart):
@@ -37,19 +57,19 @@ class CausalConvolution(OwnStart):
         init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
         init.zeros_(self.bias)
 
-    def forward(self, inputs_BTC: Tensor, state: Taps | None, steps: Steps) -> Tensor:
+    def forward(self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens) -> Tensor:
         """``[B, T, C]``; inputs before a row's first token are zero.
 
         Args:
             inputs_BTC: of the new tokens, real ones first.
             state: where the inputs before them are kept, or None: there are none.
-            steps: the new tokens.
+            new: the new tokens.
         """
         before, tokens = self.taps - 1, inputs_BTC.shape[1]
         if state is None:
             all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
         else:
-            all_BSC = state.with_taps(inputs_BTC, before, steps)
+            all_BSC = state.with_taps(inputs_BTC, before, new)
         out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
         for back in range(1, self.taps):
             earlier_BTC = all_BSC[:, before - back : before - back + tokens]

@@ -14,24 +14,92 @@ is attended to as it is, like the one key and value head of multi-query attentio
 With `attention_convolution` W_c x, W_r x and W_q x first pass a short causal convolution each: it
 shows a key what stood before it.
 
-Shape suffixes: B batch, T new tokens, S tokens kept and new, D stream width, H heads, E width of a
-head's content, R rotary width, C width of the latent, K = C + R.
+R is the rotary width here, E the width of a head's content, C that of the latent, X that of what is
+compared: E + R or C + R.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.attention_function import attend
-from contextlm.models.hybrid.cache import LatentLayer
-from contextlm.models.hybrid.convolution import CausalConvolution
+from contextlm.models.attention import attend, rotate
+from contextlm.models.cache import RowStateLayer, newest
+from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
-from contextlm.models.rotary import rotate
-from contextlm.models.steps import Steps
+
+
+class LatentLayer(Taps, RowStateLayer):
+    """Keeps one entry for every token, and a convolution's taps where there is one.
+
+    Args:
+        is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
+            newest tokens can be taken back, as far as none is padding.
+
+    Attributes:
+        entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
+
+    def __init__(self, is_croppable: bool = True) -> None:
+        super().__init__()
+        self.is_croppable = is_croppable
+        self.entries: Tensor | None = None
+        self._real_tail = 0  # newest tokens that were real in every row
+
+    def append(self, new_BTC: Tensor, new: NewTokens) -> Tensor:
+        """Take in the entries of the new tokens, each row's real ones first.
+
+        Returns:
+            Old and new entries, ``[B, K + T, C]``, which stand at the positions `new.columns(K)`.
+        """
+        old_BKC = new_BTC[:, :0] if self.entries is None else self.entries
+        both_BSC = torch.cat([old_BKC, new_BTC], dim=1)
+        self.entries = both_BSC
+        if new.mask_BT is not None:
+            self.entries = newest(both_BSC, new.ends(old_BKC.shape[1]), both_BSC.shape[1])
+        self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
+        self.advance(new)
+        return both_BSC
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._real_tail = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every row.
+
+        Args:
+            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
+
+        Raises:
+            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
+                padding.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
+        if not self.is_croppable:
+            super().crop(tokens_to_remove)
+        if self.entries is None or self.counts is None or tokens_to_remove == 0:
+            return
+        if -tokens_to_remove >= self._seen:
+            return self.reset()
+        if -tokens_to_remove > self._real_tail:
+            raise ValueError(
+                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
+                f"the newest {self._real_tail} can be taken back"
+            )
+        left = self.entries.shape[1] + tokens_to_remove
+        self.entries = self.entries[:, :left].clone()
+        self.counts = self.counts + tokens_to_remove
+        self._seen += tokens_to_remove
+        self._real_tail += tokens_to_remove
 
 
 class LatentAttention(nn.Module):
@@ -47,8 +115,6 @@ class LatentAttention(nn.Module):
         self.config = config
         self.heads, self.content = config.num_attention_heads, config.head_size
         self.latent, self.rotary = config.latent_dim, config.rope_dim
-        self.scaling = (self.content + self.rotary) ** -0.5
-        self.is_causal = True
         self.query = nn.Linear(width, self.heads * (self.content + self.rotary), bias=False)
         self.compress = nn.Linear(width, self.latent + self.rotary, bias=False)
         taps, inner = config.attention_convolution, self.query.out_features
@@ -59,68 +125,69 @@ class LatentAttention(nn.Module):
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.output = nn.Linear(self.heads * self.content, width, bias=False)
 
-    @property
-    def num_key_value_groups(self) -> int:
-        """Query heads for each head of keys, of which there is one where they are absorbed."""
-        return self.heads
-
-    def forward(self, x_BTD: Tensor, state: LatentLayer | None, steps: Steps) -> Tensor:
+    def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
-        tokens = x_BTD.shape[1]
-        positions_BT = steps.positions(tokens, x_BTD.device)
-        theta = self.config.rope_theta
+        positions_BT, theta = new.columns(0), self.config.rope_theta
         query, latent = self.query(x_BTD), self.compress(x_BTD)
         if self.convolution is not None:
-            inner = self.convolution(torch.cat([query, latent], dim=-1), state, steps)
+            inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)
             query, latent = inner.to(query.dtype).split((query.shape[-1], latent.shape[-1]), dim=-1)
-        query_BHTE = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        plain_BHTE, turned_BHTR = query_BHTE.split((self.content, self.rotary), dim=-1)
+        query_BHTX = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        plain_BHTE, turned_BHTR = query_BHTX.split((self.content, self.rotary), dim=-1)
         turned_BHTR = rotate(turned_BHTR, positions_BT, theta)
         latent_BTC, key_BTR = latent.split((self.latent, self.rotary), dim=-1)
         key_BTR = rotate(key_BTR.unsqueeze(1), positions_BT, theta).squeeze(1)
-        entries_BSK = torch.cat([self.norm(latent_BTC).to(key_BTR.dtype), key_BTR], dim=-1)
+        entries_BSX = torch.cat([self.norm(latent_BTC).to(key_BTR.dtype), key_BTR], dim=-1)
         if state is not None:
-            entries_BSK = state.append(entries_BSK, steps)
-        kept = entries_BSK.shape[1] - tokens
-        if kept == 0:
-            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSK))
-        oldest_B = steps.oldest(kept)
-        return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSK, oldest_B))
+            entries_BSX = state.append(entries_BSX, new)
+        if entries_BSX.shape[1] == new.tokens:
+            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX))
+        return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSX, new))
 
-    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSK: Tensor) -> Tensor:
+    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor) -> Tensor:
         """Causal attention with the keys and values of all heads, ``[B, T, H E]``."""
-        latent_BSC, shared_BSR = entries_BSK.split((self.latent, self.rotary), dim=-1)
+        latent_BSC, shared_BSR = entries_BSX.split((self.latent, self.rotary), dim=-1)
         key_BHSE, value_BHSE = (
             layer(latent_BSC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.key, self.value)
         )
         shared_BHSR = shared_BSR.unsqueeze(1).expand(-1, self.heads, -1, -1)
-        key_BHSK = torch.cat([key_BHSE, shared_BHSR.to(key_BHSE.dtype)], dim=-1)
+        key_BHSX = torch.cat([key_BHSE, shared_BHSR.to(key_BHSE.dtype)], dim=-1)
         # As wide as the keys, which fast attention asks for.
-        value_BHSK = F.pad(value_BHSE, (0, self.rotary))
-        query_BHTK = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
-        mixed = attend(_OwnHeads(self), query_BHTK, key_BHSK, value_BHSK, None)
+        value_BHSX = F.pad(value_BHSE, (0, self.rotary))
+        query_BHTX = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
+        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, None)
         return mixed.unflatten(-1, (self.heads, -1))[..., : self.content].flatten(2)
 
     def _absorbed(
-        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSK: Tensor, oldest_B: Tensor | None
+        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor, new: NewTokens
     ) -> Tensor:
         """The same with what is kept as the one key and value, ``[B, T, H E]``."""
-        tokens, total = plain_BHTE.shape[2], entries_BSK.shape[1]
         key_HEC, value_HEC = (
             _weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
             for layer in (self.key, self.value)
         )
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
-        query_BHTK = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
-        key_S = torch.arange(total, device=entries_BSK.device)
-        seen_BTS = (key_S <= key_S[total - tokens :].unsqueeze(1)).unsqueeze(0)
-        if oldest_B is not None:
-            seen_BTS = seen_BTS & (key_S >= oldest_B.view(-1, 1, 1))
-        entries_B1SK = entries_BSK.unsqueeze(1).to(query_BHTK.dtype)
-        mixed = attend(self, query_BHTK, entries_B1SK, entries_B1SK, seen_BTS.unsqueeze(1))
+        query_BHTX = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
+        kept = entries_BSX.shape[1] - new.tokens
+        key_B1S = new.columns(kept).unsqueeze(1)
+        visible_BTS = (key_B1S <= key_B1S[..., kept:].mT) & (key_B1S >= 0)
+        entries_B1SX = entries_BSX.unsqueeze(1).to(query_BHTX.dtype)
+        scaling = (self.content + self.rotary) ** -0.5
+        mixed, _ = attend(
+            self, query_BHTX, entries_B1SX, entries_B1SX, visible_BTS.unsqueeze(1), scaling=scaling
+        )
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)
+
+
+def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
+    """How many of the newest tokens are real in every row, after T more."""
+    if mask_BT is None:
+        return before + tokens
+    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
+        return 0  # values cannot be looked at here
+    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
 
 
 def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
@@ -133,13 +200,3 @@ def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
         return layer.weight
     answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
     return answers.T
-
-
-class _OwnHeads:
-    """What `attend` reads of a module, with keys and values for each head."""
-
-    num_key_value_groups = 1
-
-    def __init__(self, module: LatentAttention):
-        self.config, self.scaling = module.config, module.scaling
-        self.is_causal, self.training = module.is_causal, module.training

@@ -4,10 +4,10 @@ The reports' own list of what might help a recurrent context (gates, a short-ter
 long-term one, several contexts, sparse attention), built from published parts (DESIGN 2). A string
 names each layer's mixer, for example ``RWRW``:
 
-- **R**, gated recurrent context (`models.gated_recurrence`; Griffin's RG-LRU): long-term, 4 D
-  numbers at 4 taps;
-- **W**, windowed attention (`models.windowed_attention`; multi-query): short-term and precise;
-- **L**, latent attention (`models.latent_attention`; MLA): all tokens, one latent each.
+- **R**, gated recurrent context (`hybrid.recurrence`; Griffin's RG-LRU): long-term, 4 D numbers at
+  4 taps;
+- **W**, windowed attention (`hybrid.window`; multi-query): short-term and precise;
+- **L**, latent attention (`hybrid.latent`; MLA): all tokens, one latent each.
 
 Around each mixer, as in Llama and Griffin::
 
@@ -16,44 +16,30 @@ Around each mixer, as in Llama and Griffin::
     logits = W_o RMSNorm(x)
 
 Without an L, memory is constant whatever the length of the text.
-
-Shape suffixes: B batch, T new tokens, D width, V vocabulary.
 """
 
-# No `from __future__ import annotations` here: transformers checks configuration values against the
-# annotations, which must then be types and not strings.
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.base import (
-    ContextForCausalLM,
-    ContextPreTrainedModel,
-    register_architecture,
-)
+from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import RowStateLayer
-from contextlm.models.config_checks import check_counts, check_positive
-from contextlm.models.hybrid.cache import LatentLayer, RecurrenceLayer, WindowLayer
-from contextlm.models.hybrid.latent import LatentAttention
-from contextlm.models.hybrid.recurrence import RecurrentMixer
-from contextlm.models.hybrid.window import WindowedAttention
-from contextlm.models.inputs import read_inputs
+from contextlm.models.config import ContextConfig
+from contextlm.models.hybrid.latent import LatentAttention, LatentLayer
+from contextlm.models.hybrid.recurrence import RecurrenceLayer, RecurrentMixer
+from contextlm.models.hybrid.window import WindowedAttention, WindowLayer
+from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
-from contextlm.models.steps import Steps
 
 _MIXERS = "RWL"
 
 
 @strict
-class ContextHybridConfig(PreTrainedConfig):
+class ContextHybridConfig(ContextConfig):
     """Configuration of the context hybrid.
 
     Args:
@@ -74,13 +60,10 @@ class ContextHybridConfig(PreTrainedConfig):
         rope_theta: base of the rotary frequencies.
         intermediate_size: width of the feed-forward part.
         hidden_act: its activation.
-        initializer_range: standard deviation of the linear layers and the embedding.
         rms_norm_eps: of every norm.
-        use_cache: return a cache by default.
     """
 
     model_type = "context_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50304
     hidden_size: int = 512
@@ -98,12 +81,7 @@ class ContextHybridConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     intermediate_size: int = 1408
     hidden_act: str = "silu"
-    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     mlp_bias = False  # read by transformers' feed-forward part
@@ -148,27 +126,20 @@ class ContextHybridConfig(PreTrainedConfig):
         if unknown or not self.pattern:
             found = f"found {unknown[0]!r}" if unknown else "it is empty"
             raise ValueError(f"pattern {self.pattern!r}: one of {_MIXERS} a layer, {found}")
-        check_counts(self, "vocab_size", "hidden_size", "num_attention_heads", "head_dim")
-        check_counts(self, "num_key_value_heads", "window", "latent_dim", "rope_dim")
-        check_counts(self, "intermediate_size")
-        check_positive(self, "rope_theta", "initializer_range", "rms_norm_eps")
+        self.check_counts("vocab_size", "hidden_size", "num_attention_heads", "head_dim")
+        self.check_counts("num_key_value_heads", "window", "latent_dim", "rope_dim")
+        self.check_counts("intermediate_size")
+        self.check_positive("rope_theta", "initializer_range", "rms_norm_eps")
         for name in ("convolution", "attention_convolution"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        heads = self.num_attention_heads
         if self.head_dim is None or "R" in self.pattern:
-            self._must_divide("num_attention_heads", heads, "hidden_size", self.hidden_size)
-        shared = self.num_key_value_heads
-        self._must_divide("num_key_value_heads", shared, "num_attention_heads", heads)
-        if "W" in self.pattern:
-            self._must_divide("2", 2, "the width of a head", self.head_size)
-        if "L" in self.pattern:
-            self._must_divide("2", 2, "rope_dim", self.rope_dim or 0)
-
-    def _must_divide(self, name: str, value: int, other: str, whole: int) -> None:
-        if whole % value:
-            shown = name if name == str(value) else f"{name} ({value})"
-            raise ValueError(f"{shown} must divide {other} ({whole})")
+            self.check_divides("num_attention_heads", "hidden_size")
+        self.check_divides("num_key_value_heads", "num_attention_heads")
+        if "W" in self.pattern and self.head_size % 2:
+            raise ValueError(f"2 must divide the width of a head ({self.head_size})")
+        if "L" in self.pattern and (self.rope_dim or 0) % 2:
+            raise ValueError(f"2 must divide rope_dim ({self.rope_dim})")
 
 
 def _mixer(config: ContextHybridConfig, kind: str) -> nn.Module:
@@ -205,15 +176,15 @@ class HybridLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = RMSNorm(width, eps=eps)
         self.feed_forward = LlamaMLP(config)
 
-    def forward(self, x_BTD: Tensor, state: RowStateLayer | None, steps: Steps) -> Tensor:
+    def forward(self, x_BTD: Tensor, state: RowStateLayer | None, new: NewTokens) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``; see `RecurrentMixer.forward`."""
-        steps = steps.to(x_BTD.device)
-        mixed_BTD = self.mixer(steps.align.apply(self.mixer_norm(x_BTD)), state, steps)
-        x_BTD = x_BTD + steps.align.undo(mixed_BTD)
+        new = new.to(x_BTD.device)
+        mixed_BTD = self.mixer(new.real_first(self.mixer_norm(x_BTD)), state, new)
+        x_BTD = x_BTD + new.as_given(mixed_BTD)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
-class ContextHybridModel(ContextPreTrainedModel):
+class ContextHybridModel(ContextDecoder):
     """Embedding and hybrid layers, without the head."""
 
     config_class = ContextHybridConfig
@@ -233,43 +204,12 @@ class ContextHybridModel(ContextPreTrainedModel):
         """An empty cache: what each layer's mixer keeps."""
         return Cache(layers=[_state(self.config, kind) for kind in self.config.pattern])
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states ``[B, T, D]``; the arguments are those of `ContextForCausalLM.forward`.
-
-        Positions are counted over each row's real tokens; `position_ids` are only checked.
-
-        Raises:
-            ValueError: neither or both of tokens and embeddings are given, the cache is foreign, or
-                documents are packed.
-        """
-        inputs = read_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-        )
-        steps = Steps.of(inputs)
-        x_BTD = inputs.embeds_BTD
-        states = [None] * len(self.layers) if inputs.cache is None else inputs.cache.layers
-        for layer, state in zip(self.layers, states, strict=True):
-            x_BTD = layer(x_BTD, state, steps)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x_BTD), past_key_values=inputs.cache
-        )
+    def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
+        """Hidden states ``[B, T, D]``. Positions are counted; those given are only checked."""
+        x_BTD = embeds_BTD
+        for layer, state in zip(self.layers, new.states(len(self.layers)), strict=True):
+            x_BTD = layer(x_BTD, state, new)
+        return self.norm(x_BTD)
 
 
 _TINY = {
@@ -283,8 +223,6 @@ _TINY = {
 
 
 @register_architecture(
-    ContextHybridConfig,
-    decoder=ContextHybridModel,
     tiny=(
         {**_TINY, "pattern": "RW"},
         {**_TINY, "pattern": "RWL", "gates": "dense", "tie_word_embeddings": True},
@@ -296,13 +234,4 @@ _TINY = {
 class ContextHybridForCausalLM(ContextForCausalLM):
     """Context hybrid: gated recurrent contexts, windows of attention, latents, in any order."""
 
-    config_class = ContextHybridConfig
-    _no_split_modules = ["HybridLayer"]
-    _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ContextHybridConfig):
-        super().__init__(config)
-        self.model = ContextHybridModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = ContextHybridModel

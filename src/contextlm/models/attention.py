@@ -1,0 +1,113 @@
+"""Attention by whichever function the configuration names, and the rotary positions before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def attend(
+    module: Any,
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What each query reads, ``[B, T, H E]``, and the weights where the function gives them.
+
+    Args:
+        module: whose attention it is; its `config` names the function (`attn_implementation`).
+        query_BHTE: queries.
+        key_BGSE: keys; each of the G heads serves H / G heads of queries.
+        value_BGSE: values, as wide as the keys.
+        mask: ``[B or 1, 1, T, S]`` bool, False where a query may not look, or as
+            `create_causal_mask` makes it; None: causal, T = S.
+        scaling: of the scores; None is ``E ** -0.5``.
+        dropout: share of the weights to drop in training.
+        **kwargs: for the function.
+    """
+    name = module.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, plain_attention)
+    out_BTHE, weights = function(
+        _Heads(module, query_BHTE.shape[1] // key_BGSE.shape[1]),
+        query_BHTE,
+        key_BGSE,
+        value_BGSE,
+        mask,
+        dropout=dropout if module.training else 0.0,
+        scaling=query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling,
+        **kwargs,
+    )
+    return out_BTHE.flatten(2), weights
+
+
+class _Heads:
+    """What attention functions read of a module; one module may attend with several groupings."""
+
+    def __init__(self, module: Any, groups: int):
+        self.num_key_value_groups = groups
+        self.is_causal = True
+        self.config, self.training = module.config, module.training
+        self.modules = module.modules
+
+
+def plain_attention(
+    module: Any,
+    query_BHTE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The naive form (``eager``), which also gives its weights; the softmax in float32 at least."""
+    groups, tokens = query_BHTE.shape[1] // key_BGSE.shape[1], query_BHTE.shape[2]
+    key, value = repeat_kv(key_BGSE, groups), repeat_kv(value_BGSE, groups)
+    scores_BHTS = query_BHTE @ key.mT * scaling
+    if mask is None:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query_BHTE.device).tril()
+    if mask.dtype == torch.bool:
+        # Not infinity: a row that may look nowhere is padding, and stays finite.
+        scores_BHTS = scores_BHTS.masked_fill(~mask, torch.finfo(scores_BHTS.dtype).min)
+    else:
+        scores_BHTS = scores_BHTS + mask
+    kind = torch.promote_types(query_BHTE.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.softmax(-1, dtype=kind).to(value.dtype)
+    weights_BHTS = F.dropout(weights_BHTS, dropout)
+    return (weights_BHTS @ value).transpose(1, 2).contiguous(), weights_BHTS
+
+
+def rotate(x_BHTE: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
+    """Turn each pair of channels ``(e, e + E/2)`` by its position times ``theta^(-2e/E)``.
+
+    Rotary positions (Su et al., RoFormer, arXiv:2104.09864), in the precision of what they turn:
+    transformers' own computes angles in float32 whatever the model's type, and a window whose
+    columns are counted anew in every chunk needs the same relative turn to full precision.
+
+    Args:
+        x_BHTE: queries or keys; E is even.
+        positions_BT: ``[B, T]`` or ``[1, T]``.
+        theta: base of the frequencies.
+
+    Returns:
+        The same shape and type.
+    """
+    width = x_BHTE.shape[-1]
+    kind = torch.promote_types(x_BHTE.dtype, torch.float32)
+    steps = torch.arange(0, width, 2, device=x_BHTE.device, dtype=kind) / width
+    angles_BTE = positions_BT.to(kind).unsqueeze(-1) * theta**-steps
+    cos = angles_BTE.cos().to(x_BHTE.dtype).unsqueeze(1)
+    sin = angles_BTE.sin().to(x_BHTE.dtype).unsqueeze(1)
+    one, two = x_BHTE.chunk(2, dim=-1)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)

@@ -1,0 +1,58 @@
+"""What the configurations of all architectures share.
+
+No `from __future__ import annotations` here and in the architectures' files: transformers checks
+configuration values against the annotations, which must then be types and not strings.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class ContextConfig(PreTrainedConfig):
+    """Fields and checks of every architecture; ``validate_architecture`` is where they are checked.
+
+    A check raises a `ValueError` that names the field and its value; None counts as left open.
+
+    Args:
+        initializer_range: standard deviation of the linear layers and the embeddings.
+        use_cache: return a cache by default.
+        bos_token_id: begins a text.
+        eos_token_id: ends it.
+        pad_token_id: fills rows up.
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+
+    def check_counts(self, *names: str) -> None:
+        """Refuse sizes and counts below 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def check_positive(self, *names: str) -> None:
+        """Refuse numbers that are not above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def check_dropout(self, *names: str) -> None:
+        """Refuse shares to drop outside of [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+    def check_divides(self, name: str, whole: str) -> None:
+        """Refuse a count that does not divide a width."""
+        part, width = getattr(self, name), getattr(self, whole)
+        if width % part:
+            raise ValueError(f"{name} ({part}) must divide {whole} ({width})")
