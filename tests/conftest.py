@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,3 +16,27 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def saved() -> Iterator[Callable[[Path, Any], Path]]:
+    """Save a model of a vocabulary of 257 with a tokenizer of bytes; ``<end>`` is number 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+    from transformers.utils import logging
+
+    letters = {byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**letters, "<end>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    ends = {"eos_token": "<end>", "bos_token": "<end>", "pad_token": "<end>"}
+
+    def save(folder: Path, config: Any) -> Path:
+        set_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(folder)
+        return folder
+
+    logging.disable_progress_bar()  # a command of its own process has these off from the start
+    yield save
+    logging.enable_progress_bar()

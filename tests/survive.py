@@ -49,10 +49,10 @@ SETTINGS = (
 )
 COMPARED = ("checkpoint/model.safetensors", "history.jsonl", "result.json")
 PRELOADED = [
-    "contextlm.lab.experiment",
+    "contextlm.lab.work",
     "contextlm.data.pydocs",
     "contextlm.cli",
-    "transformers.trainer",
+    "accelerate",
     "transformers.models.gpt2.modeling_gpt2",
     "matplotlib.backends.backend_agg",
 ]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from contextlm.base.progress import SilentProgress
-from contextlm.lab.experiment import run
+from contextlm.lab.running import run
 from contextlm.models import base
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,9 @@ import sys
 
 __version__ = "0.1.0"
 
-# The console command registers the models only when a command needs them (see contextlm_script).
-if "contextlm_script" not in sys.modules:
+# The command line first sets what libraries read when they are imported, and registers the models
+# when a command needs them. It is started by `contextlm_script` or by `python -m contextlm`: Python
+# calls a program "-m" until it has found it.
+if "contextlm_script" not in sys.modules and sys.argv[:1] != ["-m"]:
     from contextlm import models as models
     from contextlm.compress.input_cache import InputCache as InputCache

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
-import typer
+from contextlm.lab.plan import ContenderPlan, ParameterCount, Plan
 
-from contextlm import __version__
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, RunError
-from contextlm.base.interrupts import Terminated
 from contextlm.cli import app
-from contextlm.cli.checkpoints import read_lengths, read_prompt
 from contextlm.cli.comparisons import read_seeds
 from contextlm.cli.output import duration, plain, print_comparison, print_json
-from contextlm.cli.shell import execute, explain, one_line
-from contextlm.lab.plan import ContenderPlan, ParameterCount, Plan
+from contextlm.cli.shell import execute
 from contextlm.recipe.schema import Recipe
 
 RECIPE = """
@@ -38,7 +32,6 @@ contenders:
   - {name: base, baseline: true, model: {type: gpt2, n_embd: 16, n_layer: 1, n_head: 2}}
 scales: {smoke: {seeds: [0]}}
 """
-SCRIPT = Path(sys.executable).parent / "contextlm"
 
 
 @dataclass
@@ -90,18 +83,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return replace
 
 
-def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The real console script in a process of its own."""
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        **options,
-    )
-
-
 # --- help, version, start ---------------------------------------------------------------------
 
 
@@ -143,13 +124,6 @@ finally:
     assert done.stderr == "heavy: []\n"
 
 
-def test_the_console_script_and_the_module_are_the_same_command() -> None:
-    module = subprocess.run(
-        [sys.executable, "-m", "contextlm", "--version"], capture_output=True, text=True, check=True
-    )
-    assert process("--version").stdout == module.stdout == f"contextlm {__version__}\n"
-
-
 def test_no_arguments_print_the_help(command: Command) -> None:
     assert command() == command("--help") == command("-h") == command("--debug")
     assert "Usage: contextlm" in command().out
@@ -170,7 +144,7 @@ def test_the_main_help_names_the_variables_of_the_environment(command: Command) 
 
 
 def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> None:
-    from contextlm.recipe.schema import builtin_recipes, load_recipe
+    from contextlm.recipe.loading import builtin_recipes, load_recipe
 
     known = set(builtin_recipes())
     names = {c.name for name in known for c in load_recipe(name).contenders}
@@ -229,138 +203,6 @@ def test_seeds(text: str, seeds: list[int]) -> None:
 def test_bad_seeds(text: str) -> None:
     with pytest.raises(InputError, match="--seeds"):
         read_seeds(text)
-
-
-@pytest.mark.parametrize("text", ["", "0", "1,", "-3", "x", "9" * 30, "²"])
-def test_bad_cache_lengths(text: str) -> None:
-    with pytest.raises(InputError, match="--cache-lengths"):
-        read_lengths(text)
-    assert read_lengths("512, 128,512") == [128, 512]
-
-
-# --- exit codes and messages -----------------------------------------------------------------
-
-
-def failing(error: BaseException) -> typer.Typer:
-    """A command line whose only command raises `error`."""
-    one = typer.Typer(add_completion=False)
-
-    @one.callback()
-    def group() -> None: ...
-
-    @one.command()
-    def fail() -> NoReturn:
-        raise error
-
-    return one
-
-
-class OutOfMemoryError(RuntimeError):
-    """Named as torch's own."""
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (InputError("corpus 'x': no such file"), 2, "corpus 'x': no such file"),
-        (RunError("the loss is not finite"), 1, "the loss is not finite"),
-        (RunError("two\nlines \x1b[31m"), 1, "two lines \\x1b[31m"),
-        (OSError(28, "No space left on device", "runs/x"), 1, "No space left on device: runs/x"),
-        (MemoryError(), 1, "out of memory"),
-        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: CUDA out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
-        (EOFError("ran out"), 1, "EOFError: ran out (use --debug for the traceback)"),
-        (KeyError("gone"), 1, "KeyError: 'gone' (use --debug for the traceback)"),
-    ],
-)
-def test_errors_are_one_line_with_their_exit_code(
-    capsys: pytest.CaptureFixture[str], error: Exception, code: int, message: str
-) -> None:
-    assert execute(failing(error), ["fail"]) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"contextlm: error: {message}")
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments", [["--debug", "fail"], ["fail", "--debug"]])
-def test_debug_shows_the_traceback_wherever_it_stands(
-    capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
-    assert execute(failing(InputError("no such thing")), arguments) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("Traceback")
-    assert shown.endswith("contextlm: error: no such thing\n")
-
-
-def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute(failing(KeyboardInterrupt()), ["fail"]) == 130
-    assert capsys.readouterr().err == "contextlm: interrupted\n"
-
-
-def test_sigterm_is_one_line_and_143(capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute(failing(Terminated()), ["fail"]) == 143
-    assert capsys.readouterr().err == "contextlm: terminated\n"
-
-
-def test_a_message_without_text_still_says_what_happened() -> None:
-    assert explain(ValueError())[1].startswith("ValueError")
-    assert one_line(" a \r\n\t b\u2028c ") == "a b c"
-
-
-def test_warnings_and_logs_stay_off_the_terminal_unless_debugging(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
-    noisy = typer.Typer(add_completion=False)
-
-    @noisy.callback()
-    def group() -> None: ...
-
-    @noisy.command()
-    def work() -> None:
-        import logging
-        import warnings
-
-        logging.getLogger("noise").warning("a log line")
-        warnings.warn("a warning", stacklevel=1)
-        print(os.environ.get("TRANSFORMERS_VERBOSITY"))
-
-    assert execute(noisy, ["work"]) == 0
-    assert capsys.readouterr() == ("error\n", "")
-    assert "TRANSFORMERS_VERBOSITY" not in os.environ
-    with pytest.warns(UserWarning, match="a warning"):
-        assert execute(noisy, ["work", "--debug"]) == 0
-    assert capsys.readouterr().out == "None\n"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_behind_stdout_is_one_line() -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [str(SCRIPT), "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr == "contextlm: error: No space left on device\n"
-
-
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list", "recipes"]])
-def test_a_reader_that_has_left_is_no_error(arguments: list[str]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [str(SCRIPT), *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(writer)
-    assert done.stderr == ""
-    assert done.returncode in (0, 1)
-
-
-def test_a_closed_stdout_is_no_error() -> None:
-    done = subprocess.run(
-        f"'{SCRIPT}' list recipes >&-", shell=True, capture_output=True, text=True, check=False
-    )
-    assert "Traceback" not in done.stderr
 
 
 # --- run, params -----------------------------------------------------------------------------
@@ -603,236 +445,6 @@ def test_list(command: Command) -> None:
     origins = {entry["name"]: entry["origin"] for entry in everything["models"]}
     assert origins["context_pythia"] == "contextlm"
     assert origins["gpt_neox"] == "transformers"
-
-
-# --- eval, generate ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Iterator[Path]:
-    """A tiny model, untrained, with a tokenizer of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    # A command of its own process has these off from the start.
-    logging.disable_progress_bar()
-
-    letters = {
-        byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    tokenizer = Tokenizer(models.BPE(vocab={**letters, "<end>": 256}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path / "checkpoint"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=257,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=32,
-        eos_token_id=256,
-        bos_token_id=256,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    yield folder
-    logging.enable_progress_bar()
-
-
-def test_generate_streams_the_text_and_sums_up_on_stderr(
-    command: Command, checkpoint: Path
-) -> None:
-    made = json.loads(command("generate", checkpoint, "abc", "--max-new-tokens", "5", "--json").out)
-    assert made["prompt_tokens"] == 3
-    assert made["tokens"] == 5
-    # 7 tokens have gone through the layer: the last one that was made has not.
-    assert made["cache_logical"] == 2 * 7 * 16 * 4
-    streamed = command("generate", checkpoint, "abc", "--max-new-tokens", "5")
-    assert streamed.out == made["text"] + "\n"
-    assert streamed.err.startswith("5 tokens, ")
-    assert "cache 896 B" in streamed.err
-    assert streamed.err.count("\n") == 1
-
-
-def test_sampling_is_repeatable_with_a_seed(command: Command, checkpoint: Path) -> None:
-    def text(*options: str) -> str:
-        done = command("generate", checkpoint, "abc", "--max-new-tokens", "20", "--json", *options)
-        return str(json.loads(done.out)["text"])
-
-    greedy = text()
-    assert text("--temperature", "0") == text("--top-k", "1") == greedy
-    assert text("--temperature", "1.5", "--seed", "1") == text(
-        "--temperature", "1.5", "--seed", "1"
-    )
-    assert text("--temperature", "1.5", "--seed", "1") != text(
-        "--temperature", "1.5", "--seed", "2"
-    )
-    assert text("--top-p", "0.9", "--seed", "1") != greedy
-
-
-def test_a_prompt_from_a_file_or_stdin(
-    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "prompt.txt"
-    file.write_bytes("grün\r\n".encode())
-    options = ("--max-new-tokens", "2", "--json")
-    stdin = SimpleNamespace(buffer=io.BytesIO("grün\n".encode()), isatty=lambda: False)
-    for arguments in (["grün"], ["--prompt-file", str(file)], ["--prompt-file", "-"], []):
-        stdin.buffer.seek(0)
-        monkeypatch.setattr(sys, "stdin", stdin)
-        made = json.loads(command("generate", checkpoint, *arguments, *options).out)
-        assert (made["prompt"], made["prompt_tokens"]) == ("grün", 5)
-
-
-def test_an_empty_prompt_starts_from_the_start_token(command: Command, checkpoint: Path) -> None:
-    done = command("generate", checkpoint, "", "--max-new-tokens", "2", "--json")
-    assert json.loads(done.out)["prompt_tokens"] == 1
-
-
-def test_bad_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="not both"):
-        read_prompt("a", "b")
-    with pytest.raises(InputError, match="missing"):
-        read_prompt(None, str(tmp_path / "missing"))
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_prompt(None, str(tmp_path / "latin"))
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    with pytest.raises(InputError, match="no prompt"):
-        read_prompt(None, None)
-
-
-def test_more_tokens_than_positions_is_bad_input(command: Command, checkpoint: Path) -> None:
-    done = command("generate", checkpoint, "abc", "--max-new-tokens", "40", "--json")
-    assert done.code == 2
-    assert "43" in done.error
-    assert "32" in done.error
-
-
-def test_rotary_models_do_not_run_past_their_positions_either(
-    command: Command, checkpoint: Path
-) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        eos_token_id=256,
-        bos_token_id=256,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(checkpoint)
-    done = command("generate", checkpoint, "abc", "--max-new-tokens", "30")
-    assert done.code == 2
-    assert "33 tokens, more than the model's 32 positions" in done.error
-    assert command("generate", checkpoint, "abc", "--max-new-tokens", "29").code == 0
-
-
-@pytest.mark.parametrize(
-    "text", ["👨‍👩‍👧 naïve 😀", "没有空格的文本" * 20, "x" * 50, "a\n\nb  c \n", "<end>", ""]
-)
-def test_text_is_streamed_by_characters(checkpoint: Path, text: str) -> None:
-    from transformers import AutoTokenizer
-
-    from contextlm.cli.streaming import TextStream
-
-    class Pieces(io.StringIO):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pieces: list[str] = []
-
-        def write(self, piece: str) -> int:
-            self.pieces.append(piece)
-            return super().write(piece)
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    # At the end and before it: bytes that are no character.
-    for ids in ([*tokenizer(text)["input_ids"], 200], [201, *tokenizer(text)["input_ids"], 256]):
-        out = Pieces()
-        stream = TextStream(tokenizer, out)
-        stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
-        for token in ids:
-            stream.put(torch.tensor([token]))
-        before = len(out.pieces)
-        stream.end()
-        whole = tokenizer.decode(ids, skip_special_tokens=True)
-        assert "".join(out.pieces) == whole + "\n"
-        assert before >= len(text.replace("<end>", "")) - 1
-
-
-def test_a_folder_that_is_no_checkpoint(command: Command, tmp_path: Path) -> None:
-    for name in ("eval", "generate"):
-        done = command(name, tmp_path, *(["x"] if name == "generate" else []))
-        assert done.code == 2
-        assert str(tmp_path) in done.error
-
-
-def test_eval_shows_what_was_measured(command: Command, stand_in: Any, checkpoint: Path) -> None:
-    from contextlm.evaluation.checkpoint import CheckpointReport
-    from contextlm.results.facts import CacheBytes
-
-    seen: dict[str, Any] = {}
-
-    def evaluate_checkpoint(folder: Path, **options: Any) -> CheckpointReport:
-        seen.update(options)
-        return CheckpointReport(
-            checkpoint=str(folder),
-            architecture="gpt2",
-            parameters=12345,
-            corpus="made up",
-            sequence_length=64,
-            windows=8,
-            windows_available=577,
-            tokens=512,
-            loss=4.81589,
-            ppl=123.456,
-            bits_per_byte=2.34567,
-            accuracy=0.0176,
-            cache=[CacheBytes(tokens=128, logical=2048, resident=4096)],
-            cache_dtype="float32",
-            speed_tokens=512,
-            prefill_tokens_per_second=1234.5,
-            decode_tokens_per_second=67.89,
-        )
-
-    stand_in("contextlm.evaluation.checkpoint", evaluate_checkpoint=evaluate_checkpoint)
-    options = ("--corpus", "text:x", "--samples", "3", "--cache-lengths", "128,4096,9999")
-    done = command("eval", checkpoint, *options, "--device", "cpu")
-    assert seen == {
-        "corpus": "text:x",
-        "device": "cpu",
-        "sequence_length": None,
-        "samples": 3,
-        "cache_lengths": [128, 4096, 9999],
-        "input_cache": False,
-    }
-    lines = {
-        "architecture": "gpt2",
-        "parameters": "12,345",
-        "windows": "8 of 577, 64 tokens each",
-        "validation PPL": "123.5",
-        "validation loss": "4.8159",
-        "bits per byte": "2.346",
-        "accuracy": "1.8 %",
-        "cache at 128 tokens": "2.0 KB (4.0 KB resident)",
-        "decode tokens/s, 512 tokens": "67.9",
-    }
-    for name, value in lines.items():
-        assert re.search(rf"^ *{re.escape(name)} +{re.escape(value)} *$", done.out, re.MULTILINE)
-    said = "--cache-lengths: left out, beyond the model's positions: 4,096, 9,999\n"
-    assert done.err == said
-    done = command("eval", checkpoint, "--json")
-    assert done.err == ""
-    printed = json.loads(done.out)
-    assert printed["cache"] == [{"tokens": 128, "logical": 2048, "resident": 4096}]
-    assert printed["accuracy"] == 0.0176
 
 
 # --- devices, output -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from contextlm.benchmarks.questions import QUESTIONS
+from contextlm.benchmarks import QUESTIONS
 from contextlm.cli import app
 from contextlm.cli.shell import execute
 

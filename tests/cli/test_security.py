@@ -1,7 +1,7 @@
 """What strangers' text must not do: become markup, run, steer a terminal, or make us call out.
 
 A run whose every string is a script is trained for real, with no network to be had; its report is
-read by a parser, and by Chromium where there is one.
+read by a parser.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,14 +19,12 @@ import pytest
 import yaml
 
 from contextlm.base.progress import RichProgress
-from contextlm.base.visible import json_visible, shortened, shown, visible
 from contextlm.cli import app
 from contextlm.cli.output import print_json, print_table
 from contextlm.cli.shell import execute
 
 EVIL = "<script>alert(1)</script>"
 BREAKOUT = '"><img src=x onerror="document.title=1">'
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VOID = {"meta", "img", "br"}
 
 RECIPE: dict[str, Any] = {
@@ -77,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, calls: list[Any]) -> Iterator[
     """The folder of a run of `RECIPE`, on a text and a tokenizer that hold the same string."""
     from transformers import PreTrainedTokenizerFast
 
-    from contextlm.data.bpe import END_OF_TEXT, train_bpe
+    from contextlm.data.tokenizer_training import END_OF_TEXT, train_bpe
 
     place = tmp_path_factory.mktemp("poisoned")
     # A slash cannot be in a name: a folder `<script>alert(1)<` and in it `script>` read the same.
@@ -97,18 +94,25 @@ def run(tmp_path_factory: pytest.TempPathFactory, calls: list[Any]) -> Iterator[
     patch.undo()
 
 
-def poison(value: Any, text: str, keep: frozenset[str]) -> Any:
-    """Every string in a nest replaced, and every key that is not in `keep`."""
+def poison(value: Any, text: str, kept: frozenset[str]) -> Any:
+    """Every string in a nest replaced, and every key that is not in `kept`."""
     if isinstance(value, dict):
+        names = {"version", "phase", "contender", "source"}
         return {
-            key if key in keep else text + key: inner
-            if key in {"version", "phase", "contender", "source"}
-            else poison(inner, text, keep)
+            key if key in kept else text + key: inner if key in names else poison(inner, text, kept)
             for key, inner in value.items()
         }
     if isinstance(value, list):
-        return [poison(inner, text, keep) for inner in value]
+        return [poison(inner, text, kept) for inner in value]
     return text if isinstance(value, str) else value
+
+
+def keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)):
+            yield from keys(inner)
 
 
 def poisoned_report(run: Path, text: str, place: Path) -> Path:
@@ -119,25 +123,12 @@ def poisoned_report(run: Path, text: str, place: Path) -> Path:
     changed = poison(recipe, text, frozenset({"name", "question", "document", "contenders"}))
     changed["contenders"][0]["name"] = "base"  # the only string that is held to a rule, see below
     (copy / "recipe.yaml").write_text(yaml.safe_dump(changed))
-    environment = copy / "environment.json"
-    environment.write_text(
-        json.dumps(poison(json.loads(environment.read_text()), text, frozenset()))
-    )
-    for name in ("result.json", "timings.json"):
-        file = copy / "base" / "seed-0" / name
-        record = json.loads(file.read_text())
-        keep = frozenset(key for key in keys(record) if key != EVIL)
-        file.write_text(json.dumps(poison(record, text, keep)))
+    for name in ("environment.json", "base/seed-0/result.json", "base/seed-0/timings.json"):
+        record = json.loads((copy / name).read_text())
+        kept = {key for key in keys(record) if key != EVIL and name != "environment.json"}
+        (copy / name).write_text(json.dumps(poison(record, text, frozenset(kept))))
     assert execute(app, ["report", str(copy)]) == 0
     return copy
-
-
-def keys(value: Any) -> Iterator[str]:
-    for inner in value.values() if isinstance(value, dict) else value:
-        if isinstance(inner, (dict, list)):
-            yield from keys(inner)
-    if isinstance(value, dict):
-        yield from value
 
 
 class Page(HTMLParser):
@@ -231,42 +222,6 @@ def test_a_scale_and_a_folder_may_not_be_called_so_either(
     assert "contenders.0.name" in capsys.readouterr().err
 
 
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    return found
-
-
-def document_in_browser(program: str, page: Path, profile: Path) -> str:
-    """The page as the browser has it after all scripts have run."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    done = subprocess.run(
-        [program, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout
-
-
-def test_chromium_shows_a_poisoned_report_as_text(run: Path, tmp_path: Path) -> None:
-    program = browser()
-    page = poisoned_report(run, EVIL, tmp_path) / "report.html"
-    shown_page = document_in_browser(program, page, tmp_path / "profile")
-    assert_text_stayed_text(shown_page, EVIL, 25)
-    # And without the page's own ban on scripts; then with one string not escaped, which is seen.
-    bare = page.read_text().replace("http-equiv", "data-gone")
-    page.write_text(bare)
-    assert_text_stayed_text(document_in_browser(program, page, tmp_path / "profile"), EVIL, 25)
-    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;"
-    page.write_text(bare.replace(f"<h1>{escaped}", "<h1><script>document.title = 7</script>", 1))
-    broken = Page(document_in_browser(program, page, tmp_path / "profile"))
-    assert "script" in broken.elements
-    assert broken.titles == ["7"]
-
-
 def test_nothing_calls_out_unless_a_hub_is_named(
     run: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,22 +274,3 @@ def test_tables_json_and_progress_cannot_steer_the_terminal(
         progress.stage(STEERING)
         progress.line(STEERING)
     assert out.getvalue().replace("\n", "").isprintable()
-
-
-def test_text_that_can_be_seen_stays_as_it_is() -> None:
-    plain = "grün 日本 👩\u200d🚀 a\tb\n\u3000\xa0"
-    assert visible(plain) == plain
-    assert json_visible(json.dumps(plain, ensure_ascii=False)) == json.dumps(
-        plain, ensure_ascii=False
-    )
-    assert visible("\x00\x1b\x85\u2028\u202e\ufeff\ud800\U000e0001") == (
-        "\\x00\\x1b\\x85\\u2028\\u202e\\ufeff\\ud800\\U000e0001"
-    )
-
-
-def test_long_values_are_shortened_in_the_middle() -> None:
-    assert shown("x" * 9) == repr("x" * 9)
-    assert len(shown("a" * 5000 + "z")) == 120
-    assert shown("a" * 5000 + "z").endswith("z'")
-    assert shown(10**5000) == "a number of thousands of digits"
-    assert shortened("abc", 3) == "abc"

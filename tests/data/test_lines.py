@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_corpus import make_corpus
+from small_corpus import make_corpus
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from contextlm.base.errors import InputError
-from contextlm.data.corpus import Corpus, LaterDocuments
-from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.corpus import Corpus, line_corpus
+from contextlm.data.samples import Lines
 from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer, start_of_text
 from contextlm.data.windows import IGNORED
@@ -139,7 +139,7 @@ def test_padding_counts_for_nothing() -> None:
 
 
 def sides(corpus: Corpus) -> tuple[list[str], list[str]]:
-    lines = line_corpus(corpus)
+    lines = line_corpus(corpus, 0.2)
     return list(lines.train), list(lines.validation)
 
 
@@ -155,30 +155,40 @@ def test_every_line_goes_to_one_side() -> None:
     assert [order[line] for line in dict.fromkeys(second)] == sorted(
         order[line] for line in set(second)
     )
-    # A line's text alone decides, wherever it stands and however it is spaced.
-    again = sides(make_corpus([line.replace(" ", "  ") for line in reversed(validation + train)]))
-    for side, other in zip((first, second), again, strict=True):
-        squeezed = {" ".join(line.split()) for line in other}
+    # A line's text alone decides, wherever it stands and however it is spaced or capitalised.
+    again = [text.replace(" ", "  ").upper() for text in reversed(validation + train)]
+    for side, other in zip((first, second), sides(make_corpus(again)), strict=True):
+        squeezed = {" ".join(line.split()).lower() for line in other}
         assert {line for line in side if not line.startswith("held")} <= squeezed
 
 
 def test_lines_have_a_fingerprint_of_their_own_and_are_read_late() -> None:
-    def never() -> list[str]:
+    def never() -> Any:
         raise AssertionError("read")
 
-    corpus = replace(make_corpus(["a"]), train=LaterDocuments(never))
-    lines = line_corpus(corpus)
-    assert lines.name == "made up, lines split 80/20"
+    corpus = replace(make_corpus(["a"]), read=never)
+    lines = line_corpus(corpus, 0.2)
+    assert lines.name == "small, lines split 80/20"
     assert lines.append_end_of_text
-    assert lines.fingerprint == line_corpus(corpus).fingerprint != corpus.fingerprint
+    assert lines.fingerprint == line_corpus(corpus, 0.2).fingerprint != corpus.fingerprint
+    assert line_corpus(corpus, 0.1).fingerprint != lines.fingerprint
     other = replace(corpus, fingerprint="other")
-    assert line_corpus(other).fingerprint != lines.fingerprint
+    assert line_corpus(other, 0.2).fingerprint != lines.fingerprint
+
+
+def test_another_share_and_given_splits() -> None:
+    corpus = make_corpus(["\n".join(f"line {n}" for n in range(20_000))], ["held\n\nout"])
+    for share in (0.1, 0.005):
+        held_out = len(line_corpus(corpus, share).validation)
+        assert abs(held_out / 20_000 - share) < 0.3 * share
+    given = line_corpus(corpus, None)
+    assert (len(given.train), list(given.validation)) == (20_000, ["held", "out"])
 
 
 @pytest.mark.parametrize("spec", ["word:40", "bpe:300"])
 def test_from_a_corpus_to_samples(tmp_path: Path, spec: str) -> None:
     text = [f"the cat {i} sat\n on the mat {i}\n" for i in range(60)]
-    corpus = line_corpus(make_corpus(text, append_end_of_text=False))
+    corpus = line_corpus(make_corpus(text, append_end_of_text=False), 0.2)
     tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
     store = build_token_store(corpus, "validation", tokenizer, tmp_path)
     begin = start_of_text(tokenizer)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from contextlm.base.errors import InputError
-from contextlm.data.corpora import load_corpus
-from contextlm.data.corpus import is_validation
+from contextlm.data.corpora import load_corpus, whole_corpus
 
 
 def write(path: Path, data: bytes | str) -> Path:
@@ -28,9 +27,7 @@ def problem(name: str, documents: tuple[int, int] | None = None) -> str:
 
 
 def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path: Path) -> None:
-    names = [
-        f"{folder}/{i:02}.{suffix}" for folder in "ba" for i in range(30) for suffix in ("md",)
-    ]
+    names = [f"{folder}/{i:02}.md" for folder in "ba" for i in range(30)]
     for name in [*names, "z.TXT", "sub/deep/x.rst"]:
         write(tmp_path / "notes" / name, f"text of {name}\n")
     for name in (".hidden.txt", ".git/config.txt", "code.py"):
@@ -38,9 +35,12 @@ def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path: Path) -> None
     write(tmp_path / "notes/blank.txt", " \n")
     corpus = load_corpus(f"text:{tmp_path / 'notes'}")
     every = sorted([*names, "z.TXT", "sub/deep/x.rst"])
-    assert list(corpus.train) == [f"text of {n}\n" for n in every if not is_validation(n)]
-    assert list(corpus.validation) == [f"text of {n}\n" for n in every if is_validation(n)]
-    assert corpus.validation
+    texts = [f"text of {name}\n" for name in every]
+    held_out = set(corpus.validation)
+    assert 2 <= len(held_out) <= 4
+    assert list(corpus.train) == [text for text in texts if text not in held_out]
+    assert list(corpus.validation) == [text for text in texts if text in held_out]
+    assert list(whole_corpus(f"text:{tmp_path / 'notes'}").validation) == texts
     assert corpus.name == "text:notes"
     assert corpus.append_end_of_text
 
@@ -72,14 +72,16 @@ def test_odd_single_texts_are_cut_so_that_both_parts_hold_text(
     assert list(corpus.validation) == [text[len(train) :]]
 
 
-def test_when_no_name_is_held_out_the_row_of_documents_is_cut(tmp_path: Path) -> None:
-    names = [name for name in "abcdefgh" if not is_validation(f"{name}.txt")][:3]
-    for name in names:
-        write(tmp_path / "few" / f"{name}.txt", f"{name} " * 100)
-    corpus = load_corpus(f"text:{tmp_path / 'few'}")
-    assert len(corpus.train) == 3
-    assert len(corpus.validation) == 1
-    assert "".join([*corpus.train, *corpus.validation]) == "".join(f"{n} " * 100 for n in names)
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    for place, count in (("notes", 5), ("elsewhere/deep", 50)):
+        for n in range(count):
+            write(tmp_path / place / f"{n}.txt", f"text {n} of {place}\n")
+    (tmp_path / "notes" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "notes" / "same").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "notes")
+    corpus = load_corpus(f"text:{tmp_path / 'notes'}")
+    every = [*corpus.train, *corpus.validation]
+    assert len(every) == len(set(every)) == 55
 
 
 def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
@@ -116,9 +118,8 @@ def test_json_lines_of_both_kinds(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n\r\n".join(lines))
     corpus = load_corpus(f"jsonl:{file}")
     texts = [*(str(value["text"]) for value in values), "Hi\nHo"]
-    held_out = [is_validation(f"line {2 * index + 1}") for index in range(51)]
-    assert list(corpus.train) == [t for t, out in zip(texts, held_out, strict=True) if not out]
-    assert list(corpus.validation) == [t for t, out in zip(texts, held_out, strict=True) if out]
+    assert list(corpus.validation) == [text for text in texts if text not in set(corpus.train)]
+    assert sorted([*corpus.train, *corpus.validation]) == sorted(texts)
     assert corpus.name == "jsonl:a.jsonl"
 
 
@@ -166,7 +167,8 @@ def test_only_the_first_documents(tmp_path: Path) -> None:
     assert list(part.train) == list(whole.train[:10])
     assert list(part.validation) == list(whole.validation[:2])
     assert part.fingerprint != whole.fingerprint
-    assert "10000 were asked for" in problem(f"jsonl:{file}", (10_000, 1))
+    with pytest.raises(InputError, match="has 5 validation documents, 6 were asked for"):
+        len(load_corpus(f"jsonl:{file}", (1, 6)).train)
     assert "validation must be at least 1" in problem(f"jsonl:{file}", (1, 0))
 
 

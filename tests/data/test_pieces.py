@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_corpus import make_corpus
+from small_corpus import make_corpus
 
 from contextlm.data.pieces import encode_pieces, pieces
 from contextlm.data.tokenizers import encode, load_tokenizer

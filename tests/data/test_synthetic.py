@@ -1,4 +1,4 @@
-"""Made-up tasks: every answer can be found in the text before it, and nowhere else."""
+"""Synthetic tasks: every answer can be found in the text before it, and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from contextlm.base.errors import InputError
-from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
+from contextlm.data.samples import Answers
 from contextlm.data.synthetic import MARK, QUESTION, find_task
 from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer

@@ -7,14 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_corpus import make_corpus
+from small_corpus import make_corpus
 
 from contextlm.base.errors import InputError
 from contextlm.data import token_store
 from contextlm.data.corpus import Corpus
 from contextlm.data.pieces import pieces
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import (
+    TokenStore,
+    build_token_store,
+    cache_folder,
+    repeated_documents,
+)
 from contextlm.data.tokenizers import encode, load_tokenizer
+
+SPLITS = ("train", "validation")
 
 
 def files(folder: Path) -> tuple[Path, Path]:
@@ -45,7 +52,7 @@ def test_a_store_holds_the_documents_in_order(
         start, stop = store.document_offsets[index : index + 2]
         assert tokenizer.decode(store.tokens[start : stop - ends].tolist()) == text
     assert store.bytes == len("".join(corpus.train).encode())
-    assert store.name == "made up"
+    assert store.name == "small"
     with pytest.raises(ValueError, match="read-only"):
         store.tokens[0] = 1
 
@@ -100,9 +107,8 @@ def test_the_smallest_type_that_fits(
     assert store.path.stat().st_size == 2 * np.dtype(dtype).itemsize
 
 
-class Unreadable(list[str]):
-    def __iter__(self) -> Any:
-        raise AssertionError("the documents were read again")
+def never() -> Any:
+    raise AssertionError("the documents were read again")
 
 
 def test_a_whole_store_is_reused_without_reading_the_corpus(
@@ -110,9 +116,7 @@ def test_a_whole_store_is_reused_without_reading_the_corpus(
 ) -> None:
     first = build_token_store(corpus, "train", tokenizer, tmp_path / "store")
     times = [path.stat().st_mtime_ns for path in files(tmp_path / "store")]
-    again = build_token_store(
-        replace(corpus, train=Unreadable()), "train", tokenizer, tmp_path / "store"
-    )
+    again = build_token_store(replace(corpus, read=never), "train", tokenizer, tmp_path / "store")
     assert again.tokens.tolist() == first.tokens.tolist()
     assert again.facts == first.facts
     assert [path.stat().st_mtime_ns for path in files(tmp_path / "store")] == times
@@ -185,17 +189,18 @@ def test_a_damaged_store_is_made_anew(
 def test_an_interrupted_build_leaves_nothing(
     corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(token_store, "document_key", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build_token_store(corpus, "train", tokenizer, tmp_path / "store", interrupt)
+        build_token_store(corpus, "train", tokenizer, tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_split_without_tokens_is_named(tokenizer: Any, tmp_path: Path) -> None:
     corpus = make_corpus(["", ""], None, append_end_of_text=False)
-    with pytest.raises(InputError, match="'made up': its train split has no tokens"):
+    with pytest.raises(InputError, match="'small': its train split has no tokens"):
         build_token_store(corpus, "train", tokenizer, tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []
 
@@ -207,14 +212,9 @@ def test_batches_and_pieces_change_nothing(
     corpus = make_corpus([long, "short", "", "w" * 200, long + "\n"] * 3)
     monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 150)
     monkeypatch.setattr(token_store, "_LONGEST_PIECE", 40)
-    seen: list[tuple[int, int]] = []
-    store = build_token_store(
-        corpus, "train", tokenizer, tmp_path / "store", lambda *done: seen.append(done)
-    )
+    store = build_token_store(corpus, "train", tokenizer, tmp_path / "store")
     assert store.tokens.tolist() == expected_ids(corpus, tokenizer)
     assert len(list(pieces(tokenizer, [long], 40))) > 3
-    assert seen == sorted(seen)
-    assert seen[-1] == (15, 15)
 
 
 def test_the_sidecar_holds_no_more_than_facts(
@@ -223,11 +223,55 @@ def test_the_sidecar_holds_no_more_than_facts(
     store = build_token_store(corpus, "train", tokenizer, tmp_path / "store")
     binary, sidecar = files(tmp_path / "store")
     facts = json.loads(sidecar.read_text("utf-8"))
-    assert facts["corpus"] == "made up"
+    assert facts["corpus"] == "small"
     assert facts["document_bytes"] == [len(text.encode()) for text in corpus.train]
     assert binary.stat().st_size == 2 * len(store), "ids only"
     reopened = TokenStore(binary, token_store.Facts(**facts))
     assert reopened.tokens.tolist() == store.tokens.tolist()
+
+
+def test_repeated_documents_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    corpus = make_corpus(["a b", "A  b\n", "c", "c", "d"], ["c", "e", "d ", "e"])
+    stores = [build_token_store(corpus, split, tokenizer, tmp_path) for split in SPLITS]
+    assert repeated_documents(*stores) == (5, 2)
+    other = build_token_store(make_corpus(["x"]), "train", tokenizer, tmp_path)
+    assert repeated_documents(other, stores[1]) == (1, 0)
+
+
+@pytest.mark.parametrize("spec", ["bpe:300", "word:60"])
+def test_whether_tokens_keep_the_text_is_found_out_by_decoding(tmp_path: Path, spec: str) -> None:
+    from tokenizers import normalizers
+
+    corpus = make_corpus(["the cat <|endoftext|> sat"] * 3, ["A text", "with (signs)\n"])
+    tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
+    store = build_token_store(corpus, "validation", tokenizer, tmp_path)
+    assert store.facts.keeps_text == (spec == "bpe:300")
+    # Others of the same class that lose something: case, accents, characters.
+    for normalizer in (
+        *(normalizers.Lowercase(), normalizers.Replace("(", ""), normalizers.Strip()),
+        normalizers.Replace("w", "v"),
+    ):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        assert not build_token_store(corpus, "validation", tokenizer, tmp_path).facts.keeps_text
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    store = build_token_store(corpus, "validation", tokenizer, tmp_path)
+    assert store.facts.keeps_text == (spec == "bpe:300"), "what changes nothing here loses nothing"
+
+
+def test_a_sample_of_many_documents_is_decoded(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noted(tokenizer: Any, texts: list[str], ids: Any) -> bool:
+        seen.extend(texts)
+        return True
+
+    monkeypatch.setattr(token_store, "keeps_text", noted)
+    monkeypatch.setattr(token_store, "_CHECKED_CHARACTERS", 20)
+    texts = [f"text {n:02}" for n in range(40)]
+    build_token_store(make_corpus(texts), "train", tokenizer, tmp_path)
+    assert seen == [*texts[:3], texts[16], texts[32]]
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up_corpus import make_corpus
+from small_corpus import make_corpus
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.visible import shown
-from contextlm.data import parallelism
+from contextlm.data import tokenizer_training as training
 from contextlm.data import tokenizers as ours
-from contextlm.data.bpe import END_OF_TEXT, train_bpe
 from contextlm.data.corpus import Corpus
+from contextlm.data.tokenizer_training import END_OF_TEXT, train_bpe, train_word_level
 from contextlm.data.tokenizers import (
     encode,
     known_vocab_size,
@@ -27,7 +27,6 @@ from contextlm.data.tokenizers import (
     tokenizer_hash,
     vocab_entries,
 )
-from contextlm.data.word_level import train_word_level
 
 ODD_TEXTS = [
     "",
@@ -41,7 +40,7 @@ ODD_TEXTS = [
     f"a {END_OF_TEXT} b",
 ]
 
-_BPE = ours._wrap(train_bpe(["some few words", "and some more"], 270), ours._all_roles(END_OF_TEXT))
+_BPE = ours._wrap(train_bpe(["some few words and more"], 270), training.all_roles(END_OF_TEXT))
 _ALPHABET = "abAB_1 \n\t.,'<>€☕é中"
 
 
@@ -56,6 +55,26 @@ def test_bpe_gives_odd_texts_back(tokenizer: Any) -> None:
     assert [tokenizer.decode(row) for row in ids] == ODD_TEXTS
     assert ids[0] == []
     assert max(max(row) for row in ids if row) < vocab_entries(tokenizer) <= 300
+
+
+@pytest.mark.parametrize("spec", ["bpe:300", "word:40", "folder"])
+def test_the_spelling_of_a_special_token_is_ordinary_text(tmp_path: Path, spec: str) -> None:
+    texts = ["<p>one</s> two <|endoftext|> <unk> <pad> three</p>"]
+    corpus = make_corpus(texts * 3)
+    if spec == "folder":  # a saved tokenizer that would find them, as those of the hub do
+        saved: Any = load_tokenizer("bpe:300", corpus, tmp_path)
+        saved.add_special_tokens({"additional_special_tokens": ["</s>", "<pad>"]})
+        assert saved(texts)["input_ids"][0].count(saved.eos_token_id) == 1
+        saved.save_pretrained(tmp_path / "saved")
+        spec = str(tmp_path / "saved")
+    tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
+    (ids,) = encode(tokenizer, texts)
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    if spec != "word:40":
+        assert tokenizer.decode(ids, skip_special_tokens=True) == texts[0]
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"), corpus, tmp_path)
+    assert encode(again, texts) == [ids]
 
 
 def test_bpe_learns_from_the_train_documents_only(tmp_path: Path) -> None:
@@ -101,7 +120,7 @@ def words_of(text: str) -> list[str]:
 @given(st.lists(st.text(st.sampled_from(_ALPHABET)), min_size=1), st.integers(5, 12))
 @settings(max_examples=200, deadline=None)
 def test_word_level_is_a_table_of_the_most_frequent_words(texts: list[str], size: int) -> None:
-    tokenizer = ours._wrap(train_word_level(texts, size), ours.WORD_LEVEL_ROLES)
+    tokenizer = ours._wrap(train_word_level(texts, size), training.WORD_ROLES)
     counts = Counter(word for text in texts for word in words_of(text))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[: size - 4]
     table = {"<pad>": 0, "<unk>": 1, "<bos>": 2, "<eos>": 3}
@@ -159,7 +178,7 @@ def test_a_trained_tokenizer_is_kept_and_reused(
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setitem(ours._TRAINED, kind, replace(ours._TRAINED[kind], train=untrained))
+        patch.setitem(ours.KINDS, kind, replace(ours.KINDS[kind], train=untrained))
         assert load_tokenizer(f"{kind}:280", corpus, cache).get_vocab() == first.get_vocab()
         for spec, other in ((f"{kind}:281", corpus), (f"{kind}:280", make_corpus(["other"]))):
             with pytest.raises(AssertionError, match="trained again"):
@@ -309,11 +328,11 @@ def test_parallelism_is_left_off_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
 ) -> None:
     name = "TOKENIZERS_PARALLELISM"
-    monkeypatch.setattr(parallelism, "_variables_set_here", set())
+    monkeypatch.setattr(training, "_set_here", set())
     monkeypatch.setenv(name, before or "")
     if before is None:
         monkeypatch.delenv(name)
     for _ in range(2):
-        with parallelism.parallel_tokenizers():
+        with training.parallel_tokenizers():
             assert os.environ[name] == (before or "true")
         assert os.environ[name] == after

@@ -1,4 +1,4 @@
-"""Opening checkpoints: whole ones, and damaged ones, whose error names the file at fault."""
+"""Opening whole and damaged checkpoints, the note on their training, and measuring them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config
 
 from contextlm.base.errors import InputError
-from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
+from contextlm.evaluation.checkpoint import (
+    TrainingNote,
+    load_checkpoint,
+    read_trained,
+    write_trained,
+)
+from contextlm.evaluation.generation import Sampling, continue_text
+from contextlm.evaluation.measure import evaluate_checkpoint
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A tiny model with 64 positions and a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = {byte: number for number, byte in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocab={**letters, "<end>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    folder = tmp_path / "checkpoint"
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
+def checkpoint(tmp_path: Path, saved: Callable[..., Path]) -> Path:
+    """A tiny model with 64 positions."""
     config = GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    return saved(tmp_path / "checkpoint", config)
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A corpus of one file of 4,200 bytes."""
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "notes.txt").write_text("some words of a text " * 200)
+    return f"text:{tmp_path / 'notes.txt'}"
 
 
 def with_values(**values: Any) -> Callable[[Path], None]:
@@ -105,40 +109,76 @@ def test_a_damaged_checkpoint_names_the_file(
     assert "pip install" not in said
 
 
+# --- the note ------------------------------------------------------------------------------------
+
+
+def test_a_note_is_read_back(tmp_path: Path) -> None:
+    assert read_trained(tmp_path) == TrainingNote()
+    assert TrainingNote().remarks() == []
+    note = TrainingNote(target_offset=2, unit="lines", stream=True)
+    write_trained(tmp_path, note)
+    assert read_trained(tmp_path) == note
+    assert len(note.remarks()) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"target_offset": 0}', '{"unit": "words"}'])
+def test_a_damaged_note_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "contextlm.json").write_text(text)
+    with pytest.raises(InputError, match=r"contextlm\.json: "):
+        read_trained(tmp_path)
+
+
+def test_a_model_is_scored_on_what_it_was_trained_for(checkpoint: Path, notes: str) -> None:
+    plain = evaluate_checkpoint(checkpoint, corpus=notes, device="cpu", samples=4)
+    write_trained(checkpoint, TrainingNote(target_offset=2))
+    ahead = evaluate_checkpoint(checkpoint, corpus=notes, device="cpu", samples=4)
+    assert plain.bits_per_byte is not None
+    assert ahead.bits_per_byte is None
+    assert ahead.loss != plain.loss
+    assert ahead.remarks == ["it predicts the token 2 ahead, and is scored on that"]
+    with pytest.raises(InputError, match="predicts the token 2 ahead"):
+        continue_text(checkpoint, ["Return"], Sampling(4), device="cpu")
+
+
+def test_a_model_of_lines_begins_with_the_start_token(checkpoint: Path) -> None:
+    lengths = []
+    for unit in ("windows", "lines"):
+        write_trained(checkpoint, TrainingNote(unit=unit))
+        made = continue_text(checkpoint, ["Return"], Sampling(2), device="cpu")
+        lengths.append(made.prompt_tokens)
+    assert lengths == [6, 7]
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("asked", "measured"), [([8, 32, 128], [8, 32]), (None, [64]), ([64], [64])]
 )
 def test_what_is_measured(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    asked: list[int] | None,
-    measured: list[int],
+    checkpoint: Path, notes: str, asked: list[int] | None, measured: list[int]
 ) -> None:
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "notes.txt"
-    text.write_text("some words of a text, " * 200)
-    report = evaluate_checkpoint(
-        checkpoint,
-        corpus=f"text:{text}",
-        device="cpu",
-        sequence_length=None,
-        samples=2,
-        cache_lengths=asked,
-    )
+    options: dict[str, Any] = {"corpus": notes, "device": "cpu", "samples": 2}
+    report = evaluate_checkpoint(checkpoint, **options, cache_lengths=asked)
     assert [entry.tokens for entry in report.cache] == measured
-    assert (report.sequence_length, report.windows) == (64, 2)
-    assert report.windows_available > 2
-    assert report.tokens == 128
+    assert (report.sequence_length, report.windows, report.tokens) == (64, 2, 128)
+
+
+@pytest.mark.parametrize(
+    ("split", "least", "most"),
+    [(None, 4150, 4202), ("all", 4150, 4202), ("train", 3000, 4100), ("validation", 64, 1000)],
+)
+def test_a_corpus_of_ones_own_is_scored_whole_unless_a_split_is_asked_for(
+    checkpoint: Path, notes: str, split: Any, least: int, most: int
+) -> None:
+    report = evaluate_checkpoint(
+        checkpoint, corpus=notes, device="cpu", split=split, sequence_length=8, cache_lengths=[8]
+    )
+    assert report.split == (split or "all")
+    assert report.windows == report.windows_available
+    assert least <= report.tokens <= most
 
 
 def test_cache_lengths_that_are_all_too_long(checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"--cache-lengths: .* 64 positions"):
-        evaluate_checkpoint(
-            checkpoint,
-            corpus="pydocs",
-            device="cpu",
-            sequence_length=None,
-            samples=None,
-            cache_lengths=[128],
-        )
+        evaluate_checkpoint(checkpoint, corpus="pydocs", device="cpu", cache_lengths=[128])

@@ -10,48 +10,41 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
-
 from contextlm.base.visible import visible
 from contextlm.cli import app
 from contextlm.cli.shell import execute
 
-TIMES = int(os.environ.get("CONTEXTLM_FUZZ", "1"))  # `make fuzz` tries so many times as much
 MESSAGES: Counter[str] = Counter()
-
-# How many inputs each test tries, in process; test_budget holds their sum to its promise.
-EXAMPLES = {
-    "recipe": 350,
-    "mutated recipe": 450,
-    "damaged recipe": 250,
-    "override": 400,
-    "arguments": 250,
-    "model": 60,
-    "text corpus": 80,
-    "jsonl corpus": 120,
-    "run folder": 150,
-    "reported run": 12,
-    "checkpoint": 60,
-}
-
-
-def tries(name: str) -> settings:
-    """So many examples of one kind; the same ones each time, unless they are many."""
-    return settings(
-        max_examples=EXAMPLES[name] * TIMES,
-        derandomize=TIMES == 1,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+WORDS = "one two three four five six seven eight nine ten, and eleven.\n" * 10
+RECIPE = """\
+name: toy
+question: Does it work?
+corpus: text:notes.txt
+tokenizer: bpe:300
+sequence_length: 8
+samples: {train: 8, validation: 2}
+seeds: [0]
+training: {learning_rate: 1e-3, betas: [0.8, 0.95], epochs: 1}
+evaluation: {cache_lengths: [8], speed_tokens: 8}
+contenders:
+  - name: base
+    baseline: true
+    model: {type: gpt2, n_embd: 8, n_layer: 1, n_head: 1, n_positions: 16}
+    reported: {val_ppl: 10.5}
+  - name: ours
+    model: {type: context_pythia, num_hidden_layers: 1, num_attention_heads: 1, hidden_size: 8,
+      context_dim: 4}
+    phase1: {max_iterations: 2}
+    training: {learning_rate: 5e-4}
+scales:
+  smoke: {samples: {train: 2, validation: 1}, contenders: {base: {model: {n_layer: 1}}}}
+"""
 
 
 @dataclass(frozen=True)
@@ -64,12 +57,7 @@ class Attempt:
 
     @property
     def message(self) -> str:
-        """The error's text."""
         return self.err.removeprefix("contextlm: error: ").rstrip("\n")
-
-
-class _Stdin(io.TextIOWrapper):
-    """An empty stdin that is no terminal."""
 
 
 def attempt(*arguments: str | Path, place: Path, fine: bool = True) -> Attempt:
@@ -82,7 +70,7 @@ def attempt(*arguments: str | Path, place: Path, fine: bool = True) -> Attempt:
     """
     before = contents(place)
     out, err = io.StringIO(), io.StringIO()
-    stdin, sys.stdin = sys.stdin, _Stdin(io.BytesIO(b""))
+    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(b""))  # empty, and no terminal
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = execute(app, [str(argument) for argument in arguments])
@@ -93,25 +81,6 @@ def attempt(*arguments: str | Path, place: Path, fine: bool = True) -> Attempt:
     if done.code:
         assert contents(place) == before
     return done
-
-
-def attempt_for_real(*arguments: str | bytes, place: Path) -> Attempt:
-    """The same through the console script, in a process of its own."""
-    before = contents(place)
-    script = Path(sys.executable).parent / "contextlm"
-    done = subprocess.run(
-        [str(script), *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        timeout=120,
-        cwd=place,
-    )
-    err = done.stderr.decode()
-    found = Attempt(done.returncode, done.stdout.decode(), err)
-    check(found, fine=False)
-    assert contents(place) == before
-    return found
 
 
 def check(done: Attempt, *, fine: bool) -> None:
@@ -131,17 +100,16 @@ def check(done: Attempt, *, fine: bool) -> None:
     MESSAGES[normalised(done.message)] += 1
 
 
-def contents(place: Path) -> dict[str, str]:
+def contents(place: Path) -> dict[Path, str]:
     """Every file below a folder with the hash of what it holds; folders and links too."""
     found = {}
     for path in sorted(place.rglob("*")):
-        name = os.fsdecode(os.fsencode(path.relative_to(place)))
         if path.is_symlink():
-            found[name] = f"link to {path.readlink()}"
-        elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[path] = f"link to {path.readlink()}"
+        elif path.is_file() and path.stat().st_size < 2**24:
+            found[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "no file"
+            found[path] = "no file, or a giant one"
     return found
 
 

@@ -20,10 +20,10 @@ from contextlm.lab.embeddings import (
     learn_embedding,
     load_pretrained,
 )
-from contextlm.lab.experiment import run
 from contextlm.lab.preparation import prepare
+from contextlm.lab.running import run
 from contextlm.models.context_token import ContextTokenConfig, ContextTokenForCausalLM
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import EmbeddingSettings
 from contextlm.results.facts import EmbeddingFacts
 from contextlm.results.result import read_run, seed_folder
@@ -369,7 +369,7 @@ def test_contenders_of_different_widths_are_refused(tmp_path, source):
 
 def test_contenders_of_different_widths_may_draw_their_own():
     recipe = smoke("embedding.source=random", "contenders.layerwise.model.hidden_size=48")
-    assert prepare(recipe).embedding is None
+    assert prepare(recipe, torch.device("cpu")).embedding is None
 
 
 def test_a_pretrained_table_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):

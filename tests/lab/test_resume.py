@@ -15,10 +15,9 @@ from contextlm.base.locks import locked
 from contextlm.base.progress import SilentProgress
 from contextlm.cli import app
 from contextlm.cli.shell import execute
-from contextlm.lab import experiment
-from contextlm.lab.resume import newest_unfinished, unfinished_run_of
-from contextlm.lab.run_folder import is_unfinished, working_folder
-from contextlm.recipe.schema import load_recipe
+from contextlm.lab import running, work
+from contextlm.lab.run_folder import is_unfinished, newest_unfinished, unfinished_run_of
+from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
 QUICK = [
@@ -60,18 +59,16 @@ def begin(monkeypatch, error: BaseException, *overrides: str) -> Path:
             raise error
         return measure(*arguments)
 
-    measure = experiment.run_contender.__globals__["measure_cache"]
+    measure = work.measure_cache
     with monkeypatch.context() as patch:
-        patch.setattr("contextlm.lab.contender.measure_cache", fail)
+        patch.setattr(work, "measure_cache", fail)
         with pytest.raises(type(error)):
-            experiment.run(
-                recipe(*overrides), Path("runs"), device="cpu", progress=SilentProgress()
-            )
+            running.run(recipe(*overrides), Path("runs"), device="cpu", progress=SilentProgress())
     return newest_unfinished(Path("runs"))
 
 
 def resume(folder: Path) -> Path:
-    return experiment.resume(folder, device="cpu", progress=SilentProgress())
+    return running.resume(folder, device="cpu", progress=SilentProgress())
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -84,15 +81,15 @@ def contents(run: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_that_a_fault_ended_goes_on_and_ends_like_another(monkeypatch):
+def test_a_run_that_a_fault_ended_is_resumed_and_ends_like_another(monkeypatch):
     folder = begin(monkeypatch, RunError("broken"))
     first = (folder / "pythia/seed-0/result.json").stat().st_mtime_ns
-    whole = experiment.run(recipe(), Path("whole"), device="cpu", progress=SilentProgress())
+    whole = running.run(recipe(), Path("whole"), device="cpu", progress=SilentProgress())
     assert resume(folder) == folder
     assert contents(folder) == contents(whole)
     assert (folder / "pythia/seed-0/result.json").stat().st_mtime_ns == first  # not made again
     assert not is_unfinished(folder)
-    assert not working_folder(folder).exists()
+    assert not (folder / "_working").exists()
     assert "resumed_under" not in read_run(folder).environment
 
 
@@ -116,24 +113,23 @@ def refused(folder: Path) -> str:
 
 def test_what_differs_from_the_beginning_is_refused(monkeypatch):
     folder = begin(monkeypatch, KeyboardInterrupt())
-    with locked(working_folder(folder, "lock"), "x"):
+    with locked(folder / "_working/lock", "x"):
         assert "is at work on it" in refused(folder)
     file = folder / "recipe.yaml"
     known = file.read_text("utf-8")
     file.write_text(known.replace("epochs: 1", "epochs: 2"), "utf-8")
-    assert refused(folder).startswith(f"{file}: has changed since the run began")
+    assert "pythia, seed 0: not the one that the run holds: training.epochs diff" in refused(folder)
     file.write_text(known, "utf-8")
-    state = working_folder(folder, "run.json")
-    kept = state.read_text("utf-8")
-    state.write_text(kept.replace('"cpu"', '"cuda"'), "utf-8")
-    assert refused(folder).startswith(f"{folder}: began on cuda")
-    state.write_text("{", "utf-8")
-    assert refused(folder).startswith(f"{state}: is damaged")
-    state.write_text(kept, "utf-8")
+    job = folder / "context-pythia/seed-0/job.json"
+    kept = job.read_text("utf-8")
+    job.write_text(kept.replace('"device": "cpu"', '"device": "cuda"'), "utf-8")
+    assert "context-pythia, seed 0: not the one that the run holds: device diff" in refused(folder)
+    job.write_text("{", "utf-8")
+    assert refused(folder).startswith(f"{job}: is damaged")
+    job.write_text(kept, "utf-8")
     Path("corpus/7.txt").write_text("other\n" + TEXT[:900], "utf-8")
     message = refused(folder)
-    assert message.startswith(f"{folder}: the ")
-    assert "has changed since the run began" in message
+    assert message.startswith(f"{folder}: pythia, seed 0: not the one that the run holds: data.")
 
 
 def test_other_versions_are_told_and_kept(monkeypatch):
@@ -145,29 +141,27 @@ def test_other_versions_are_told_and_kept(monkeypatch):
     lines = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "line", lines.append)
-    experiment.resume(folder, device="cpu", progress=progress)
+    running.resume(folder, device="cpu", progress=progress)
     assert any("torch 0.1 -> " in line for line in lines)
     assert list(read_run(folder).environment["resumed_under"]) == ["torch"]
 
 
 def test_the_newest_unfinished_run_of_the_recipe_is_taken(monkeypatch):
     out = Path("runs")
-    assert unfinished_run_of(recipe(), out) is None
+    assert unfinished_run_of([recipe()], out, "demo") is None
     folder = begin(monkeypatch, KeyboardInterrupt())
     for number, name in ((2, "demo"), (3, "demo"), (4, "other")):
         shutil.copytree(folder, out / f"{name}-00{number}", copy_function=shutil.copyfile)
-    working_folder(out / "demo-003", "run.json").unlink()  # has finished
-    assert unfinished_run_of(recipe(), out) == out / "demo-002"
+    (out / "demo-003/_working/run.json").unlink()  # has finished
+    assert unfinished_run_of([recipe()], out, "demo") == out / "demo-002"
     assert newest_unfinished(out) == out / "other-004"
     with pytest.raises(InputError) as caught:
-        unfinished_run_of(recipe("contenders.pythia.model.hidden_size=64"), out)
+        unfinished_run_of([recipe("contenders.pythia.model.hidden_size=64")], out, "demo")
     assert "contenders.pythia.model.hidden_size differs" in str(caught.value)
     assert f"unfinished {out / 'demo-002'}" in str(caught.value)
 
 
-def test_the_command_goes_on_with_a_folder_and_says_when_there_is_nothing_to_do(
-    monkeypatch, capsys
-):
+def test_the_command_resumes_a_folder_and_says_when_there_is_nothing_to_do(monkeypatch, capsys):
     folder = begin(monkeypatch, KeyboardInterrupt())
     capsys.readouterr()  # what beginning it has said
 
@@ -203,8 +197,8 @@ main(sys.argv[2:])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits for files")
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later():
-    """The system itself refuses what is larger: here the Trainer's first checkpoint."""
+def test_a_full_disk_is_one_line_and_the_run_is_resumed_later():
+    """The system itself refuses what is larger: here the first checkpoint."""
     overrides = [argument for override in QUICK for argument in ("--set", override)]
     arguments = ["run", "demo", "--scale", "smoke", "--device", "cpu", *overrides]
     done = subprocess.run(
@@ -218,7 +212,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later():
     assert done.returncode == 1, last
     assert last.startswith("contextlm: error: ")
     assert "could not be written" in last
-    assert last.endswith("; to go on: contextlm run --resume runs/demo-001")
+    assert last.endswith("; to resume: contextlm run --resume runs/demo-001")
     folder = Path("runs/demo-001")
     assert not [path for path in folder.rglob("*") if path.name.endswith(".part")]
     resume(folder)

@@ -1,4 +1,4 @@
-"""The GPU kernel against a loop written straight from the definition, without a GPU.
+"""The GPU kernel against the naive loop, without a GPU.
 
 It runs in Triton's interpreter and is compiled for GPUs, each in a process of its own: Triton reads
 TRITON_INTERPRET when it is imported.
@@ -7,7 +7,6 @@ TRITON_INTERPRET when it is imported.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,15 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from contextlm.ops.context_scan import triton as module
-from contextlm.ops.context_scan.triton import context_scan_triton, is_available, is_supported
+from contextlm.ops.context_scan.naive import context_scan_naive
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 INTERPRET = """
 import sys, torch
-from contextlm.ops.context_scan.triton import context_scan_triton, is_available
-assert is_available()
+from contextlm.ops.context_scan.triton import context_scan_triton
 cases = torch.load(sys.argv[1])
 results = {name: context_scan_triton(*tensors, **more) for name, (tensors, more) in cases.items()}
 torch.save(results, sys.argv[2])
@@ -38,8 +35,7 @@ from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from contextlm.ops.context_scan.triton import padded_width, warps
-from contextlm.ops.context_scan.triton_kernel import scan_kernel
+from contextlm.ops.context_scan.triton import padded_width, scan_kernel, warps
 lister = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 binary = Path(sys.argv[2])
 stacks = []
@@ -66,29 +62,6 @@ COMPILED = [
 ]
 
 
-def naive_scan(projected, weights, scales, shifts, initial, mask_BT=None, eps=1e-5) -> Tensor:
-    """Row by row, token by token, layer by layer, in fp64."""
-    projected, weights, scales, shifts = (
-        [t.double() for t in part] for part in (projected, weights, scales, shifts)
-    )
-    (batch, tokens, width), layers = projected[0].shape, len(weights)
-    out = torch.zeros(layers, batch, tokens, width, dtype=torch.float64)
-    for b in range(batch):
-        state = initial[b].double()
-        for t in range(tokens):
-            context = state
-            for layer in range(layers):
-                if mask_BT is None or mask_BT[b, t]:
-                    u = weights[layer] @ context + projected[layer][b, t]
-                    x = context + 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
-                    variance = ((x - x.mean()) ** 2).mean()
-                    context = (x - x.mean()) / torch.sqrt(variance + eps)
-                    context = context * scales[layer] + shifts[layer]
-                out[layer, b, t] = context
-            state = context
-    return out
-
-
 def make(layers: int, batch: int, tokens: int, width: int, dtype=torch.float64):
     g = torch.Generator().manual_seed(layers + batch + tokens + width)
 
@@ -96,7 +69,7 @@ def make(layers: int, batch: int, tokens: int, width: int, dtype=torch.float64):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     projected = [rand(batch, tokens, width) for _ in range(layers)]
-    weights = [rand(width, width) / math.sqrt(width) for _ in range(layers)]
+    weights = [rand(width, width) * width**-0.5 for _ in range(layers)]
     scales = [rand(width) for _ in range(layers)]
     shifts = [rand(width) for _ in range(layers)]
     return projected, weights, scales, shifts, rand(batch, width)
@@ -108,19 +81,21 @@ def cases() -> dict[str, tuple[tuple, dict]]:
     apart = make(2, 2, 5, 6)
     apart[0][0] = apart[0][0].transpose(1, 2).contiguous().transpose(1, 2)
     apart[1][1] = apart[1][1].t().contiguous().t()
-    return {
-        "one number": (make(1, 1, 1, 1), {}),
-        "one token": (make(1, 2, 1, 3), {}),
-        "a power of two": (make(1, 2, 7, 8), {}),
-        "not a power of two": (make(1, 3, 9, 13), {}),
-        "three layers": (make(3, 2, 7, 5), {}),
-        "padding": (make(2, 3, 9, 5), {"mask_BT": mask}),
-        "another eps": (make(1, 2, 5, 3), {"eps": 0.25}),
-        "not contiguous": (apart, {}),
-        "float32": (make(2, 2, 7, 11, torch.float32), {}),
-        "bfloat16": (make(2, 2, 7, 11, torch.bfloat16), {}),
-        "long": (make(1, 1, 200, 7), {}),
+    sizes = {
+        "one number": make(1, 1, 1, 1),
+        "a power of two": make(1, 2, 7, 8),
+        "not a power of two": make(1, 3, 9, 13),
+        "three layers": make(3, 2, 7, 5),
+        "padding": make(2, 3, 9, 5),
+        "another eps": make(1, 2, 5, 3),
+        "not contiguous": apart,
+        "float32": make(2, 2, 7, 11, torch.float32),
+        "bfloat16": make(2, 2, 7, 11, torch.bfloat16),
+        "long": make(1, 1, 200, 7),
     }
+    more = {"padding": {"mask_BT": mask}, "another eps": {"eps": 0.25}}
+    plain = {"mask_BT": None, "eps": 1e-5}
+    return {name: (tensors, {**plain, **more.get(name, {})}) for name, tensors in sizes.items()}
 
 
 CASES = cases()
@@ -151,9 +126,11 @@ def test_the_kernel_equals_the_naive_loop(interpreted: dict[str, Tensor], name: 
     tensors, more = CASES[name]
     assert interpreted[name].dtype == tensors[0][0].dtype
     tolerance = TOLERANCE.get(name, 1e-12)
-    torch.testing.assert_close(
-        interpreted[name].double(), naive_scan(*tensors, **more), rtol=tolerance, atol=tolerance
-    )
+    *parts, initial = tensors
+    exact = [[tensor.double() for tensor in part] for part in parts]
+    expected = context_scan_naive(*exact, initial.double(), **more)
+    actual = interpreted[name].double()
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @needs_triton
@@ -174,35 +151,12 @@ def test_it_compiles_for_gpus_with_the_weights_in_registers(tmp_path: Path) -> N
     assert max(stacks) <= 256, stacks
 
 
+@needs_triton
 def test_what_fits_on_chip() -> None:
-    assert is_supported(1, 256, torch.float32)
-    assert is_supported(1, 200, torch.bfloat16)
-    assert is_supported(4, 128, torch.float32)
-    assert is_supported(1, 128, torch.float64)
-    assert not is_supported(1, 257, torch.float32)
-    assert not is_supported(1, 257, torch.bfloat16), "the kernel computes in float32 at least"
-    assert not is_supported(5, 128, torch.float32)
-    assert not is_supported(1, 256, torch.float64)
+    from contextlm.ops.context_scan.triton import is_supported
 
-
-def test_where_it_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(module, "is_installed", lambda package: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not is_available()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert is_available()
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert is_available()
-    monkeypatch.setattr(module, "is_installed", lambda package: False)
-    assert not is_available()
-
-
-def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 layers of width 300 do not fit on chip"):
-        context_scan_triton(*make(2, 1, 1, 300))
-    tensors = make(1, 1, 2, 3)
-    tensors[-1].requires_grad_()
-    with pytest.raises(ValueError, match="has no gradients"):
-        context_scan_triton(*tensors)
+    float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
+    for fitting in ((1, 256, float32), (1, 200, bfloat16), (4, 128, float32), (1, 128, float64)):
+        assert is_supported(*fitting)
+    for other in ((1, 257, float32), (1, 257, bfloat16), (5, 128, float32), (1, 256, float64)):
+        assert not is_supported(*other), "the kernel computes in float32 at least"

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contextlm.ops import dilated_attention as module
-from contextlm.ops.dilated_attention import dilated_attention, gather_attention
+from contextlm.ops.dilated_attention import dilated_attention, gather_attention, naive
 
 HEADS, WIDTH = 2, 3
 
@@ -31,7 +30,9 @@ def make(tokens: int, before: int = 0, batch: int = 2) -> list[Tensor]:
     return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-def naive(query, key, value, pad_key, pad_value, starts, interval, size, anchor, padding):
+def from_the_definition(
+    query, key, value, pad_key, pad_value, starts, interval, size, anchor, padding
+):
     """Row by row, head by head, query by query."""
     out = torch.zeros_like(query)
     tokens = query.shape[2]
@@ -98,12 +99,12 @@ RULES = list(itertools.product(["position", "grid"], ["zeros", "mask"]))
 def test_values_and_gradients_equal_the_naive_loop(form, interval, size, anchor, padding):
     tensors = make(19)
     rule = ([0, 0], interval, size, anchor, padding)
-    assert_same(form(*tensors, *rule), naive(*tensors, *rule), tensors, padding)
+    assert_same(form(*tensors, *rule), from_the_definition(*tensors, *rule), tensors, padding)
 
 
 @pytest.mark.parametrize(("anchor", "padding"), RULES)
 @pytest.mark.parametrize(("interval", "size"), [*SHAPES, (20, 32)])
-@pytest.mark.parametrize("tokens", [1, 19, 63, 100, 331])
+@pytest.mark.parametrize("tokens", [1, 63, 331])
 def test_the_dilated_form_equals_the_gathered_one(tokens, interval, size, anchor, padding):
     tensors = make(tokens)
     rule = ([0, 0], interval, size, anchor, padding)
@@ -112,13 +113,13 @@ def test_the_dilated_form_equals_the_gathered_one(tokens, interval, size, anchor
 
 @pytest.mark.parametrize(("anchor", "padding"), RULES)
 @pytest.mark.parametrize(("interval", "size"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 11, 40])
+@pytest.mark.parametrize("tokens", [1, 23])
 def test_windows_with_history_start_where_each_row_says(tokens, interval, size, anchor, padding):
     """Starts before, within and beyond the reach of the memory, on the grid and off it."""
     starts = [0, 1, interval, interval * size + 2, 4 * interval + 1, 1000]
     tensors = make(tokens, before=interval * (size - 1), batch=len(starts))
     rule = (starts, interval, size, anchor, padding)
-    expected = naive(*tensors, *rule)
+    expected = from_the_definition(*tensors, *rule)
     assert_same(dilated(*tensors, *rule), expected, tensors, padding)
     assert_same(gathered(*tensors, *rule), expected, tensors, padding)
 
@@ -128,14 +129,16 @@ def test_a_shorter_or_longer_history_will_do(anchor, padding):
     for starts, before in (([2, 4], 4), ([30, 41], 23)):
         tensors = make(13, before=before)
         rule = (starts, 5, 4, anchor, padding)
-        assert_same(dilated(*tensors, *rule), naive(*tensors, *rule), tensors, padding)
+        assert_same(
+            dilated(*tensors, *rule), from_the_definition(*tensors, *rule), tensors, padding
+        )
 
 
 def test_long_chunks_are_gathered_piece_by_piece(monkeypatch):
     tensors = make(19)
     rule = ([0, 0], 3, 3, "grid", "zeros")
     whole = gathered(*tensors, *rule)
-    monkeypatch.setattr(module, "_GATHERED_QUERIES", 4)
+    monkeypatch.setattr(naive, "_GATHERED_QUERIES", 4)
     torch.testing.assert_close(gathered(*tensors, *rule), whole, rtol=1e-12, atol=1e-12)
 
 

@@ -18,15 +18,23 @@ from transformers import PreTrainedTokenizerFast
 from contextlm.base.errors import InputError
 from contextlm.base.progress import SilentProgress
 from contextlm.data.corpora import load_corpus
-from contextlm.data.tokenizers import keeps_all_words, load_tokenizer, vocab_entries
+from contextlm.data.tokenizers import load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
-from contextlm.evaluation.checkpoint import evaluate_checkpoint, load_checkpoint
-from contextlm.lab.experiment import run
-from contextlm.lab.plan import count_parameters, dry_run
-from contextlm.lab.preparation import Prepared, prepare
+from contextlm.evaluation.checkpoint import load_checkpoint
+from contextlm.evaluation.measure import evaluate_checkpoint
+from contextlm.lab.estimate import count_parameters, dry_run
+from contextlm.lab.preparation import Prepared
+from contextlm.lab.preparation import prepare as prepare_on
+from contextlm.lab.running import run
 from contextlm.models.build import build_config, check_forward, create_model, meta_model
-from contextlm.recipe.schema import Recipe, builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
+from contextlm.recipe.schema import Recipe
 from contextlm.results.result import read_run, seed_folder
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    return prepare_on(recipe, torch.device("cpu"))
+
 
 SCALES = [(name, scale) for name in builtin_recipes() for scale in recipe_scales(name)]
 
@@ -231,7 +239,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scored(prepared: Prepared, split: str) -> list[int]:
     """Every target that counts, one sample after the other."""
-    samples = getattr(prepared, split)["new-llm"]
+    samples = getattr(prepared.entries["new-llm"], split)
     return [int(t) for sample in samples for t in sample["labels"] if t != IGNORED]
 
 
@@ -250,9 +258,9 @@ def test_lines_are_prepared(tokenizer: str) -> None:
     share = [(counts[t] + 1) / (len(train) + facts.vocab_size) for t in validation]
     assert facts.unigram_ppl == pytest.approx(np.exp(-np.mean(np.log(share))))
     begin, end = (2, 3) if tokenizer == "word:200" else (0, 0)
-    for config in prepared.configs.values():
+    for config in (entry.config for entry in prepared.entries.values()):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (begin, end, None)
-    assert prepared.train["new-llm"][0]["input_ids"][0] == begin
+    assert prepared.entries["new-llm"].train[0]["input_ids"][0] == begin
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -280,7 +288,7 @@ def test_lines_from_recipe_to_report(tmp_path: Path) -> None:
         # What was reported is the mean over the real targets of the saved weights.
         prepared = prepare(recipe)
         losses = []
-        for sample in prepared.validation[result.contender]:
+        for sample in prepared.entries[result.contender].validation:
             real = sample["labels"] != IGNORED
             with torch.no_grad():
                 logits = model(sample["input_ids"][real][None]).logits[0]
@@ -298,6 +306,47 @@ def test_bits_per_byte_needs_windows_and_all_words() -> None:
     )
     assert pieces.validation_bytes is not None
     assert pieces.validation_bytes > 0
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_lossy_tokenizer_of_any_class_has_no_bits_per_byte(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Some Words of a Text, " * 200)
+    text = [f"corpus=text:{notes}", "unit=windows", "samples={train: 8, validation: 2}"]
+    text.append("documents=null")
+    tokenizer: Any = load_tokenizer("bpe:300", load_corpus(f"text:{notes}"), tmp_path)
+    for normalizer, loses in ((normalizers.NFC(), False), (normalizers.Lowercase(), True)):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        tokenizer.save_pretrained(tmp_path / "saved")
+        folder = f"tokenizer={tmp_path / 'saved'}"
+        prepared = prepare(load_recipe("new-llm", scale="smoke", overrides=[*text, folder]))
+        assert (prepared.validation_bytes is None) == loses
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_a_recipe_says_of_validation_and_repetition(tmp_path: Path) -> None:
+    for name, count in (("mine", 12), ("theirs", 2)):
+        (tmp_path / name).mkdir()
+        for n in range(count):
+            (tmp_path / name / f"{n}.txt").write_text(f"words {n % 9} of {name} " * 100)
+    (tmp_path / "theirs" / "copy.txt").write_text(("WORDS 3  of mine " * 100).strip())
+    text = [f"corpus=text:{tmp_path / 'mine'}", "unit=windows", "samples=null", "tokenizer=bpe:300"]
+    text.append("documents=null")
+    own = prepare(load_recipe("new-llm", scale="smoke", overrides=text)).facts
+    assert (own.repeated_documents, own.validation_documents_in_training) == (3, 0)
+    share = [*text, "validation=0.5"]
+    half = prepare(load_recipe("new-llm", scale="smoke", overrides=share)).facts
+    assert 0.3 < half.validation_tokens / (half.train_tokens + half.validation_tokens) < 0.7
+    theirs = [*text, f"validation=text:{tmp_path / 'theirs'}"]
+    facts = prepare(load_recipe("new-llm", scale="smoke", overrides=theirs)).facts
+    assert facts.name == "text:mine, validation text:theirs"
+    assert (facts.repeated_documents, facts.validation_documents_in_training) == (4, 1)
+    assert facts.repetition() == (
+        "text:mine, validation text:theirs: 4 documents repeat an earlier one; 1 of the validation "
+        "documents is in the training text."
+    )
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -321,7 +370,6 @@ def test_a_checkpoint_with_unknown_words_has_no_bits_per_byte(tmp_path: Path, sp
         samples=2,
         cache_lengths=None,
     )
-    assert keeps_all_words(tokenizer) == (spec == "bpe:300")
     assert (report.bits_per_byte is None) == (spec == "word:60")
 
 
@@ -340,7 +388,16 @@ def test_the_frontiers_contenders_are_of_one_size(scale: str) -> None:
 
 @pytest.mark.parametrize("scale", ["full", "small"])
 @pytest.mark.parametrize("name", ["recall", "passkey"])
-def test_contenders_on_made_up_tasks_are_of_one_size(name: str, scale: str) -> None:
+def test_contenders_on_synthetic_tasks_are_of_one_size(name: str, scale: str) -> None:
     counts = {c.name: c.total for c in count_parameters(load_recipe(name, scale=scale))}
     for contender, total in counts.items():
         assert abs(total / counts["mha"] - 1) < 0.02, contender
+
+
+def test_a_contender_that_only_the_scale_has_can_be_left_out_and_changed() -> None:
+    overrides = ["contenders.one-latent=null", "contenders.no-gates.model.window=32"]
+    recipe = load_recipe("frontier", scale="small-ablations", overrides=overrides)
+    assert "one-latent" not in [contender.name for contender in recipe.contenders]
+    assert recipe.contender("no-gates").model["window"] == 32
+    with pytest.raises(InputError, match="did you mean 'no-gates'"):
+        load_recipe("frontier", scale="small-ablations", overrides=["contenders.no-gate=null"])

@@ -1,29 +1,163 @@
-"""What a report warns of."""
+"""The answer, and what a report warns of."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from contextlm.report.notes import detail_notes, notes
-from contextlm.report.summary import summarise_runs
+from contextlm.report.contenders import contenders
+from contextlm.report.notes import answers, curves_alt, frontier_alt, notes
+from contextlm.results.facts import RetrievalAccuracy, TuningFacts, TuningTrial
 
 
-def test_notes(made, run_of, tmp_path):
+@pytest.fixture
+def answered(run_of, tmp_path):
+    """The answers of one run of these outcomes."""
+    return lambda *outcomes: answers(contenders([run_of(list(outcomes), tmp_path / "run")]))
+
+
+@pytest.fixture
+def noted(run_of, tmp_path):
+    """The notes of one run of these outcomes."""
+
+    def note(*outcomes, **recipe):
+        run = run_of(list(outcomes), tmp_path / "run", **recipe)
+        return notes([run], contenders([run]))
+
+    return note
+
+
+# --- the answer ------------------------------------------------------------------------------
+
+
+def test_one_sentence_with_interval_and_cache_at_the_windows_length(run):
+    (sentence,) = answers(contenders([run]))
+    assert sentence.startswith(
+        "hybrid has the lowest validation perplexity, 90.0 ± 1.0 (3 seeds): 10.0% lower than the "
+        "baseline mha (95% interval -1"
+    )
+    assert sentence.endswith("with 50.0% less cache at 128 tokens.")
+    assert not {"wins", "loses"} & set(sentence.split())
+
+
+@pytest.mark.parametrize(("seeds", "word"), [(1, "one seed"), (2, "two seeds")])
+def test_few_seeds_have_no_interval(made, answered, seeds, word):
     outcomes = [
-        made(baseline=True, reported={"val_ppl": 9}),
-        made("big", parameters_total=3_000_000),
-        made("short", cache={32: 4096}),
+        made(name, seed=seed, ppl=ppl + seed, baseline=name == "mha")
+        for name, ppl in (("mha", 100), ("ctx", 90))
+        for seed in range(seeds)
     ]
-    contenders = [{"name": name} for name in ("mha", "big", "short", "late")]
-    run = run_of(outcomes, tmp_path, contenders=contenders, seeds=[0, 1])
-    text = " ".join(notes([run], summarise_runs([run])))
-    assert "Measured at scale small; the document's figures are for its own setting" in text
-    assert "big has 16.9 % more parameters than mha" in text
-    assert "short stops short of 2,048 tokens: its cache was measured up to 32." in text
-    assert "mha (seed 1); big (seed 1); short (seed 1); late (seeds 0, 1)" in text
-    full = [made(baseline=True, scale="full")]
-    whole = run_of(full, tmp_path)
-    assert notes([whole], summarise_runs([whole])) == []
+    (sentence,) = answered(*outcomes)
+    assert f"lower than the baseline mha ({word}: no interval)" in sentence
+
+
+def test_overlapping_seeds_are_undecided(made, answered):
+    shifts = {"mha": (0, 1, 2), "ctx": (1, -2, 0)}
+    (sentence,) = answered(
+        *(
+            made(name, seed=seed, ppl=100 + shift, baseline=name == "mha")
+            for name, own in shifts.items()
+            for seed, shift in enumerate(own)
+        )
+    )
+    assert "1.3% lower than the baseline mha (undecided, 95% interval -" in sentence
+    assert "ctx has the lowest validation perplexity, 99.7 ± 1.5 (3 seeds)" in sentence
+
+
+def test_where_the_baseline_is_lowest_the_nearest_is_named(made, answered):
+    (sentence,) = answered(made(baseline=True), made("far", ppl=200), made("near", ppl=110))
+    assert sentence == (
+        "mha has the lowest validation perplexity, 100.0 (1 seed); the nearest, near, is 10.0% "
+        "higher than the baseline mha (one seed: no interval), with as much cache at 128 tokens."
+    )
+
+
+def test_alone_equal_and_diverged(made, answered):
+    assert answered(made(baseline=True)) == [
+        "Only mha was measured: validation perplexity 100.0 (1 seed)."
+    ]
+    assert answered(made(baseline=True), made("same")) == [
+        "mha and same share the lowest validation perplexity, 100.0 (1 seed)."
+    ]
+    broken = {"validation_loss": math.inf, "validation_ppl": math.inf}
+    assert answered(made(baseline=True, **broken)) == ["Training diverged in every contender."]
+    (sentence,) = answered(made(baseline=True), made("ctx", **broken))
+    assert sentence == "mha has the lowest validation perplexity, 100.0 (1 seed)."
+
+
+def test_a_synthetic_task_is_answered_by_right_answers(made, answered):
+    def asked(name, share, **changes):
+        level = RetrievalAccuracy(level="4 pairs", accuracy=share, answers=10)
+        return made(name, retrieval=[level], accuracy=share, **changes)
+
+    (sentence,) = answered(asked("mha", 0.5, baseline=True, ppl=5), asked("ctx", 0.75, ppl=9))
+    assert sentence.startswith("ctx has the most right answers, 75.0% (1 seed): 25.0 points higher")
+
+
+def test_other_targets_are_answered_apart(made, answered):
+    first, second = answered(made(baseline=True), made("far", target_offset=2))
+    assert "windows of 128: Only mha was measured" in first
+    assert "2 tokens ahead: Only far was measured" in second
+
+
+def test_what_charts_show_in_words(run):
+    rows = contenders([run])
+    assert "hybrid: 90.0 ± 1.0" in curves_alt(rows)
+    assert "hybrid: 90.0 ± 1.0 with 64.0 KB at 128" in frontier_alt(rows)
+
+
+# --- notes -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_beware_of(made, noted):
+    assert noted(made(baseline=True, scale="full")) == []
+
+
+def test_sizes_targets_speeds_precisions_and_missing_seeds(made, noted):
+    slow = made("slow")
+    timings = slow.timings.model_copy(update={"speed_tokens": 32})
+    found = " ".join(
+        noted(
+            made(baseline=True, scale="full"),
+            made("big", parameters_total=3_000_000, precision="bfloat16"),
+            made("far", target_offset=2),
+            slow.model_copy(update={"timings": timings}),
+            contenders=[{"name": name} for name in ("mha", "big", "far", "slow", "late")],
+            seeds=[0, 1],
+        )
+    )
+    for said in (
+        "big has 16.9% more parameters than mha: the two are not matched in size.",
+        "far predicts the token 2 ahead",
+        "slow was timed on 32 tokens, mha on 512",
+        "mha, big, slow were trained in different precisions.",
+        "Not finished, and so not shown: mha (seed 1); big (seed 1); far (seed 1); slow (seed 1); "
+        "late (seeds 0, 1).",
+    ):
+        assert said in found
+
+
+def test_what_learned_nothing_and_what_diverged(made, noted):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
+    broken = {"validation_loss": 200.0, "validation_ppl": math.exp(200)}
+    found = noted(
+        made(baseline=True, scale="full", corpus=data),
+        *(made("ctx", seed=seed, corpus=data, **broken) for seed in (0, 1)),
+    )
+    assert found[-2].startswith("mha has learned nothing beyond how frequent each token is")
+    assert "a perplexity of 90.0." in found[-2]
+    assert found[-1] == "ctx diverged (seeds 0, 1)."
+
+
+@pytest.mark.parametrize(("best", "told"), [(1e-3, False), (2e-3, True)])
+def test_a_rate_at_the_end_of_its_grid(made, noted, best, told):
+    rates = [5e-4, 1e-3, 2e-3]
+    trials = [TuningTrial(learning_rate=r, validation_loss=abs(r - best)) for r in rates]
+    facts = TuningFacts(share=0.25, seed=0, trials=trials)
+    found = noted(made(baseline=True, scale="full", tuning=facts))
+    said = ["The learning rate of mha, 0.002, is the end of its grid: another may be better."]
+    assert found == (said if told else [])
 
 
 @pytest.mark.parametrize(
@@ -32,13 +166,12 @@ def test_notes(made, run_of, tmp_path):
         ([0.93], None, None),
         ([0.9], {}, None),
         ([0.4], {"stop_at": 0.4}, None),
-        ([0.002], {"stop_at": 0.85, "max_iterations": 3}, ("3", "0.2", "85")),
-        ([0.95, 0.5, 0.7], {"max_iterations": 1000}, ("1,000", "50.0", "90")),
-        ([0.93], {"stop_at": 0.95}, ("14", "93.0", "95")),
-        ([0.89999], None, ("14", "89.999", "90")),
+        ([0.002], {"stop_at": 0.85}, ("0.2", "85")),
+        ([0.95, 0.5, 0.7], {}, ("50.0", "90")),
+        ([0.89999], None, ("89.999", "90")),
     ],
 )
-def test_an_unconverged_phase_one(made, run_of, tmp_path, converged, phase1, said):
+def test_an_unconverged_phase_one(made, noted, converged, phase1, said):
     outcomes = [made(baseline=True, scale="full")]
     for seed, share in enumerate(converged):
         one = made("ctx", phase1=True, scale="full", seed=seed)
@@ -46,59 +179,53 @@ def test_an_unconverged_phase_one(made, run_of, tmp_path, converged, phase1, sai
         result = one.result.model_copy(update={"phase1": facts})
         outcomes.append(one.model_copy(update={"result": result}))
     contenders = [{"name": "mha"}, {"name": "ctx", "phase1": phase1}]
-    run = run_of(outcomes, tmp_path, contenders=contenders)
-    found = [note for note in notes([run], summarise_runs([run])) if "Phase 1" in note]
-    if said is None:
-        assert found == []
-    else:
-        limit, share, wanted = said
-        assert found == [
-            f"Phase 1 of ctx stopped at its limit of {limit} iterations with {share} % converged "
-            f"(the recipe asks for {wanted} %)."
+    found = [note for note in noted(*outcomes, contenders=contenders) if "Phase 1" in note]
+    assert found == (
+        []
+        if said is None
+        else [
+            f"Phase 1 of ctx stopped at its limit of iterations with {said[0]}% converged (the "
+            f"recipe asks for {said[1]}%)."
         ]
+    )
 
 
-def test_each_run_is_held_to_its_own_recipe(made, run_of, tmp_path):
-    def run(name, stop_at):
-        contenders = [{"name": "ctx", "phase1": {"stop_at": stop_at}}]
-        outcomes = [made("ctx", phase1=True, baseline=True)]
-        return run_of(outcomes, tmp_path / name, contenders=contenders, seeds=[0, 1])
-
-    runs = [run("demo-001", 0.95), run("demo-002", 0.9)]
-    found = notes(runs, summarise_runs(runs))
-    assert [note.split()[3] for note in found if "Phase 1" in note] == ["demo-001/ctx"]
-    missing = "demo-001/ctx (seed 1); demo-002/ctx (seed 1)"
-    assert f"Not finished, and so not shown: {missing}." in found
-
-
-def test_smoke_figures_mean_nothing(made, run_of, tmp_path):
-    run = run_of([made(baseline=True, scale="smoke", reported={"val_ppl": 9})], tmp_path)
-    assert notes([run], summarise_runs([run])) == [
-        "Scale smoke only tests that everything runs (51,200 validation tokens): "
-        "draw no conclusions from these figures."
-    ]
-
-
-def test_data_of_older_results_counts_as_the_same(made, run_of, tmp_path):
-    newer = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
-    outcomes = [made(baseline=True), made("far", target_offset=2, corpus=newer)]
-    run = run_of(outcomes, tmp_path)
-    assert not any("differ in data" in note for note in notes([run], summarise_runs([run])))
-
-
-def test_train_perplexity_on_fewer_windows(made, run_of, tmp_path):
+@pytest.mark.parametrize(
+    ("scale", "reported", "keys", "said"),
+    [
+        ("full", True, ["corpus"], "Not the document's setting: corpus differs. Compare"),
+        ("small", True, list("abcdefghi"), "setting: a, b, c, d, e, f, 3 more differ."),
+        ("full", True, ["contenders.ctx.model.x"], "setting: contenders.ctx.model.x differs."),
+        ("full", True, ["contenders.other.model.x"], None),  # no figure of the document's
+        ("next", True, [], None),
+        ("small", True, None, "Not the document's setting: scale small. Compare"),
+        ("full", True, None, None),
+        ("small", False, ["corpus"], "Measured at scale small, not at the recipe's full setting."),
+        ("fair", False, [], None),
+        ("full", False, ["corpus"], None),  # there is no figure to take it for
+        ("smoke", True, ["corpus"], "Scale smoke only tests that everything runs"),
+    ],
+)
+def test_how_far_from_the_setting_it_stands_for(made, noted, scale, reported, keys, said):
     outcomes = [
-        made(baseline=True, train_ppl_windows=1000),
-        made("all", train_ppl_windows=4000),
-        made("b", train_ppl_windows=1000),
-        made("c", train_ppl_windows=20),
-        made("older"),
+        made(name, baseline=name == "mha", scale=scale, reported=figures)
+        for name, figures in (("mha", {}), ("ctx", {"val_ppl": 9} if reported else {}))
     ]
-    run = run_of(outcomes, tmp_path)
-    rows = summarise_runs([run])
-    said = "Train PPL with the best weights was measured on the first"
-    assert detail_notes(rows) == [
-        f"{said} 1,000 of 4,000 train windows (mha, b).",
-        f"{said} 20 of 4,000 train windows (c).",
+    found = noted(*outcomes, departs_from_full=keys)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_several_runs_say_which(made, run_of, tmp_path):
+    runs = [
+        run_of(
+            [made(baseline=True, reported={"val_ppl": 9})],
+            tmp_path / name,
+            departs_from_full=keys,
+            seeds=[0, 1],
+        )
+        for name, keys in (("run-1", []), ("run-2", ["corpus"]))
     ]
-    assert not any(said in note for note in notes([run], rows)), "the summary shows no train PPL"
+    found = notes(runs, contenders(runs))
+    assert any("Not the document's setting (run-2): corpus" in note for note in found)
+    assert "Not finished, and so not shown: run-1/mha (seed 1); run-2/mha (seed 1)." in found

@@ -1,4 +1,4 @@
-"""The tables' numbers against numbers computed by hand, and their Markdown."""
+"""The tables' cells against figures computed by hand, and their Markdown."""
 
 from __future__ import annotations
 
@@ -7,333 +7,50 @@ from dataclasses import replace
 
 import pytest
 
-from contextlm.report import details, document, numbers, tables, words
-from contextlm.report.frontier import comparable_groups, headline_length, pareto
-from contextlm.report.numbers import Stat
-from contextlm.report.sheet import escape_markdown
-from contextlm.report.summary import certainty, summarise, summarise_runs
-from contextlm.results.facts import StoreFacts
+from contextlm.report import tables
+from contextlm.report.contenders import contenders
+from contextlm.report.document import document_table
+from contextlm.report.numbers import ABSENT
+from contextlm.report.sheet import Column, escape_markdown, make_table, markdown_table
+from contextlm.results.facts import EmbeddingFacts, StoreFacts
+
+# context-kv: the document ran two epochs beyond its best.
+KV = {
+    "train_ppl": [559.6, 222.4, 149.1, 106.0, 78.4, 59.6, 46.1],
+    "val_ppl": [291.2, 225.1, 196.7, 181.9, 175.7, 183.0, 193.1],
+}
 
 
-def by_name(rows):
-    return {row.name: row for row in rows}
+@pytest.fixture
+def rows_of(run_of, tmp_path):
+    """The rows of one run of these outcomes."""
+    return lambda *outcomes: contenders([run_of(list(outcomes), tmp_path / "run")])
 
 
-def column(table, label):
-    return [row[[c.label for c in table.columns].index(label)] for row in table.rows]
+def column(table, heading):
+    return [row[table.headings.index(heading)] for row in table.rows]
 
 
-def test_means_deviations_and_differences(three_seeds):
-    rows = by_name(summarise(three_seeds))
-    assert list(rows) == ["mha", "hybrid", "compressed"]
-    hybrid = rows["hybrid"]
-    assert hybrid.seeds == (0, 1, 2)
-    assert hybrid.ppl == Stat(mean=90.0, sd=1.0, seeds=3)  # 89, 90, 91
-    assert hybrid.seconds_per_epoch == Stat(mean=11.0, sd=1.0, seeds=3)  # 10, 11, 12
-    assert hybrid.train_validation_ratio.mean == pytest.approx(0.8)
-    against = hybrid.comparison
-    assert against.reference == "mha"
-    assert against.ppl == pytest.approx(-10.0)
-    assert against.cache == pytest.approx({128: -50.0, 512: -75.0, 2048: -87.5})
-    assert against.decode_rate == pytest.approx(-20.0)
-    assert against.parameters == pytest.approx(0.0)
-    # 10 against 2 * sqrt(1 + 1) = 2.83
-    assert against.certainty == "beyond"
-    assert rows["mha"].comparison.reference is None
+def store(**changes):
+    facts = {"fill": "sequential", "dtype": "float32", "train_bytes": 3 * 1024**2}
+    facts |= {"validation_bytes": 1024**2, "drift_train": 0.0125, "drift_validation": 0.5}
+    return StoreFacts(**facts | changes)
 
 
-def test_phase_one_and_its_absence(three_seeds):
-    rows = by_name(summarise(three_seeds))
-    assert rows["mha"].phase1 is None
-    table = tables.phase1_table(list(rows.values()))
-    assert [row[0] for row in table.rows] == ["hybrid", "compressed"]
-    assert table.rows[0][3] == "407.5 ± 0.0 of 500 (81.5 %)"
-    assert tables.phase1_table([rows["mha"]]) is None
+# --- columns and rendering -------------------------------------------------------------------
 
 
-def test_a_validation_rank_says_what_it_was_measured_on(made):
-    store = StoreFacts(
-        fill="sequential",
-        dtype="float32",
-        train_bytes=8,
-        validation_bytes=4,
-        drift_train=0.0,
-        drift_validation=0.0,
+def test_columns_without_a_figure_are_left_out_and_origins_told_only_side_by_side():
+    first = Column("name", str, "text")
+    measured, reported = Column("a", lambda item: str(2 * item)), Column("b", str, "reported")
+    empty = Column("nothing", lambda item: ABSENT)
+    alone = make_table("T", [first, measured, empty], [1, 2])
+    assert (alone.headings, alone.rows) == (("name", "a"), (("1", "2"), ("2", "4")))
+    beside = make_table("T", [first, measured, reported], [1])
+    assert beside.headings == ("name", "a (measured)", "b (reported)")
+    assert markdown_table(beside) == (
+        "| name | a (measured) | b (reported) |\n| :--- | ---: | ---: |\n| 1 | 2 | 1 |\n"
     )
-    reported = {"effective_rank_validation": 0.797}
-    windows = made("windows", baseline=True, phase1=True, reported=reported)
-    stream = made("stream", phase1=True, store=store, reported=reported)
-    rows = summarise([windows, stream])
-    heading = "effective rank, validation"
-    share = "398.5 of 500 (79.7 %)"
-    both = tables.phase1_table(rows)
-    assert column(both, f"{heading} windows") == [share, numbers.ABSENT]
-    assert column(both, f"{heading} stream") == [numbers.ABSENT, share]
-    assert column(both, "seconds") == ["12.5 s", "12.5 s"]
-    for row, other in (rows, rows[::-1]):
-        labels = [c.label for c in tables.phase1_table([row]).columns]
-        assert f"{heading} {row.name}" in labels
-        assert f"{heading} {other.name}" not in labels
-    table = tables.document_table(rows)
-    assert column(table, "figure") == [f"{heading} windows", f"{heading} stream"]
-    assert column(table, "this run") == ["79.7 %", "79.7 %"]
-
-
-@pytest.mark.parametrize(
-    ("windows", "expected"),
-    [
-        (1000, "80.0 (first 1,000 of 4,000 windows)"),
-        (4000, "80.0"),
-        (5000, "80.0"),  # there are no more than 4,000
-        (None, "80.0"),  # an older result
-    ],
-)
-def test_train_perplexity_of_a_part_is_marked_beside_the_document(made, windows, expected):
-    reported = {"train_ppl_best_weights": 736.27, "train_ppl": 667.15}
-    rows = summarise([made(baseline=True, reported=reported, train_ppl_windows=windows)])
-    assert column(tables.document_table(rows), "this run") == [expected, "90.0"]
-
-
-@pytest.mark.parametrize(
-    ("mean", "sd", "seeds", "expected"),
-    [
-        (102.9, 1.0, 3, "beyond"),  # 2 * sqrt(2) = 2.828
-        (102.8, 1.0, 3, "within"),
-        (97.1, 1.0, 3, "beyond"),
-        (200.0, 1.0, 2, "two seeds"),
-        (200.0, None, 1, "one seed"),
-    ],
-)
-def test_two_deviations_rule(mean, sd, seeds, expected):
-    assert certainty(Stat(mean, sd, seeds), Stat(100.0, 1.0, 3)) == expected
-    assert certainty(Stat(100.0, 1.0, 3), Stat(mean, sd, seeds)) == expected
-
-
-def test_stat_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="no values"):
-        Stat.of([])
-
-
-def test_stat_of_what_is_known():
-    assert Stat.of_known([1.0, None, 3.0]) == Stat.of([1.0, 3.0])
-    assert Stat.of_known([None]) is None
-    assert Stat.of_known([]) is None
-
-
-def test_one_seed_has_no_deviation(made):
-    rows = summarise([made(baseline=True), made("hybrid", ppl=90)])
-    line = tables.main_table(rows).rows[1]
-    assert line[1] == "90.0"
-    assert "±" not in tables.markdown_table(tables.main_table(rows))
-    verdict = words.verdicts(rows)[0]
-    assert "One seed cannot tell" in verdict.measured
-    assert not verdict.settled
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (numbers.perplexity(9.994), "9.99"),
-        (numbers.perplexity(9.996), "10.0"),
-        (numbers.perplexity(1225.63), "1,225.6"),
-        (numbers.perplexity(math.inf), "not finite"),
-        (numbers.human_bytes(0), "0 B"),
-        (numbers.human_bytes(1023), "1,023 B"),
-        (numbers.human_bytes(1024), "1.0 KB"),
-        (numbers.human_bytes(1024 * 1024 - 1), "1.0 MB"),
-        (numbers.human_bytes(1536 * 1024), "1.5 MB"),
-        (numbers.signed_percent(17.58), "+17.6 %"),
-        (numbers.signed_percent(-6.7), "-6.7 %"),
-        (numbers.signed_percent(-0.01), "0.0 %"),
-        (numbers.signed_percent(1234.5), "+1,234.5 %"),
-        (numbers.signed_percent(None), numbers.ABSENT),
-        (numbers.percent(0.249), "24.9 %"),
-        (numbers.with_deviation(Stat(97.9, 0.44, 3)), "97.9 ± 0.4"),
-        (numbers.with_deviation(Stat(97.9, 0.02, 3)), "97.9 ± 0.02"),
-        (numbers.with_deviation(Stat(0.249, 0.01, 3), numbers.percent), "24.9 ± 1.0 %"),
-        (numbers.with_deviation(None), numbers.ABSENT),
-        (numbers.plain(2403563), "2,403,563"),
-        (numbers.significant(1.17541), "1.18"),
-        (numbers.significant(0.000123456), "0.000123"),
-        (numbers.significant(98765.4), "98,765"),
-        (numbers.significant(1e-14), "0.000000000"),
-        (numbers.significant(0.0), "0"),
-        (numbers.significant(math.nan), "not finite"),
-        (
-            numbers.with_deviation(Stat(0.00123, 0.0004, 3), numbers.significant),
-            "0.00123 ± 0.00040",
-        ),
-        (numbers.gigabytes(1.234), "1.23 GB"),
-    ],
-)
-def test_how_numbers_are_written(text, expected):
-    assert text == expected
-
-
-def test_percent_change_needs_a_sound_base():
-    assert numbers.percent_change(1.0, 0.0) is None
-    assert numbers.percent_change(math.nan, 1.0) is None
-
-
-def test_document_figures_stand_beside_measured_ones(three_seeds):
-    table = tables.document_table(summarise(three_seeds))
-    lines = {row[:2]: row[2:] for row in table.rows}
-    # 554.2 / 471.3 = 1.1759; 110 / 100; 64 KB against 128 KB
-    assert lines["compressed", "validation PPL"] == ("554.2", "110.0 ± 1.0", "+17.6 %", "+10.0 %")
-    assert lines["compressed", "accuracy"][:2] == ("24.9 %", "25.0 ± 0.0 %")
-    cache = lines["compressed", "cache at 128 tokens"]
-    assert cache == ("1,536 KB", "64.0 KB", "-50.0 %", "-50.0 %")
-    assert lines["mha", "best epoch"][:2] == ("5", "3 ± 0")
-    kinds = [column.kind for column in table.columns]
-    assert kinds == ["text", "text", "reported", "measured", "reported", "measured"]
-
-
-def test_bits_per_byte_of_a_target_further_ahead_is_a_dash(made):
-    rows = summarise(
-        [
-            made("gpt2", baseline=True),
-            made("dca"),
-            made("gpt2-2", target_offset=2, architecture="gpt_neox", bits_per_byte=None),
-            made("dca-2", target_offset=2, bits_per_byte=None, reported={"bits_per_byte": 2.5}),
-        ]
-    )
-    assert [row.bits_per_byte is None for row in rows] == [False, False, True, True]
-    cells = column(tables.quality_table(rows), "bits per byte")
-    assert cells == ["1.500", "1.500", numbers.ABSENT, numbers.ABSENT]
-    (figure,) = document.document_figures(rows)
-    assert (figure.reported, figure.measured, figure.measured_change) == ("2.5", None, None)
-
-
-def test_both_ratios_of_train_and_validation(made):
-    # The document: validation 175.7, running train 78.4; on the best weights 70.28 = 0.4 * 175.7.
-    reported = {"train_val_gap": 2.2}
-    rows = summarise(
-        [
-            made(ppl=175.7, train_ppl_running=78.4, train_ppl=70.28, reported=reported),
-            made(ppl=100.0, train_ppl_running=50.0, train_ppl=60.0, seed=1),
-        ]
-    )
-    table = tables.quality_table(rows)
-    assert column(table, "train / validation PPL, best weights") == ["0.500 ± 0.141"]
-    assert column(table, "gap, validation / running train PPL") == ["2.12 ± 0.17"]  # 2.241, 2
-    (figure,) = document.document_figures(rows[:1])
-    assert figure.label == "gap, validation / running train PPL"
-    assert (figure.reported, figure.measured) == ("2.2", "2.12 ± 0.17")
-
-
-def test_perplexity_as_a_share_of_unigram_perplexity(made):
-    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
-    rows = summarise(
-        [
-            made(baseline=True),
-            made("a", ppl=80, corpus=data),
-            made("a", ppl=120, corpus=data, seed=1),
-        ]
-    )
-    # 20 % and 30 %
-    shares = column(tables.quality_table(rows), "share of unigram PPL")
-    assert shares == [numbers.ABSENT, "25.0 ± 7.1 %"]
-
-
-def test_unknown_and_shared_document_figures(made):
-    odd = {"something_else": 12.5, "accuracy": 0.249, "cache_bytes_at_64": 10}
-    figures = document.document_figures(summarise([made(baseline=True, reported=odd)]))
-    assert [(f.label, f.reported, f.measured) for f in figures] == [
-        ("something else", "12.5", None),
-        ("accuracy", "24.9 %", "25.0 %"),
-        ("cache at 64 tokens", "10 bytes", None),
-    ]
-    assert tables.document_table(summarise([made()])) is None
-
-
-def test_another_target_is_compared_with_its_own_reference(made):
-    rows = by_name(
-        summarise(
-            [
-                made("gpt2", baseline=True),
-                made("dca", ppl=107),
-                made("gpt2-2", ppl=1225, target_offset=2, architecture="gpt_neox"),
-                made("dca-2", ppl=1307, target_offset=2),
-                made("far", ppl=2000, target_offset=3),
-            ]
-        )
-    )
-    assert rows["dca"].comparison.reference == "gpt2"
-    assert rows["gpt2-2"].comparison.reference is None
-    assert rows["dca-2"].comparison.reference == "gpt2-2"
-    assert rows["far"].comparison.reference is None
-    groups = comparable_groups(list(rows.values()))
-    assert [[row.name for row in group] for group in groups] == [
-        ["gpt2", "dca"],
-        ["gpt2-2", "dca-2"],
-        ["far"],
-    ]
-    assert len(words.answer(list(rows.values()))) == 3
-
-
-def test_without_a_baseline_nothing_is_compared(made):
-    rows = summarise([made("hybrid")])
-    assert rows[0].comparison.ppl is None
-    assert words.verdicts(rows) == []
-
-
-def test_frontier_of_a_hand_made_set():
-    points = [(1.0, 9.0), (2.0, 5.0), (3.0, 6.0), (2.0, 7.0), (4.0, 5.0), (5.0, 1.0), (5.0, 1.0)]
-    assert pareto(points) == [0, 1, 5, 6]
-    assert pareto([]) == []
-
-
-def test_headline_length(made):
-    both = summarise([made(baseline=True), made("short", cache={128: 9, 512: 9})])
-    assert headline_length(both) == 2048
-    short_baseline = summarise([made(baseline=True, cache={128: 9, 512: 9}), made("long")])
-    assert headline_length(short_baseline) == 512
-    assert headline_length(summarise([made(cache={})])) is None
-
-
-def test_several_runs_get_distinct_names(made, run_of, tmp_path):
-    first = run_of([made(baseline=True), made("only")], tmp_path / "a" / "run-1")
-    second = run_of([made(baseline=True), made("other", ppl=90)], tmp_path / "b" / "run-1")
-    rows = summarise_runs([first, second])
-    assert [row.name for row in rows] == ["a/run-1/mha", "only", "b/run-1/mha", "other"]
-    assert rows[3].comparison.reference == "b/run-1/mha"
-    assert [row.name for row in summarise_runs([first])] == ["mha", "only"]
-
-
-def test_caches_and_peaks_are_the_largest_over_seeds(made):
-    small = made(cache={128: 10}, peak_host_bytes=5)
-    large = made(seed=1, cache={128: 30, 512: 40}, peak_host_bytes=7)
-    (row,) = summarise([small, large])
-    assert [(c.tokens, c.logical, c.resident) for c in row.cache] == [(128, 30, 60), (512, 40, 80)]
-    assert row.peak_host_bytes == 7
-    table = tables.cache_table([row])
-    assert table.rows[0][1:4] == ("128", "30 B", "30")
-
-
-def test_settings_environment_and_history(run):
-    settings = dict(details.settings_table(run).rows)
-    assert settings["training.betas"] == "0.9, 0.999"
-    assert "training.patience" not in settings, "it is null"
-    assert dict(details.contenders_table(run).rows)["hybrid.model.hidden_size"] == "192"
-    environment = dict(details.environment_table(run).rows)
-    assert environment["versions.torch"] == "2.9.0"
-    assert environment["hardware.accelerator"] == "none"
-    rows = summarise(run.outcomes)
-    (epochs,) = details.history_tables(rows[0])
-    assert len(epochs.rows) == 3 * 4
-    assert epochs.rows[2][:2] == ("0", "3 (best)")
-    _, iterations = details.history_tables(rows[1])
-    assert iterations.rows[0] == ("0", "1", "0.0 %", numbers.ABSENT)
-
-
-def test_markdown_table(three_seeds):
-    text = tables.markdown_table(tables.main_table(summarise(three_seeds)))
-    header, rule, *body = text.splitlines()
-    assert "validation PPL (measured)" in header
-    assert "validation PPL (reported)" in header
-    assert rule.startswith("| :--- | ---: |")
-    assert len({line.count("|") for line in (header, rule, *body)}) == 1
-    assert "| mha (baseline) | 100.0 ± 1.0 |" in text
 
 
 @pytest.mark.parametrize(
@@ -352,37 +69,248 @@ def test_markdown_escaping(text, expected):
     assert escape_markdown(text) == expected
 
 
-def test_a_pipe_in_a_name_does_not_add_a_column(made):
-    rows = [replace(row, name="a|b") for row in summarise([made()])]
-    lines = tables.markdown_table(tables.main_table(rows)).splitlines()
+def test_a_pipe_in_a_name_does_not_add_a_column(made, rows_of):
+    rows = [replace(row, name="a|b") for row in rows_of(made())]
+    lines = markdown_table(tables.main_tables(rows)[0]).splitlines()
     assert lines[2].replace(r"\|", "").count("|") == lines[0].count("|")
 
 
-def test_seeds_are_a_column_only_where_they_differ(made, three_seeds):
-    def headings(rows):
-        return [column.label for column in tables.main_table(rows).columns]
-
-    assert "seeds" not in headings(summarise(three_seeds))
-    uneven = summarise([made(baseline=True), made(baseline=True, seed=1), made("hybrid")])
-    assert headings(uneven)[-1] == "seeds"
-    assert [row[-1] for row in tables.main_table(uneven).rows] == ["2 seeds", "1 seed"]
+# --- the comparison --------------------------------------------------------------------------
 
 
-def test_settings_name_the_scale_and_leave_out_what_is_not_set(made, run_of, tmp_path):
-    run = run_of(
-        [made(baseline=True)],
-        tmp_path,
-        resolved_from="small",
-        stride=None,
-        departs_from_full=["corpus", "contenders.mha.model.type"],
-        training={"groups": [], "warmup": 0, "mixed": False, "nest": {"a": None, "b": []}},
-        contenders=[{"name": "mha", "phase1": None, "training": {}, "model": {"type": "x"}}],
+def test_the_comparison_with_three_seeds(run):
+    (table,) = tables.main_tables(contenders([run]))
+    assert table.headings == (
+        "contender",
+        "validation PPL (measured)",
+        "PPL vs baseline (measured)",
+        "95% interval (measured)",
+        "verdict",
+        "validation PPL (reported)",
+        "PPL vs baseline (reported)",
+        "cache at 128 tokens (measured)",
+        "cache vs baseline (measured)",
+        "parameters (measured)",
     )
-    assert details.settings_table(run).rows == (
-        ("scale", "small"),
-        ("seeds", "0"),
-        ("training.warmup", "0"),
-        ("training.mixed", "false"),
-        ("departs_from_full", "corpus, contenders.mha.model.type"),
+    mha, hybrid, compressed = table.rows
+    assert mha[:5] == ("mha (baseline)", "100.0 ± 1.0", ABSENT, ABSENT, ABSENT)
+    assert hybrid[:3] == ("hybrid", "90.0 ± 1.0", "-10.0%")
+    assert hybrid[4:] == ("lower", ABSENT, ABSENT, "64.0 KB", "-50.0%", "2,566,272")
+    low, high = hybrid[3].split(" to ")
+    assert float(low[:-1]) < -10 < float(high[:-1]) < 0
+    assert compressed[4:7] == ("higher", "554.2", "+17.6%")
+    assert "paired t over the same seeds" in table.note
+    assert "Holm's correction over 2 comparisons" in table.note
+
+
+def test_one_seed_has_neither_deviation_nor_interval(made, rows_of):
+    (table,) = tables.main_tables(rows_of(made(baseline=True), made("hybrid", ppl=90)))
+    assert "95% interval" not in table.headings
+    assert table.rows[1][:4] == ("hybrid", "90.0", "-10.0%", "undecided (one seed)")
+    assert "±" not in markdown_table(table)
+    assert table.note == ""
+
+
+def test_seeds_are_a_column_only_where_they_differ(made, rows_of, run):
+    assert "seeds" not in tables.main_tables(contenders([run]))[0].headings
+    seeds = [made(baseline=True, seed=n, ppl=100 + n) for n in range(3)]
+    others = [made("ctx", seed=n, ppl=80 + n) for n in range(3, 7)]
+    (table,) = tables.main_tables(rows_of(*seeds, *others))
+    assert column(table, "seeds") == ["3", "4"]
+    assert "Welch" in table.note
+    assert table.rows[1][4] == "lower"
+
+
+def test_what_only_holm_leaves_open_says_so(made, rows_of):
+    # a against the baseline, seed by seed: p is 0.022 alone and 0.066 of three.
+    shifts = {"mha": (0, 0, 0), "a": (-2, -2.6, -3.4), "b": (1, -1, 0), "c": (1, -1, 0.5)}
+    rows = rows_of(
+        *(
+            made(name, seed=seed, ppl=100 + shift, baseline=name == "mha")
+            for name, own in shifts.items()
+            for seed, shift in enumerate(own)
+        )
     )
-    assert details.contenders_table(run).rows == (("mha.model.type", "x"),)
+    assert rows[1].difference.high < 0
+    verdicts = column(tables.main_tables(rows)[0], "verdict")
+    assert verdicts == [ABSENT, "undecided (Holm)", "undecided", "undecided"]
+
+
+def test_diverged_contenders_have_it_in_their_row(made, rows_of):
+    capped = {"validation_loss": 200.0, "validation_ppl": math.exp(200)}
+    rows = rows_of(made(baseline=True), made("a", **capped), made("b"), made("b", seed=1, **capped))
+    (table,) = tables.main_tables(rows)
+    assert column(table, "validation PPL") == ["100.0", "diverged", "diverged (1 of 2 seeds)"]
+
+
+def test_each_list_that_may_be_ranked_has_a_table(made, rows_of):
+    first, second = tables.main_tables(rows_of(made(baseline=True), made("far", target_offset=2)))
+    assert second.caption == (
+        "pydocs (Python 3.11.7), bpe:4096, 512,000 training tokens, windows of 128, 2 tokens ahead"
+    )
+    assert [len(first.rows), len(second.rows)] == [1, 1]
+
+
+# --- measurements ----------------------------------------------------------------------------
+
+
+def test_quality(made, rows_of):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    rows = rows_of(
+        made(baseline=True, bits_per_byte=None, train_ppl_windows=1000),
+        made("a", ppl=80, corpus=data, train_ppl=40.0, train_ppl_running=50.0),
+        made("a", ppl=120, corpus=data, train_ppl=60.0, train_ppl_running=50.0, seed=1),
+    )
+    table = next(t for t in tables.measured_tables(rows) if t.caption == "Quality")
+    assert column(table, "share of unigram PPL") == [ABSENT, "25.0 ± 7.1%"]  # 20 % and 30 %
+    assert column(table, "bits per byte") == [ABSENT, "1.500 ± 0.000"]
+    assert column(table, "train / validation PPL")[1] == "0.500 ± 0.000"
+    assert column(table, "validation / running train PPL")[1] == "2.00 ± 0.57"  # 1.6 and 2.4
+    assert column(table, "train windows scored") == ["1,000", ABSENT]
+
+
+def test_phase_one_stores_and_their_absence(made, rows_of):
+    rows = rows_of(
+        made(baseline=True),
+        made("kv", phase1=True, store=store(), store_seconds=2.0),
+        made("kv", phase1=True, store=store(drift_train=0.0375), store_seconds=4.0, seed=1),
+    )
+    found = {table.caption: table for table in tables.measured_tables(rows)}
+    phase1 = found["Phase 1, context training"]
+    rank = column(phase1, "effective rank, training stream")
+    assert rank == ["407.5 ± 0.0 of 500 (81.5%)"]
+    stores = found["Context stores"]
+    assert column(stores, "both") == ["4.0 MB"]
+    assert column(stores, "drift, training text") == ["0.0250 ± 0.0177"]
+    assert column(stores, "seconds to fill") == ["3.00 ± 1.41 s"]
+    alone = {table.caption for table in tables.measured_tables(rows_of(made(baseline=True)))}
+    assert not alone & {"Phase 1, context training", "Context stores", "Right answers"}
+
+
+def test_the_cache_at_every_length(made, rows_of):
+    rows = rows_of(
+        made(baseline=True),
+        made("ctx", cache={128: 65_536}),
+        made("ctx", cache={128: 131_072, 512: 3}, seed=1),
+    )
+    table = tables.cache_table(rows)
+    assert table.rows[1][1] == "128.0 KB", "the largest over the seeds"
+    assert column(table, "at 512 tokens") == ["512.0 KB", "3 B"]
+    assert column(table, "at 2,048 tokens") == ["2.0 MB", ABSENT]
+    assert table.rows[0][3] == "256.0 KB", "resident"
+
+
+def test_sizes_and_speeds(made, rows_of):
+    embedding = EmbeddingFacts(source="pretrained", path="gpt2", frozen=True)
+    rows = rows_of(made(baseline=True), made("ctx", embedding=embedding, seed=2))
+    found = {table.caption: table for table in tables.measured_tables(rows)}
+    sizes = found["Size and training"]
+    assert column(sizes, "embeddings") == [ABSENT, "pretrained gpt2, frozen"]
+    assert column(sizes, "seeds") == ["0", "2"]
+    assert column(sizes, "best epoch") == ["3", "3"]
+    assert column(found["Speed and memory"], "peak host memory") == ["3.0 GB"] * 2
+    timings = rows[1].outcomes[0].timings.model_copy(update={"speed_tokens": 32})
+    other = rows_of(
+        made(baseline=True), rows[1].outcomes[0].model_copy(update={"timings": timings})
+    )
+    speed = next(t for t in tables.measured_tables(other) if t.caption == "Speed and memory")
+    assert speed.headings.count("vs baseline") == 1, "decoding is not compared"
+
+
+def test_histories(run):
+    rows = contenders([run])
+    (epochs,) = tables.history_tables(rows[0])
+    assert len(epochs.rows) == 3 * 4
+    assert epochs.rows[2][:2] == ("0", "3 (best)")
+    _, iterations = tables.history_tables(rows[1])
+    assert iterations.rows[0] == ("0", "1", "0.0%", ABSENT)
+
+
+def test_the_data_once_each(made, rows_of):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    table = tables.data_table(rows_of(made(corpus=data), made("b", corpus=data)))
+    assert len(table.rows) == 1
+    assert column(table, "train tokens") == ["512,000"]
+    assert column(table, "unigram PPL") == ["400.0"]
+
+
+# --- beside the document ---------------------------------------------------------------------
+
+
+def test_document_figures_stand_beside_measured_ones(run):
+    table = document_table(contenders([run]))
+    lines = {row[:2]: row[2:] for row in table.rows}
+    # 554.2 / 471.3 = 1.1759; 110 / 100; 64 KB against 128 KB
+    assert lines["compressed", "validation PPL"] == ("554.2", "110.0 ± 1.0", "+17.6%", "+10.0%")
+    assert lines["compressed", "accuracy"] == ("24.9%", "25.0%", ABSENT, ABSENT)
+    cache = lines["compressed", "cache at 128 tokens"]
+    assert cache == ("1,536 KB", "64.0 KB", "-50.0%", "-50.0%")
+    assert lines["mha", "best epoch"][:2] == ("5", "3")
+    assert table.kinds == ("text", "text", "reported", "measured", "reported", "measured")
+
+
+def test_unknown_names_and_sizes_of_the_document(made, rows_of):
+    reported = {
+        **{"something_else": 12.5, "accuracy": 0.249, "cache_bytes_at_64": 10},
+        **{"store_mb": 2386, "store_train_embeddings_mb": 1723, "effective_rank": 0.821},
+    }
+    table = document_table(rows_of(made(reported=reported, store=store(), phase1=True)))
+    assert [row[1:4] for row in table.rows] == [
+        ("something else", "12.5", ABSENT),
+        ("accuracy", "24.9%", "25.0%"),
+        ("cache at 64 tokens", "10 bytes", ABSENT),
+        ("stored contexts and embeddings, both splits", "2,386 MB", "4.0 MB"),
+        ("stored embeddings, training text (here looked up by token)", "1,723 MB", "0.0 MB"),
+        ("effective rank, training stream", "82.1%", "81.5%"),
+    ]
+    assert document_table(rows_of(made())) is None
+
+
+def test_epochs_to_the_longer_of_both(made, rows_of):
+    # The made-up outcomes of 100 PPL run 4 epochs of 200, 150, 100 (best) and 102 PPL.
+    (table,) = tables.epoch_tables(rows_of(made(reported_epochs=KV), made("none")))
+    assert table.caption == "Epoch by epoch, document and this run: mha"
+    assert table.rows == (
+        ("1", "559.6", "291.2", "180.0", "200.0"),
+        ("2", "222.4", "225.1", "135.0", "150.0"),
+        ("3", "149.1", "196.7", "90.0", "100.0 *"),
+        ("4", "106.0", "181.9", "91.8", "102.0"),
+        ("5", "78.4", "175.7 *", ABSENT, ABSENT),
+        ("6", "59.6", "183.0", ABSENT, ABSENT),
+        ("7", "46.1", "193.1", ABSENT, ABSENT),
+    )
+
+
+def test_means_over_the_seeds_that_reached_the_epoch(made, rows_of):
+    # Seed 1 at 120 PPL: 240, 180, 120 (best), 122.4. Seed 2 stops after 180 (best), 183.6.
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 400.0})
+    same = {"reported_epochs": {"val_ppl": [300.0, None]}, "corpus": data}
+    rows = rows_of(
+        made(**same), made(ppl=120, seed=1, **same), made(ppl=180, seed=2, epochs=2, **same)
+    )
+    (table,) = tables.epoch_tables(rows)
+    # sd of 200, 240, 180 is 30.55; of 150, 180, 183.6 it is 18.45; of 100, 120 it is 14.14.
+    assert column(table, "validation PPL (measured)") == [
+        "206.7 ± 30.6 *",
+        "171.2 ± 18.4",
+        "110.0 ± 14.1 * (2 of 3 seeds)",
+        "112.2 ± 14.4 (2 of 3 seeds)",
+    ]
+    assert column(table, "share of unigram PPL (measured)")[2] == "27.5 ± 3.5% (2 of 3 seeds)"
+    assert column(table, "validation PPL (reported)") == ["300 *", ABSENT, ABSENT, ABSENT]
+
+
+@pytest.mark.parametrize("nothing", [{}, {"val_ppl": []}, {"train_ppl": [None], "val_ppl": [None]}])
+def test_without_epochs_there_is_no_table(made, rows_of, nothing):
+    assert tables.epoch_tables(rows_of(made(reported_epochs=nothing))) == []
+
+
+def test_the_best_epoch_that_the_document_names_goes_before_its_lowest(made, rows_of):
+    def best(**named):
+        reported = {"val_ppl": [300.0, 200.0, 250.0]}
+        (table,) = tables.epoch_tables(rows_of(made(reported_epochs=reported, **named)))
+        return [row[0] for row in table.rows if row[1].endswith("*")]
+
+    assert best() == ["2"]
+    assert best(reported={"best_epoch": 3}) == ["3"]
+    assert best(reported={"best_epoch": 9}) == []

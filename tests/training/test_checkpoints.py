@@ -1,27 +1,35 @@
-"""Sealed checkpoints: whole, unfinished, damaged."""
+"""Sealed checkpoints: whole, damaged, refused by the disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
 
-from contextlm.training.checkpoints import MANIFEST, checkpoints, damage, prune, seal, sealed
+from contextlm.base.errors import RunError
+from contextlm.training.checkpoints import (
+    MANIFEST,
+    TENSORS,
+    Checkpoints,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 
-def make(folder: Path, *numbers: int) -> list[Path]:
-    places = [folder / f"step-{number}" for number in numbers]
-    for place in places:
-        place.mkdir(parents=True)
-        (place / "weights").write_bytes(bytes(1000))
-        (place / "state.json").write_text("{}")
-        seal(place)
-    return places
+def make(folder: Path, *numbers: int, told: list[str] | None = None) -> Checkpoints:
+    checkpoints = Checkpoints(folder, "step", [].append if told is None else told.append)
+    for number in numbers:
+        groups = {"a": {"x.y": torch.arange(300.0)}, "ab": {"z": torch.tensor(number)}}
+        checkpoints.write(number, groups, {"number": number}, keep={1})
+    return checkpoints
 
 
 def spoil(place: Path, how: str) -> str:
     """Damage one file; what the message must name."""
-    file = place / ("weights" if how != "manifest" else MANIFEST)
+    file = place / (TENSORS if how != "manifest" else MANIFEST)
     if how == "a bit":
         data = bytearray(file.read_bytes())
         data[500] ^= 1
@@ -35,34 +43,59 @@ def spoil(place: Path, how: str) -> str:
     return str(file)
 
 
-def test_the_newest_comes_first_by_number(tmp_path: Path) -> None:
-    nine, ten = make(tmp_path, 9, 10)
-    (tmp_path / "step-x").mkdir()  # not ours
-    assert sealed(tmp_path, "step", print) == [ten, nine]
-    assert sealed(tmp_path / "nowhere", "step", print) == []
-    assert damage(nine) is None
+def test_what_was_written_comes_back_by_group(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path, 9, 10)
+    assert checkpoints.whole() == [10, 9]  # by number, not by name
+    assert checkpoints.record(9) == {"number": 9}
+    assert checkpoints.tensors(9, "a").keys() == {"x.y"}
+    assert torch.equal(checkpoints.tensors(9, "a")["x.y"], torch.arange(300.0))
+    assert checkpoints.tensors(10, "ab")["z"].item() == 10
+    assert make(tmp_path / "nowhere").whole() == []
 
 
 @pytest.mark.parametrize("how", ["a bit", "the end", "gone", "manifest"])
 def test_a_damaged_one_is_named_and_left_aside(tmp_path: Path, how: str) -> None:
-    one, two = make(tmp_path, 1, 2)
-    named = spoil(two, how)
     told: list[str] = []
-    assert sealed(tmp_path, "step", told.append) == [one]
+    checkpoints = make(tmp_path, 1, 2, told=told)
+    named = spoil(checkpoints.place(2), how)
+    assert checkpoints.whole() == [1]
     assert len(told) == 1
     assert named in told[0]
-    assert not two.exists()
-
-
-def test_an_unfinished_one_is_left_aside_without_a_word(tmp_path: Path) -> None:
-    one, two = make(tmp_path, 1, 2)
-    (two / MANIFEST).unlink()
-    told: list[str] = []
-    assert sealed(tmp_path, "step", told.append) == [one]
-    assert told == []
+    assert not checkpoints.place(2).exists()
 
 
 def test_two_and_the_named_ones_are_kept(tmp_path: Path) -> None:
-    one, _, three, four = make(tmp_path, 1, 2, 3, 4)
-    prune(tmp_path, "step", {1})
-    assert checkpoints(tmp_path, "step") == [four, three, one]
+    (tmp_path / "step-x").mkdir()  # not ours
+    assert make(tmp_path, 1, 2, 3, 4).whole() == [4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: no\nspace"), PermissionError(13, "no")]
+)
+def test_what_the_disk_refuses_leaves_nothing(tmp_path: Path, monkeypatch, error) -> None:
+    def refuse(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    with pytest.raises(RunError, match=r"step-3: the checkpoint could not be written") as caught:
+        make(tmp_path, 3)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimiser_takes_the_step_that_it_would_have_taken() -> None:
+    def steps(optimizer: torch.optim.Optimizer, model: nn.Module, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    ours, theirs = (torch.optim.Adam(model.parameters(), fused=True) for model in (one, other))
+    steps(ours, one, 3)
+    other.load_state_dict(one.state_dict())
+    restore_optimizer(theirs, {k: v.clone() for k, v in optimizer_tensors(ours).items()})
+    steps(ours, one, 2)
+    steps(theirs, other, 2)
+    assert torch.equal(one.weight, other.weight)

@@ -1,28 +1,22 @@
-"""Phase 2: the documents' protocols on transformers' Trainer."""
+"""Phase 2: the loop against plain forms of it, and the documents' protocols."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 
-from contextlm.base.errors import InputError, NotFiniteError, RunError
+from contextlm.base.errors import NotFiniteError
 from contextlm.data.windows import Windows
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe.settings import ParameterGroup, TrainingSettings
-from contextlm.training import phase_two_state
-from contextlm.training.checkpoints import damage
-from contextlm.training.epochs import Epoch
-from contextlm.training.next_token import train_next_token
-from contextlm.training.optimisation import build_optimizer, build_schedule
-from contextlm.training.trainer import next_token_loss
+from contextlm.recipe.settings import TrainingSettings
+from contextlm.training.next_token import next_token_loss, train_next_token
+from contextlm.training.phase_two_state import Epoch
 
 CPU = torch.device("cpu")
 NEOX = {
@@ -44,13 +38,16 @@ VOCABULARY = 19
 
 class Watcher:
     def __init__(self):
-        self.steps, self.epochs, self.best = 0, [], []
+        self.losses, self.rates, self.epochs, self.best = [], [], [], []
 
-    def on_epoch_begin(self, number: int, steps: int) -> None:
-        self.expected_steps = steps
+    def on_epoch_begin(self, number: int, epochs: int, steps: int) -> None:
+        assert number == len(self.epochs) + 1 <= epochs
+        self.steps_per_epoch = steps
 
-    def on_step(self) -> None:
-        self.steps += 1
+    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+        self.losses.append(loss)
+        self.rates.append(learning_rate)
+        assert step == len(self.losses)
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
         self.epochs.append(epoch)
@@ -73,12 +70,14 @@ def scripted(losses):
     return evaluate, seen
 
 
-def train(tmp_path, evaluate, settings=None, fields=NEOX, precision="float32", seed=0):
+def train(
+    tmp_path, evaluate, settings=None, fields=NEOX, precision="float32", seed=0, windows=None
+):
     model = create_model(build_config(fields, VOCABULARY), seed)
     watcher = Watcher()
     outcome = train_next_token(
         model,
-        make_windows(),
+        make_windows() if windows is None else windows,
         settings or TrainingSettings(batch_size=4, epochs=5, learning_rate=1e-2),
         evaluate,
         seed=seed,
@@ -97,8 +96,8 @@ def test_it_stops_at_the_first_worse_epoch_and_restores_the_best(tmp_path, field
     assert [e.validation_loss for e in outcome.epochs] == [3.0, 2.0, 2.5]
     assert outcome.best_epoch == 2
     assert watcher.best == [True, True, False]
-    assert watcher.steps == 9
-    assert watcher.expected_steps == 3
+    assert len(watcher.losses) == 9
+    assert watcher.steps_per_epoch == 3
     assert torch.equal(model.get_output_embeddings().weight, heads[1])
     assert not torch.equal(heads[1], heads[2])
 
@@ -121,7 +120,7 @@ def test_without_patience_every_epoch_is_trained(tmp_path):
 
 
 def plain_loop(settings: TrainingSettings, order, epochs: int):
-    """The same training written out: what the Trainer must amount to."""
+    """The same training written out."""
     model = create_model(build_config(NEOX, VOCABULARY), 0)
     windows = make_windows()
     optimizer = torch.optim.AdamW(
@@ -129,7 +128,6 @@ def plain_loop(settings: TrainingSettings, order, epochs: int):
     )
     losses = []
     for _ in range(epochs):
-        total = []
         for start in range(0, len(order), settings.batch_size):
             items = [windows[i] for i in order[start : start + settings.batch_size]]
             ids = torch.stack([item["input_ids"] for item in items])
@@ -140,8 +138,7 @@ def plain_loop(settings: TrainingSettings, order, epochs: int):
             if settings.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
-            total.append(loss.item())
-        losses.append(sum(total) / len(total))
+            losses.append(loss.item())
     return model, losses
 
 
@@ -153,23 +150,53 @@ def test_training_equals_a_plain_loop(tmp_path, clip, accumulation):
         accumulation=accumulation,
     )  # fmt: skip
     evaluate, _ = scripted([2.0, 1.0])
-    model, outcome, _ = train(tmp_path, evaluate, settings)
+    model, outcome, watcher = train(tmp_path, evaluate, settings)
     expected, losses = plain_loop(settings, range(12), 2)
     # Functions are compared, not weights: the biases of keys have no effect on attention, so their
     # gradients are rounding noise, which Adam blows up to full steps.
     ids = torch.stack([item["input_ids"] for item in make_windows()])
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
-    assert [e.train_loss for e in outcome.epochs] == pytest.approx(losses, abs=1e-4)
+    assert watcher.losses == outcome.losses == pytest.approx(losses, abs=1e-4)
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [e.train_loss for e in outcome.epochs] == pytest.approx(means, abs=1e-4)
+
+
+def test_every_epoch_has_its_own_order_of_all_windows(tmp_path):
+    """That of accelerate's sampler, by which figures of all versions compare."""
+    sampler = SeedableRandomSampler(range(12), data_seed=5)
+    seen = []
+
+    class Recording(Windows):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    windows = make_windows()
+    windows.__class__ = Recording
+    evaluate, _ = scripted([2.0, 1.0])
+    settings = TrainingSettings(batch_size=5, accumulation=1, epochs=2)
+    train(tmp_path, evaluate, settings, seed=5, windows=windows)
+    assert seen == [*sampler, *sampler]
+    assert seen[:12] != seen[12:]
+
+
+def test_the_rate_follows_the_schedule_step_by_step(tmp_path):
+    evaluate, _ = scripted([2.0, 1.0])
+    settings = TrainingSettings(
+        batch_size=5, epochs=2, learning_rate=0.6, schedule="linear", drop_last=True
+    )
+    _, outcome, watcher = train(tmp_path, evaluate, settings)
+    assert watcher.rates == pytest.approx([0.6, 0.45, 0.3, 0.15])  # 12 windows: two whole batches
+    assert [e.learning_rate for e in outcome.epochs] == pytest.approx([0.45, 0.15])
 
 
 def test_every_position_has_a_target_and_ignored_ones_do_not_count():
     logits = torch.randn(2, 3, 5)
     labels = torch.tensor([[1, 2, 3], [4, -100, 0]])
-    outputs = type("Outputs", (), {"logits": logits})
     rows = [(0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 4), (1, 2, 0)]
     expected = -sum(logits[b, t].log_softmax(0)[y] for b, t, y in rows)
-    torch.testing.assert_close(next_token_loss(outputs, labels), expected / 5)
-    torch.testing.assert_close(next_token_loss(outputs, labels, 10), expected / 10)
+    torch.testing.assert_close(next_token_loss(logits, labels, 5), expected / 5)
+    torch.testing.assert_close(next_token_loss(logits, labels, 10), expected / 10)
 
 
 def test_frozen_parameters_stay_and_others_move(tmp_path):
@@ -216,213 +243,11 @@ def test_bfloat16_is_for_training_only(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     evaluate, _ = scripted([1.0] * 5)
     settings = TrainingSettings(batch_size=4, epochs=5, learning_rate=1e30)
-    with pytest.raises(RunError, match=r"training loss is (nan|inf) at step \d+"):
+    with pytest.raises(NotFiniteError, match=r"training loss is (nan|inf) at step \d+"):
         train(tmp_path, evaluate, settings)
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
     evaluate, _ = scripted([math.nan])
-    with pytest.raises(RunError, match="validation loss is nan"):
+    with pytest.raises(NotFiniteError, match="validation loss is nan"):
         train(tmp_path, evaluate)
-
-
-def rates(settings: TrainingSettings, steps_per_epoch: int, steps: int) -> list[float]:
-    optimizer = build_optimizer(nn.Linear(2, 2), settings)
-    schedule = build_schedule(optimizer, settings, steps_per_epoch)
-    seen = []
-    for _ in range(steps):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return seen
-
-
-def test_cosine_per_epoch_equals_torchs_annealing():
-    settings = TrainingSettings(
-        learning_rate=0.5, schedule="cosine", schedule_unit="epoch", epochs=4
-    )
-    reference_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(reference_optimizer, T_max=4)
-    expected = []
-    for _ in range(4):
-        expected += [reference_optimizer.param_groups[0]["lr"]] * 3
-        reference_optimizer.step()
-        reference.step()
-    assert rates(settings, 3, 12) == pytest.approx(expected, abs=1e-12)
-
-
-def test_constant_and_per_step_schedules():
-    constant = TrainingSettings(learning_rate=0.5)
-    assert rates(constant, 3, 5) == [0.5] * 5
-    warm = TrainingSettings(learning_rate=0.5, warmup=2)
-    assert rates(warm, 3, 4) == pytest.approx([0.0, 0.25, 0.5, 0.5])
-    linear = TrainingSettings(learning_rate=0.4, schedule="linear", epochs=2)
-    assert rates(linear, 2, 4) == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    floor = TrainingSettings(learning_rate=0.4, schedule="cosine", minimum_ratio=0.1, epochs=2)
-    assert rates(floor, 50, 101)[-1] == pytest.approx(0.04)
-
-
-def test_parameter_groups_and_decay():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    settings = TrainingSettings(
-        learning_rate=0.1,
-        weight_decay=0.5,
-        decay="matrices",
-        parameter_groups=[ParameterGroup(match="2.*", learning_rate=0.7)],
-    )
-    optimizer = build_optimizer(model, settings)
-    assert optimizer.param_groups[0]["lr"] == 0.1  # the rate that a history shows
-    groups = {
-        (g["lr"], g["weight_decay"]): sum(p.numel() for p in g["params"])
-        for g in optimizer.param_groups
-    }
-    assert groups == {(0.1, 0.5): 12, (0.1, 0.0): 4 + 8, (0.7, 0.5): 8, (0.7, 0.0): 2}
-    everything = build_optimizer(model, TrainingSettings(weight_decay=0.5)).param_groups
-    assert [g["weight_decay"] for g in everything] == [0.5]
-    plain = build_optimizer(model, TrainingSettings(optimizer="adam"))
-    assert [g["weight_decay"] for g in plain.param_groups] == [0.0]
-
-
-def test_a_group_that_matches_nothing_is_an_error():
-    settings = TrainingSettings(parameter_groups=[ParameterGroup(match="nowhere.*")])
-    with pytest.raises(InputError, match=r"'nowhere\.\*' matches no trainable parameter"):
-        build_optimizer(nn.Linear(2, 2), settings)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing may handle it."""
-
-
-class KillingWatcher(Watcher):
-    """Calls a function at one step."""
-
-    def __init__(self, step: int, what):
-        super().__init__()
-        self.step, self.what = step, what
-
-    def on_step(self) -> None:
-        super().on_step()
-        if self.steps == self.step:
-            self.what()
-
-
-DROPPING = {**NEOX, "attention_dropout": 0.1, "hidden_dropout": 0.1}
-RESUMED = TrainingSettings(
-    batch_size=4, accumulation=2, epochs=4, learning_rate=1e-2, patience=2, schedule="cosine"
-)
-
-
-def kill() -> None:
-    raise Killed
-
-
-def resumable(folder, watcher=None, settings=RESUMED):
-    """12 windows make 3 steps an epoch. The second of four epochs is the best, the last is left."""
-    model = create_model(build_config(DROPPING, VOCABULARY), 0)
-    script = {3: 3.0, 6: 2.0, 9: 2.5, 12: 2.6}
-    told: list[str] = []
-
-    def evaluate(model: nn.Module):
-        # By a count of steps, which a resumed run has not made itself.
-        return {"loss": script[3 * (len(watcher.epochs) + 1)], "accuracy": 0.5}
-
-    watcher = watcher or Watcher()
-    outcome = train_next_token(
-        model, make_windows(), settings, evaluate, seed=0, device=CPU, precision="float32",
-        folder=folder, watcher=watcher, tell=told.append,
-    )  # fmt: skip
-    epochs = [dataclasses.replace(epoch, seconds=0) for epoch in outcome.epochs]
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return (epochs, outcome.best_epoch, weights), told
-
-
-def same(one, other) -> bool:
-    return one[:2] == other[:2] and torch.equal(one[2], other[2])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return resumable(tmp_path_factory.mktemp("whole"))[0]
-
-
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("step", [1, 3, 5, 7, 12])
-def test_a_killed_training_ends_bitwise_as_it_would_have(
-    tmp_path, monkeypatch, whole, step, inside
-):
-    """Weights, epochs, stopping rule; inside epochs too, whose running loss is carried over."""
-    monkeypatch.setattr(phase_two_state, "SAVE_SECONDS", 0.0 if inside else 600.0)
-    with pytest.raises(Killed):
-        resumable(tmp_path, KillingWatcher(step, kill))
-    resumed, told = resumable(tmp_path)
-    assert same(resumed, whole)
-    saved = step - 1 if inside else (step - 1) // 3 * 3
-    assert told == ([f"going on from {tmp_path / f'checkpoint-{saved}'}"] if saved else [])
-
-
-def test_a_finished_training_is_not_trained_again(tmp_path, whole):
-    resumable(tmp_path)
-    watcher = Watcher()
-    again, _ = resumable(tmp_path, watcher)
-    assert same(again, whole)
-    assert watcher.steps == 0
-    assert watcher.best == [True, True, False, False]
-
-
-def test_checkpoints_of_another_training_are_not_used(tmp_path, whole):
-    resumable(tmp_path, settings=RESUMED.model_copy(update={"learning_rate": 1e-3}))
-    again, told = resumable(tmp_path)
-    assert same(again, whole)
-    assert told == []
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole):
-    with pytest.raises(Killed):
-        resumable(tmp_path, KillingWatcher(8, kill))
-    file = tmp_path / "checkpoint-6" / "optimizer.pt"
-    file.write_bytes(file.read_bytes()[:-1])
-    resumed, told = resumable(tmp_path)
-    assert same(resumed, whole)
-    assert str(file) in told[0]
-    assert told[1] == f"going on from {tmp_path / 'checkpoint-3'}"
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop_it_writes_a_checkpoint_first(tmp_path, whole, number):
-    with pytest.raises(KeyboardInterrupt):
-        resumable(tmp_path, KillingWatcher(4, lambda: os.kill(os.getpid(), number)))
-    resumed, told = resumable(tmp_path)
-    assert same(resumed, whole)
-    assert told[-1] == f"going on from {tmp_path / 'checkpoint-4'}"
-
-
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
-    def spoil(model: nn.Module) -> None:
-        with torch.no_grad():
-            model.get_output_embeddings().weight.fill_(math.nan)
-
-    losses = iter([1.0])
-
-    def evaluate(model: nn.Module):
-        return {"loss": next(losses), "accuracy": 0.5}
-
-    model = create_model(build_config(NEOX, VOCABULARY), 0)
-    with pytest.raises(NotFiniteError, match="training loss is nan at step 6") as caught:
-        train_next_token(
-            model, make_windows(), RESUMED, evaluate, seed=0, device=CPU, precision="float32",
-            folder=tmp_path, watcher=KillingWatcher(5, lambda: spoil(model)),
-        )  # fmt: skip
-    assert caught.value.__notes__ == [f"the last good checkpoint is {tmp_path / 'checkpoint-3'}"]
-    assert damage(tmp_path / "checkpoint-3") is None
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing_of_itself(tmp_path, monkeypatch):
-    def refuse(*args: object) -> None:
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-
-    monkeypatch.setattr("torch.save", refuse)
-    with pytest.raises(RunError, match=r"checkpoint-3: the checkpoint could not be written") as e:
-        resumable(tmp_path)
-    assert "\n" not in str(e.value)
-    assert list(tmp_path.glob("checkpoint-*")) == []

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from contextlm.base.errors import NotFiniteError
 from contextlm.models.layers import ContextBlock
 from contextlm.recipe.settings import PhaseOneSettings
-from contextlm.training.checkpoints import checkpoints
-from contextlm.training.checkpoints import number as number_of
+from contextlm.training.checkpoints import Checkpoints
 from contextlm.training.oacd import batch_generator, oacd_loss, train_context_block
 from contextlm.training.phase_one_state import PhaseOneState
 
@@ -327,7 +327,7 @@ def test_a_killed_phase_one_ends_bitwise_as_it_would_have(
     whole = resumable(tmp_path / "whole")
     with pytest.raises(Killed):
         resumable(tmp_path / "killed", kill_after)
-    assert checkpoints(tmp_path / "killed", "iteration")[0].name == f"iteration-{kill_after}"
+    assert Checkpoints(tmp_path / "killed", "iteration").whole()[0] == kill_after
     assert_same(resumable(tmp_path / "killed"), whole)
     assert_same(resumable(tmp_path / "killed"), whole)  # its end is kept too
 
@@ -349,13 +349,19 @@ def test_states_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = iter(range(10_000))
     clock = types.SimpleNamespace(monotonic=lambda: float(next(now)))
     monkeypatch.setattr("contextlm.training.phase_one_state.time", clock)
-    monkeypatch.setattr("contextlm.training.phase_one_state.prune", lambda folder, prefix: None)
+    monkeypatch.setattr("contextlm.training.checkpoints.KEPT", 100)
     resumable(tmp_path)
-    numbers = sorted(number_of(place) for place in checkpoints(tmp_path, "iteration"))
-    assert numbers == [1, 12]  # the first, and in any case the last
+    # The first, and in any case the last.
+    assert Checkpoints(tmp_path, "iteration").whole() == [12, 1]
 
 
-def test_no_state_is_pickled(tmp_path, every_state_is_written):
-    resumable(tmp_path)
-    names = {path.name for path in (tmp_path / "iteration-12").iterdir()}
-    assert names == {"state.safetensors", "iterations.json", "manifest.json"}
+def test_a_loss_that_is_not_finite_is_named_with_the_last_good_state(
+    tmp_path, every_state_is_written, monkeypatch
+):
+    losses = iter([0.5, 0.4, math.nan])
+    monkeypatch.setattr("contextlm.training.oacd.refine", lambda *_: (next(losses), 0.0))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    with pytest.raises(NotFiniteError, match="loss of iteration 4 is nan") as caught:
+        resumable(tmp_path)
+    place = tmp_path / "iteration-3"
+    assert caught.value.__notes__ == [f"the last good checkpoint is {place}"]

@@ -1,4 +1,4 @@
-"""Which device to compute on. A leaf module; torch is imported when a device is asked for."""
+"""Which device to compute on; torch is imported when a device is asked for."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """Several processes that work on one run: which one is this, and how do they agree.
 
-Processes are started by `torchrun` or `accelerate launch`, which name each in its environment
-(RANK, LOCAL_RANK, WORLD_SIZE). A rank is a process's number; rank 0 is the main one, which alone
-writes files and speaks. With one process, as usual, everything here does nothing.
+Processes are started by `torchrun` or `accelerate launch`, which name each in its environment, and
+joined by accelerate. A rank is a process's number; rank 0 is the main one, which alone writes files
+and speaks. With one process, as usual, everything here does nothing.
 
-A leaf module: every room may import it, it imports nothing of ours, and torch only when asked to.
+accelerate and torch are imported when processes join, never before: `contextlm --help` is to answer
+at once.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: rank 0 alone prepares data and fills stores meanwhile. A
-# rank that ends does not wait for this: the launcher ends the others at once.
-TIMEOUT = timedelta(hours=2)
+# How long a rank waits for the others: rank 0 alone prepares data, trains the context block and
+# fills stores meanwhile. A rank that ends does not wait for this: the launcher ends the others.
+TIMEOUT = timedelta(hours=24)
+
+_state: Any = None  # accelerate's `PartialState` while processes are joined
 
 
 class ToldByMainError(RunError):
@@ -48,53 +50,42 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         InputError: the machine has fewer accelerators than processes, or the device is of a kind
             that several processes cannot share work on.
     """
-    import torch.distributed as dist
-
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
-        yield device
+    global _state
+    if "LOCAL_RANK" not in os.environ or _state is not None:
+        yield device if _state is None else _state.device
         return
-    device, backend = _own_device(device, int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    from accelerate import PartialState
+
+    _check_device(device, int(os.environ["LOCAL_RANK"]))
+    _state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     # Not in a `finally`: after a failure the others are at work on something else, and leaving
     # the group in good order would wait for them.
-    yield device
-    barrier()
-    dist.destroy_process_group()
+    yield _state.device
+    _state.wait_for_everyone()
+    _state.destroy_process_group()
+    _state = None
 
 
-def _own_device(device: torch.device, local_rank: int) -> tuple[torch.device, str]:
+def _check_device(device: torch.device, local_rank: int) -> None:
     import torch
 
-    if device.type == "cpu":
-        return device, "gloo"
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {device.type!r}: several processes can use cpu or cuda")
-    if local_rank >= torch.cuda.device_count():
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(
             f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes were started on a "
             f"machine with {torch.cuda.device_count()} CUDA devices: start one a device"
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device, "cpu:gloo,cuda:nccl"
-
-
-def _group() -> Any:
-    """torch.distributed where processes are joined, else None."""
-    module = sys.modules.get("torch.distributed")
-    return module if module is not None and module.is_initialized() else None
 
 
 def rank() -> int:
     """This process's number among those that are joined; 0 where there is one."""
-    group = _group()
-    return 0 if group is None else int(group.get_rank())
+    return 0 if _state is None else int(_state.process_index)
 
 
 def world() -> int:
     """How many processes are joined; 1 where there is one."""
-    group = _group()
-    return 1 if group is None else int(group.get_world_size())
+    return 1 if _state is None else int(_state.num_processes)
 
 
 def is_main() -> bool:
@@ -108,44 +99,53 @@ def launched_rank() -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    from_main(None)
-    totals([0.0])  # rank 0 would not wait for those who only listen
-
-
 def from_main(value: T) -> T:
     """Rank 0's `value`, on every rank; what the others pass does not matter."""
-    group = _group()
-    if group is None or group.get_world_size() == 1:
+    if world() == 1:
         return value
-    import torch
+    from accelerate.utils import broadcast_object_list
 
-    carried = [value]
-    group.broadcast_object_list(carried, src=0, device=torch.device("cpu"))
+    carried: list[T] = broadcast_object_list([value])
     return carried[0]
-
-
-def totals(values: Sequence[float]) -> list[float]:
-    """Each value summed over the ranks in float64; the same on all of them to the bit."""
-    group = _group()
-    if group is None or group.get_world_size() == 1:
-        return [float(value) for value in values]
-    import torch
-
-    summed = torch.tensor(list(values), dtype=torch.float64)
-    group.all_reduce(summed)
-    return [float(value) for value in summed]
 
 
 def everyones(value: T) -> list[T]:
     """What each rank passes, by rank."""
-    group = _group()
-    if group is None or group.get_world_size() == 1:
+    if world() == 1:
         return [value]
-    collected: list[Any] = [None] * group.get_world_size()
-    group.all_gather_object(collected, value)
+    from accelerate.utils import gather_object
+
+    collected: list[T] = gather_object([value])
     return collected
+
+
+def totals(values: Sequence[float]) -> list[float]:
+    """Each value summed over the ranks in float64; the same on all of them to the bit."""
+    if world() == 1:
+        return [float(value) for value in values]
+    import torch
+    from accelerate.utils import reduce
+
+    own = torch.tensor(list(values), dtype=torch.float64, device=_state.device)
+    return [float(value) for value in reduce(own, reduction="sum")]
+
+
+def by_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone; all ranks get its result.
+
+    Raises:
+        ToldByMainError: on the other ranks, where rank 0 has failed; there its own error is raised.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    if is_main():
+        try:
+            result = work()
+        except Exception as error:  # raised below, once the others know
+            failure = error
+    if from_main(failure is not None):
+        raise failure or ToldByMainError("rank 0 has failed")
+    return from_main(result)
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -157,40 +157,9 @@ def main_first(work: Callable[[], T]) -> T:
     Raises:
         ToldByMainError: on the other ranks, where rank 0 has failed; there its own error is raised.
     """
+    done: list[T] = []
+    by_main(lambda: done.append(work()))
     if world() == 1:
-        return work()
-    result: list[T] = []
-    failure: Exception | None = None
-    if is_main():
-        try:
-            result.append(work())
-        except Exception as error:  # raised below, once the others know
-            failure = error
-    if from_main(failure is not None):
-        raise failure or ToldByMainError("rank 0 has failed")
-    leads = os.environ.get("LOCAL_RANK") == "0"
-    for turn in (leads, not leads):
-        if turn and not result:
-            result.append(work())
-        barrier()
-    return result[0]
-
-
-def by_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone; all ranks get its result.
-
-    Raises:
-        ToldByMainError: on the other ranks, where rank 0 has failed; there its own error is raised.
-    """
-    if world() == 1:
-        return work()
-    failure: Exception | None = None
-    result: Any = None
-    if is_main():
-        try:
-            result = work()
-        except Exception as error:  # raised below, once the others know
-            failure = error
-    if from_main(failure is not None):
-        raise failure or ToldByMainError("rank 0 has failed")
-    return from_main(result)
+        return done[0]
+    with _state.local_main_process_first():
+        return done[0] if done else work()

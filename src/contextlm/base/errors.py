@@ -1,7 +1,4 @@
-"""The errors that a user can mend, and the wording they share.
-
-A leaf module: every room may import it, it imports `visible` only.
-"""
+"""The errors that a user can mend, and the wording they share."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class NotFiniteError(RunError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the host or of an accelerator.
 
-    torch's own class is known by name, since a leaf must not import torch. Its CPU allocator and
+    torch's own class is known by name, so that torch need not be imported. Its CPU allocator and
     some libraries of CUDA raise a plain `RuntimeError`.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -1,7 +1,4 @@
-"""Writing files and folders so that each appears whole or not at all; what a wrong name meant.
-
-A leaf module: every room may import it, it imports no room.
-"""
+"""Paths as users type them, and files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from contextlm.base.errors import RunError
+from contextlm.base.errors import InputError, RunError
 
 _PART = ".part"  # ends the hidden name under which something is written
 # What a disk says when it is full, over quota, read-only or broken.
@@ -156,6 +153,59 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a regular file; a path that cannot even be looked at is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, not permitted, a NUL
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; a path that cannot even be looked at is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def with_home(text: str, where: str) -> Path:
+    """`text` as a path, a leading ``~`` or ``~name`` replaced by that user's home.
+
+    Raises:
+        InputError: there is no such user, or no home; `where` opens the message.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{where}: no home folder is known for {text.split('/')[0]!r}") from None
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing could be written into `folder`, or None if it could.
+
+    A folder that does not exist is asked about in the nearest one above it that does. A nameless
+    temporary file is opened there, since permissions alone do not tell (``/proc``, root, read-only
+    file systems).
+    """
+    place = folder.absolute()
+    while True:
+        try:
+            place.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            place = place.parent
+        except (OSError, ValueError) as error:  # a name too long, or a NUL in it
+            return f"{folder}: {getattr(error, 'strerror', None) or error}"
+    if not place.is_dir():
+        return f"{place if place != folder.absolute() else folder}: not a folder"
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        return f"{folder}: cannot be written to: {error.strerror or error}"
+    return None
 
 
 def nearest_file(path: Path, suffixes: Container[str]) -> str:

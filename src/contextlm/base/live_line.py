@@ -1,99 +1,84 @@
-"""One line on the terminal that says how work is going, and never mixes with the text beside it.
-
-While text is written to the same terminal, the line stands in the last row and the text scrolls
-above it: the terminal is told to scroll all rows but the last (DECSTBM), so that the line is drawn
-without a need to know where the text is. Before that, and where the text goes elsewhere, it is an
-ordinary line that is drawn again from its beginning.
-"""
+"""A line on the terminal that says how work is going, below the text that is written meanwhile."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TextIO
 
-_EVERY = 0.1  # seconds between two drawings
-_FEWEST_ROWS = 4
-_SAVE, _RESTORE = "\x1b7", "\x1b8"  # the cursor's place
-_ERASE = "\x1b[2K"
+from rich.cells import chop_cells
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from contextlm.base.visible import visible
+
+_EVERY = 0.1  # seconds between two looks at how work is going
 
 
 class LiveLine(AbstractContextManager["LiveLine"]):
-    """Shows nothing unless `file` is a terminal; leaving its `with` block takes the line away.
+    """Shows no line unless `status` is a terminal; leaving its `with` block takes the line away.
 
     Args:
-        file: where the line goes, such as stderr; None: nowhere.
+        status: where the line goes, such as stderr.
+        text: what `write` writes to, such as stdout. Where both are terminals they are taken for
+            the same one, and the line stands below the text.
     """
 
-    def __init__(self, file: TextIO | None) -> None:
-        self._file = file if file is not None and _is_terminal(file) else None
-        self._size: tuple[int, int] | None = None  # columns and rows while the last row is ours
-        self._drawn = False
+    def __init__(self, status: TextIO | None, text: TextIO | None) -> None:
+        self._text = text
+        self._live: Live | None = None
+        self._unfinished: str | None = None  # row of the text, where the line stands below it
+        self._said = ""
         self._next = 0.0
+        if status is not None and status.isatty():
+            if text is not None and text.isatty():
+                status, self._unfinished = text, ""
+            console = Console(file=status, force_terminal=True, highlight=False)
+            if not console.is_dumb_terminal:
+                self._live = Live(
+                    console=console,
+                    auto_refresh=False,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self._live.start()
 
     def __exit__(self, *exception: object) -> None:
-        # Nobody may be left to read it.
-        with suppress(OSError, ValueError):
-            self._clear()
-            if self._size is not None:
-                _, rows = self._size
-                self._put(f"{_SAVE}\x1b[r\x1b[{rows};1H{_ERASE}{_RESTORE}")
-                self._size = None
+        with suppress(OSError, ValueError):  # nobody may be left to read it
+            if self._live is not None:
+                self._live.stop()
+            if self._live is not None and self._text is not None and self._unfinished:
+                self._text.write(self._unfinished)
+                self._text.flush()
 
     def show(self, words: Callable[[], str]) -> None:
         """Show what `words` says now, at most ten times a second."""
         now = time.monotonic()
-        if self._file is None or now < self._next:
+        if self._live is not None and now >= self._next:
+            self._next = now + _EVERY
+            self._said = words()
+            self._draw()
+
+    def write(self, piece: str) -> None:
+        """Write some more text; a terminal gets nothing that it would obey."""
+        if self._text is None:
             return
-        self._next = now + _EVERY
-        columns, rows = _size(self._file)
-        if self._size is not None and self._size != (columns, rows):
-            self._take_last_row(columns, rows)
-        # A full row would break.
-        line = words()[: columns - 1]
-        if self._size is None:
-            self._put(f"\r{_ERASE}{line}")
-            self._drawn = True
-        else:
-            self._put(f"{_SAVE}\x1b[{rows};1H{_ERASE}{line}{_RESTORE}")
-
-    def text_follows(self, file: TextIO) -> None:
-        """Make room: from now on text is written to `file`, beginning in the first column."""
-        self._clear()
-        if self._file is None or not _is_terminal(file):
+        if self._text.isatty():
+            piece = visible(piece)
+        if self._live is None or self._unfinished is None:
+            self._text.write(piece)
+            self._text.flush()
             return
-        columns, rows = _size(self._file)
-        if rows < _FEWEST_ROWS:
-            self._file = None
-            return
-        self._put("\n\x1b[A")  # where the cursor is in the last row, all moves up by one
-        self._take_last_row(columns, rows)
+        *rows, last = (self._unfinished + piece).expandtabs().split("\n")
+        *full, self._unfinished = chop_cells(last, self._live.console.width) or [""]
+        for row in [*rows, *full]:
+            self._live.console.print(Text(row), soft_wrap=True)
+        self._draw()
 
-    def _take_last_row(self, columns: int, rows: int) -> None:
-        self._put(f"{_SAVE}\x1b[1;{rows - 1}r{_RESTORE}")
-        self._size = (columns, rows)
-
-    def _clear(self) -> None:
-        if self._drawn:
-            self._put(f"\r{_ERASE}")
-            self._drawn = False
-
-    def _put(self, sequence: str) -> None:
-        assert self._file is not None
-        self._file.write(sequence)
-        self._file.flush()
-
-
-def _is_terminal(file: TextIO) -> bool:
-    return file.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
-
-
-def _size(file: TextIO) -> tuple[int, int]:
-    """Columns and rows of the terminal."""
-    try:
-        columns, rows = os.get_terminal_size(file.fileno())
-    except (OSError, ValueError):
-        columns, rows = 0, 0
-    return columns or 80, rows or 24
+    def _draw(self) -> None:
+        assert self._live is not None
+        shown = [Text(row, no_wrap=True) for row in (self._unfinished, self._said) if row]
+        self._live.update(Group(*shown), refresh=True)

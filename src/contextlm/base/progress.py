@@ -1,7 +1,4 @@
-"""How long work tells what it is doing: headings, finished lines, and bars on a terminal.
-
-A leaf module: every room may import it, it imports `visible` only, and it needs no torch.
-"""
+"""How long work tells what it is doing: headings, finished lines, and bars on a terminal."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ from contextlm.base.visible import visible
 class Bar(Protocol):
     """One piece of work of known size, while it runs."""
 
-    def advance(self, n: int = 1) -> None:
-        """`n` more units are done."""
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        """`n` more units are done; `text` takes the description's place."""
 
 
 class Progress(Protocol):
@@ -41,34 +38,30 @@ class Progress(Protocol):
 
 
 class _SilentBar:
-    def advance(self, n: int = 1) -> None:
-        """Shows nothing."""
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        pass
 
 
 class SilentProgress:
     """Shows nothing."""
 
     def stage(self, title: str) -> None:
-        """Shows nothing."""
+        pass
 
     def line(self, text: str) -> None:
-        """Shows nothing."""
+        pass
 
     def update(self, text: str) -> None:
-        """Shows nothing."""
+        pass
 
     def bar(self, total: int, description: str) -> AbstractContextManager[Bar]:
-        """A bar that shows nothing."""
         return nullcontext(_SilentBar())
 
 
 class RichProgress(AbstractContextManager["RichProgress"]):
-    """Headings and lines on stderr; bars too when it is a terminal, and none in a log file.
+    """Headings and lines on `file` (stderr); on a terminal also remarks and nested bars.
 
     Leaving its `with` block gives the terminal back as it was.
-
-    Args:
-        file: where to write instead of stderr.
     """
 
     def __init__(self, file: TextIO | None = None):
@@ -83,17 +76,14 @@ class RichProgress(AbstractContextManager["RichProgress"]):
             self._bars.stop()
 
     def stage(self, title: str) -> None:
-        """Print a heading with an empty line above it."""
         self._clear()
         self._console.print(f"\n{visible(title)}", style="bold", markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """Print a line, above the bars if there are any."""
         self._clear()
         self._console.print(visible(text), markup=False, soft_wrap=True)
 
     def update(self, text: str) -> None:
-        """Show a remark with a spinner, unless bars are up or this is no terminal."""
         self._clear()
         if self._console.is_terminal and self._bars is None:
             self._remark = self._console.status(escape(visible(text)))
@@ -101,7 +91,6 @@ class RichProgress(AbstractContextManager["RichProgress"]):
 
     @contextmanager
     def bar(self, total: int, description: str) -> Iterator[Bar]:
-        """Show a bar for the time of the block, below those of the blocks around it."""
         if not self._console.is_terminal:
             yield _SilentBar()
             return
@@ -141,6 +130,6 @@ class _RichBar:
         self._display = display
         self._task = task
 
-    def advance(self, n: int = 1) -> None:
-        """Move the bar on."""
-        self._display.advance(self._task, n)
+    def advance(self, n: int = 1, text: str | None = None) -> None:
+        described = None if text is None else visible(text)
+        self._display.update(self._task, advance=n, description=described)

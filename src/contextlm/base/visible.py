@@ -1,7 +1,4 @@
-"""Text from elsewhere made fit to be shown: nothing in it can steer a terminal or reorder a line.
-
-A leaf module: every room may import it, it imports nothing of ours.
-"""
+"""Text from elsewhere made fit to be shown: nothing in it steers a terminal or reorders a line."""
 
 from __future__ import annotations
 

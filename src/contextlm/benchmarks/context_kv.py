@@ -1,8 +1,4 @@
-"""What attention in dilated windows gains over fetching each context for each query.
-
-Shape suffixes: B batch, T tokens, M contexts read by a token, S entries of the memory, N heads,
-E width of a head, D embedding width, C context width.
-"""
+"""What attention in dilated windows gains over fetching each context for each query."""
 
 from __future__ import annotations
 
@@ -12,34 +8,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
+from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
 from contextlm.models.context_kv.layer import ContextAttention, Memory
-from contextlm.recipe.schema import load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
+from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
-from contextlm.training.trainer import next_token_loss
 
 VOCABULARY = 50257
 
 
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """The document's layer on one window, alone and in a whole training step."""
-    recipe = load_recipe("context-kv", scale="smoke" if setting.smoke else None)
+    recipe = load_recipe("context-kv", scale="smoke" if options.smoke else None)
     contender = next(c for c in recipe.contenders if c.name == "context-kv")
-    vocabulary = 512 if setting.smoke else VOCABULARY
+    vocabulary = 512 if options.smoke else VOCABULARY
     model = create_model(build_config(contender.model, vocabulary), seed=0).train()
     layer = model.model.layer
     own: ContextAttention = layer.attention
     naive = GatherAttention(own)
-    tokens, rounds = recipe.sequence_length, setting.repeats or 7
+    tokens, rounds = recipe.sequence_length, options.repeats or 7
     width, history = model.config.context_dim, model.model.history
     generator = torch.Generator().manual_seed(0)
     stream_BTD = torch.randn(1, tokens, model.config.hidden_size, generator=generator)
     entries_BSC = torch.randn(1, history + tokens, width, generator=generator)
     memory = Memory(entries_BSC, torch.tensor([history]))
     forms: dict[str, torch.nn.Module] = {"dilated windows": own, "gather": naive}
-    outcome = Outcome(settings={"B": 1, "T": tokens, "vocabulary": vocabulary})
+    answer = Answer(settings={"B": 1, "T": tokens, "vocabulary": vocabulary})
     alone = {name: partial(_sublayer, form, stream_BTD, memory) for name, form in forms.items()}
     ids_BT = torch.randint(vocabulary, (1, tokens + 1), generator=generator)
     optimizer = build_optimizer(model, recipe.training)
@@ -50,18 +46,17 @@ def measure(setting: Setting) -> Outcome:
     for part, cases in (("sublayer", alone), ("step", whole)):
         times = interleaved(cases, rounds)
         for name, time in times.items():
-            outcome.rows.append({"part": part, "form": name, **milliseconds(time)})
+            answer.rows.append({"part": part, "form": name, **time.milliseconds()})
         ratio = times["gather"].median / times["dilated windows"].median
-        outcome.compare(f"context_kv_{part}_vs_gather", ratio)
-    outcome.targets["context_kv_sublayer_vs_gather"] = Target(5.0)
-    return outcome
+        answer.compare(f"context_kv_{part}_vs_gather", ratio)
+    answer.targets["context_kv_sublayer_vs_gather"] = Target(5.0)
+    return answer
 
 
 class GatherAttention(torch.nn.Module):
     """The same attention, literally: M contexts are fetched and projected for each token.
 
-    Args:
-        attention: whose weights are used; its anchor must be "position", its padding "zeros".
+    The anchor of `attention`, whose weights are used, must be "position", its padding "zeros".
     """
 
     def __init__(self, attention: ContextAttention):
@@ -77,15 +72,15 @@ class GatherAttention(torch.nn.Module):
         new_TM = torch.arange(tokens).unsqueeze(1) - back_M
         real_BTM = (start_B.view(-1, 1, 1) if start_B is not None else 0) + new_TM >= 0
         read_BTMC = entries_BSC[:, (before + new_TM).clamp(min=0)] * real_BTM.unsqueeze(-1)
-        query_BTNE = own.query(stream_BTD).unflatten(-1, (own.heads, -1))
-        key_BTMNE = own.key(read_BTMC).unflatten(-1, (own.heads, -1))
-        value_BTMNE = own.value(read_BTMC).unflatten(-1, (own.heads, -1))
-        scores_BTNM = torch.einsum("btne,btmne->btnm", query_BTNE, key_BTMNE)
-        weights_BTNM = (scores_BTNM * query_BTNE.shape[-1] ** -0.5).softmax(-1)
+        query_BTHE = own.query(stream_BTD).unflatten(-1, (own.heads, -1))
+        key_BTMHE = own.key(read_BTMC).unflatten(-1, (own.heads, -1))
+        value_BTMHE = own.value(read_BTMC).unflatten(-1, (own.heads, -1))
+        scores_BTHM = torch.einsum("bthe,btmhe->bthm", query_BTHE, key_BTMHE)
+        weights_BTHM = (scores_BTHM * query_BTHE.shape[-1] ** -0.5).softmax(-1)
         dropout = own.dropout if own.training else 0.0
-        weights_BTNM = torch.nn.functional.dropout(weights_BTNM, dropout, training=dropout > 0)
-        mixed_BTNE = torch.einsum("btnm,btmne->btne", weights_BTNM, value_BTMNE)
-        return own.output(mixed_BTNE.flatten(2))
+        weights_BTHM = torch.nn.functional.dropout(weights_BTHM, dropout, training=dropout > 0)
+        mixed_BTHE = torch.einsum("bthm,btmhe->bthe", weights_BTHM, value_BTMHE)
+        return own.output(mixed_BTHE.flatten(2))
 
 
 def _sublayer(attention: torch.nn.Module, stream_BTD: Tensor, memory: Memory) -> None:
@@ -110,7 +105,7 @@ def _step(
         outputs = model(ids_BT[:, :-1], position_ids=positions_BT, contexts=entries_BSC)
     finally:
         model.model.layer.attention = own
-    next_token_loss(outputs, ids_BT[:, 1:]).backward()
+    next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel()).backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     optimizer.step()

@@ -10,14 +10,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from contextlm.benchmarks.harness import (
+    Answer,
     Curve,
-    Outcome,
-    Setting,
+    Options,
     Target,
-    milliseconds,
-    timing,
+    Timing,
 )
-from contextlm.benchmarks.subjects import Subject, build, subjects
+from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed
 
 WINDOW = 32  # tokens of one measurement
@@ -56,14 +55,14 @@ class _Text:
 
     def row(self) -> dict[str, Any]:
         """Of the table; the first measurement only warmed up."""
-        each = timing(self.whole[1:])
+        each = Timing.of(self.whole[1:])
         assert self.cache is not None
         return {
             "model": self.subject.name,
             "tokens before": self.tokens,
             "tokens/s": 1 / each.median,
-            **milliseconds(each),
-            "without head ms": 1e3 * timing(self.body[1:]).median,
+            **each.milliseconds(),
+            "without head ms": 1e3 * Timing.of(self.body[1:]).median,
             "cache bytes": cache_bytes(self.cache).resident,
         }
 
@@ -73,29 +72,30 @@ class _Text:
 
 
 @torch.no_grad()
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """Latency at several lengths, a family at a time, all its models and lengths in turns.
 
     A model that keeps everything is read up to `COMPARED` only: beyond, its prefill is quadratic.
     """
-    short, compared, long = (8, 32, 64) if setting.smoke else (SHORT, COMPARED, LONG)
-    rounds, window = setting.repeats or 7, 2 if setting.smoke else WINDOW
-    outcome = Outcome(settings={"window": window, "B": 1, "dtype": "float32"})
-    for family in _families():
+    short, compared, long = (8, 32, 64) if options.smoke else (SHORT, COMPARED, LONG)
+    rounds, window = options.repeats or 7, 2 if options.smoke else WINDOW
+    answer = Answer(settings={"window": window, "B": 1, "dtype": "float32"})
+    for head in [each for each in SUBJECTS if each.baseline is None]:
+        family = [head, *(each for each in SUBJECTS if each.baseline == head.name)]
         texts = []
         for subject in family:
-            model = build(subject, narrow=setting.smoke)
+            model = build(subject, narrow=options.smoke)
             lengths = (short, compared, long) if subject.constant else (short, compared)
             texts += [_Text(subject, model, length) for length in lengths]
         for _ in range(1 + rounds):
             for text in texts:
                 text.time(window)
         rows = {(text.subject.name, text.tokens): text.row() for text in texts}
-        outcome.rows += rows.values()
+        answer.rows += rows.values()
         for subject in family:
-            _compare(outcome, subject, rows, (short, compared, long))
+            _compare(answer, subject, rows, (short, compared, long))
             own = [row for (name, _), row in rows.items() if name == subject.name]
-            outcome.curves.append(
+            answer.curves.append(
                 Curve(
                     subject.name,
                     [row["tokens before"] for row in own],
@@ -103,18 +103,11 @@ def measure(setting: Setting) -> Outcome:
                     [row["cache bytes"] for row in own],
                 )
             )
-    return outcome
-
-
-def _families() -> list[list[Subject]]:
-    """Each baseline with the models that are compared with it."""
-    known = subjects()
-    heads = [each for each in known if each.baseline is None]
-    return [[head, *(each for each in known if each.baseline == head.name)] for head in heads]
+    return answer
 
 
 def _compare(
-    outcome: Outcome,
+    answer: Answer,
     subject: Subject,
     rows: dict[tuple[str, int], dict[str, Any]],
     lengths: tuple[int, int, int],
@@ -125,10 +118,10 @@ def _compare(
         own, other = rows[name, compared], rows[baseline, compared]
         ratio = other["median ms"] / own["median ms"]
         target = Target(2.0) if subject.constant else None
-        outcome.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
+        answer.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
         ratio = other["without head ms"] / own["without head ms"]
-        outcome.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)
+        answer.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)
     if subject.constant:
         ratio = rows[name, long]["median ms"] / rows[name, short]["median ms"]
         target = Target(1.1, at_least=False)
-        outcome.compare(f"latency_{name}_{long}_vs_{short}", ratio, target)
+        answer.compare(f"latency_{name}_{long}_vs_{short}", ratio, target)

@@ -1,4 +1,4 @@
-"""What all questions share: timing side by side, ratios with their targets, the outcome."""
+"""What all questions share: timing side by side, ratios with targets, the answer, its plot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Setting:
+class Options:
     """How a question is asked.
 
     Attributes:
@@ -32,6 +33,16 @@ class Timing:
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Of several measurements."""
+        return cls(median(seconds), min(seconds), max(seconds))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Columns of a table."""
+        figures = {"median": self.median, "least": self.low, "most": self.high}
+        return {f"{name} ms": 1e3 * seconds for name, seconds in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Curve:
 
 
 @dataclass
-class Outcome:
+class Answer:
     """The answer to a question.
 
     Attributes:
@@ -90,10 +101,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time several cases in turns, so that what the machine does meanwhile hits all alike.
 
-    Args:
-        cases: by name; each call is one measurement.
-        rounds: timed calls of each.
-        warm_up: calls of each beforehand, not timed.
+    Each case is called `warm_up` times without and `rounds` times with a clock.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warm_up + rounds):
@@ -101,12 +109,7 @@ def interleaved(
             elapsed = _seconds(case)
             if number >= warm_up:
                 seconds[name].append(elapsed)
-    return {name: timing(values) for name, values in seconds.items()}
-
-
-def timing(seconds: list[float]) -> Timing:
-    """Median, least and most of several measurements."""
-    return Timing(median(seconds), min(seconds), max(seconds))
+    return {name: Timing.of(values) for name, values in seconds.items()}
 
 
 def _seconds(case: Callable[[], object]) -> float:
@@ -124,10 +127,27 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(timing: Timing) -> dict[str, float]:
-    """Columns of a table."""
-    return {
-        "median ms": 1e3 * timing.median,
-        "least ms": 1e3 * timing.low,
-        "most ms": 1e3 * timing.high,
-    }
+def draw(question: str, answer: Answer, path: Path) -> None:
+    """Write a PNG: latency and memory against length where there are curves, else the ratios."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(f"contextlm bench {question}")
+    if answer.curves:
+        latency, memory = figure.subplots(1, 2)
+        for number, curve in enumerate(answer.curves):
+            style = "-" if number < 10 else "--"  # matplotlib's cycle has ten colours
+            marks: dict[str, Any] = {"marker": "o", "label": curve.label, "linestyle": style}
+            latency.plot(curve.tokens, [1e3 * s for s in curve.seconds], **marks)
+            memory.plot(curve.tokens, [b / 1e6 for b in curve.cache_bytes], **marks)
+        for axes, what in ((latency, "ms a token"), (memory, "cache, MB")):
+            axes.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=what)
+            axes.grid(alpha=0.3)
+        memory.legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
+    else:
+        axes = figure.subplots()
+        axes.barh(list(answer.ratios), list(answer.ratios.values()))
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlabel("ratio")
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=120)

@@ -1,8 +1,4 @@
-"""What projecting each vocabulary entry once gains in phase 1 (DESIGN 1.6).
-
-Shape suffixes: P all positions, N positions of a batch, C context width, D embedding width,
-U distinct tokens.
-"""
+"""What projecting each vocabulary entry once gains in phase 1 (DESIGN 1.6)."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contextlm.benchmarks.harness import Outcome, Setting, Target, milliseconds, timing
+from contextlm.benchmarks.harness import Answer, Options, Target, Timing
 from contextlm.models.layers import ContextBlock, ContextLayer
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.host_memory import freed_memory_kept
@@ -28,11 +24,11 @@ TOKENS, VOCABULARY, WIDTH, EMBEDDING, ITERATIONS = 587_970, 50_257, 256, 768, 18
 CPU = torch.device("cpu")
 
 
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """Seconds an iteration on Zipf-distributed tokens, ours and one product a token in turns."""
-    tokens, vocabulary = (3000, 200) if setting.smoke else (TOKENS, VOCABULARY)
-    width, embedding = (8, 12) if setting.smoke else (WIDTH, EMBEDDING)
-    rounds = setting.repeats or 2
+    tokens, vocabulary = (3000, 200) if options.smoke else (TOKENS, VOCABULARY)
+    width, embedding = (8, 12) if options.smoke else (WIDTH, EMBEDDING)
+    rounds = options.repeats or 2
     random = np.random.default_rng(0)
     chances = 1 / np.arange(1, vocabulary + 1)
     tokens_P = random.choice(vocabulary, size=tokens, p=chances / chances.sum())
@@ -42,19 +38,19 @@ def measure(setting: Setting) -> Outcome:
     seconds: dict[str, list[float]] = {"vocabulary once": [], "token by token": []}
     for _ in range(rounds):
         block = _block(width, embedding)
-        outcome = train_context_block(
+        ours = train_context_block(
             block, table_VD.__getitem__, tokens_P, settings, seed=0, device=CPU
         )
-        seconds["vocabulary once"] += [each.seconds for each in outcome.iterations[1:]]
+        seconds["vocabulary once"] += [each.seconds for each in ours.iterations[1:]]
         block = _block(width, embedding)
         with freed_memory_kept():  # as ours does
             seconds["token by token"] += naive_phase_one(block, table_VD, tokens_P, settings)[1]
-    times = {name: timing(values) for name, values in seconds.items()}
-    answer = Outcome(settings={"tokens": tokens, "C": width, "D": embedding, "entries": vocabulary})
+    times = {name: Timing.of(values) for name, values in seconds.items()}
+    answer = Answer(settings={"tokens": tokens, "C": width, "D": embedding, "entries": vocabulary})
     for name, each in times.items():
         total = (ITERATIONS - 1) * each.median
         row = {"form": name, f"s in {ITERATIONS} iterations (from the median)": total}
-        answer.rows.append({**row, **milliseconds(each)})
+        answer.rows.append({**row, **each.milliseconds()})
     ratio = times["token by token"].median / times["vocabulary once"].median
     answer.compare("phase1_vs_naive", ratio, Target(3.0))
     return answer

@@ -38,7 +38,7 @@ CASES = (
 def measure(
     corpus: str, tokenizer: str, tokens: int, seed: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row for each case: iterations, convergence, effective rank (share of C), loss.
+    """One row for each case: iterations, convergence, effective rank (share of C).
 
     Raises:
         InputError: the corpus or tokenizer is not usable, or the text is too short.

@@ -1,7 +1,4 @@
-"""How fast the recurrences are on each backend.
-
-Shape suffixes: B batch, T tokens, C context width.
-"""
+"""How fast the recurrences are on each backend."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
+from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.ops.backends import is_installed
 from contextlm.ops.context_scan import context_scan, context_scan_backend
 from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
@@ -20,33 +17,33 @@ from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
 WIDTH = 256
 
 
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """Time `context_scan` without gradients at several batch sizes, and `linear_scan` with them."""
-    outcome = Outcome(settings={"C": WIDTH, "dtype": "float32"})
-    rounds = setting.repeats or 9
+    answer = Answer(settings={"C": WIDTH, "dtype": "float32"})
+    rounds = options.repeats or 9
     for batch, tokens in ((1, 2048), (8, 512), (32, 128)):
-        tokens = 16 if setting.smoke else tokens
-        _context_scan(outcome, batch, tokens, rounds)
-    _linear_scan(outcome, 16, 16 if setting.smoke else 256, rounds)
-    outcome.targets["scan_b1_c256_vs_eager"] = Target(4.0)
-    return outcome
+        tokens = 16 if options.smoke else tokens
+        _context_scan(answer, batch, tokens, rounds)
+    _linear_scan(answer, 16, 16 if options.smoke else 256, rounds)
+    answer.targets["scan_b1_c256_vs_eager"] = Target(4.0)
+    return answer
 
 
-def _context_scan(outcome: Outcome, batch: int, tokens: int, rounds: int) -> None:
+def _context_scan(answer: Answer, batch: int, tokens: int, rounds: int) -> None:
     inputs = _recurrence(batch, tokens)
     flat = [*(tensor for kind in inputs[:-1] for tensor in kind), inputs[-1]]
     chosen = context_scan_backend(flat, batch, tokens)
-    outcome.settings[f"context_scan auto, B={batch}"] = chosen
+    answer.settings[f"context_scan auto, B={batch}"] = chosen
     others = {"numba"} if is_installed("numba") else set()
     names = ["eager", *sorted(others | {chosen} - {"eager"})]
     cases = {name: partial(_forward, inputs, name) for name in names}
     times = interleaved(cases, rounds)
     for name, time in times.items():
-        outcome.rows.append(
-            {"op": "context_scan", "B": batch, "T": tokens, "backend": name, **milliseconds(time)}
+        answer.rows.append(
+            {"op": "context_scan", "B": batch, "T": tokens, "backend": name, **time.milliseconds()}
         )
     ratio = times["eager"].median / times[chosen].median
-    outcome.compare(f"scan_b{batch}_c{WIDTH}_vs_eager", ratio)
+    answer.compare(f"scan_b{batch}_c{WIDTH}_vs_eager", ratio)
 
 
 def _recurrence(batch: int, tokens: int) -> tuple[Any, ...]:
@@ -64,13 +61,13 @@ def _forward(inputs: tuple[Any, ...], backend: str) -> Tensor:
     return context_scan(*inputs, backend=backend)
 
 
-def _linear_scan(outcome: Outcome, batch: int, tokens: int, rounds: int) -> None:
+def _linear_scan(answer: Answer, batch: int, tokens: int, rounds: int) -> None:
     """Forward and backward pass, beside an elementwise pass over the same memory."""
     generator = torch.Generator().manual_seed(0)
     gates_BTC = torch.rand(batch, tokens, WIDTH, generator=generator).requires_grad_()
     inputs_BTC = torch.randn(batch, tokens, WIDTH, generator=generator).requires_grad_()
     chosen = linear_scan_backend(gates_BTC, inputs_BTC)
-    outcome.settings["linear_scan auto"] = chosen
+    answer.settings["linear_scan auto"] = chosen
     names = dict.fromkeys(["eager", "parallel", chosen])
     cases: dict[str, Callable[[], object]] = {
         name: partial(_both_ways, partial(linear_scan, backend=name), gates_BTC, inputs_BTC)
@@ -80,9 +77,9 @@ def _linear_scan(outcome: Outcome, batch: int, tokens: int, rounds: int) -> None
     times = interleaved(cases, rounds)
     for name, time in times.items():
         row = {"op": "linear_scan", "B": batch, "T": tokens, "backend": name}
-        outcome.rows.append({**row, **milliseconds(time)})
-    outcome.compare("linear_scan_vs_eager", times["eager"].median / times[chosen].median)
-    outcome.compare("linear_scan_vs_plain_pass", times["plain pass"].median / times[chosen].median)
+        answer.rows.append({**row, **time.milliseconds()})
+    answer.compare("linear_scan_vs_eager", times["eager"].median / times[chosen].median)
+    answer.compare("linear_scan_vs_plain_pass", times["plain pass"].median / times[chosen].median)
 
 
 def _both_ways(op: Callable[..., Tensor], *tensors: Tensor) -> object:

@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from contextlm.benchmarks.harness import Curve, Outcome, Setting, Target
-from contextlm.benchmarks.subjects import Subject, build, subjects
+from contextlm.benchmarks.harness import Answer, Curve, Options, Target
+from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed, memory_now
 
 TOKENS = 1_000_000
@@ -19,21 +19,21 @@ WARM = 16  # chunks before memory is first looked at: by then every buffer has b
 MEGABYTE = 1e6
 
 
-def measure(setting: Setting) -> Outcome:
+def measure(options: Options) -> Answer:
     """Growth of the resident set between the warm-up and the end, model after model."""
-    tokens = (WARM + 2) * CHUNK if setting.smoke else TOKENS
-    outcome = Outcome(settings={"tokens": tokens, "chunk": CHUNK})
-    for subject in subjects():
+    chunk, tokens = (64, (WARM + 2) * 64) if options.smoke else (CHUNK, TOKENS)
+    answer = Answer(settings={"tokens": tokens, "chunk": chunk})
+    for subject in SUBJECTS:
         if subject.constant:
-            _stream(outcome, subject, tokens)
-    return outcome
+            _stream(answer, subject, tokens, chunk)
+    return answer
 
 
 @torch.no_grad()
-def _stream(outcome: Outcome, subject: Subject, tokens: int) -> None:
+def _stream(answer: Answer, subject: Subject, tokens: int, chunk: int) -> None:
     model, cache = build(subject, narrow=True), None
-    ids_1T = torch.ones(1, CHUNK, dtype=torch.long)
-    chunks = -(-tokens // CHUNK)
+    ids_1T = torch.ones(1, chunk, dtype=torch.long)
+    chunks = -(-tokens // chunk)
     first, most, curve = 0, 0, Curve(subject.name, [], [], [])
     started = checked = time.perf_counter()
     every = max(1, chunks // 10)
@@ -46,19 +46,19 @@ def _stream(outcome: Outcome, subject: Subject, tokens: int) -> None:
             gc.collect()
             most = max(most, memory_now(ids_1T.device)[0])
             now = time.perf_counter()
-            curve.tokens.append(number * CHUNK)
-            curve.seconds.append((now - checked) / (every * CHUNK))
+            curve.tokens.append(number * chunk)
+            curve.seconds.append((now - checked) / (every * chunk))
             curve.cache_bytes.append(cache_bytes(cache).resident)
             checked = now
     growth = (most - first) / MEGABYTE
-    outcome.rows.append(
+    answer.rows.append(
         {
             "model": subject.name,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens/s": chunks * CHUNK / (time.perf_counter() - started),
+            "tokens/s": chunks * chunk / (time.perf_counter() - started),
             "cache bytes": curve.cache_bytes[-1],
             "growth MB": growth,
         }
     )
-    outcome.compare(f"stream_{subject.name}_growth_mb", growth, Target(20.0, at_least=False))
-    outcome.curves.append(curve)
+    answer.compare(f"stream_{subject.name}_growth_mb", growth, Target(20.0, at_least=False))
+    answer.curves.append(curve)

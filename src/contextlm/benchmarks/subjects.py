@@ -5,7 +5,6 @@ Sizes are the documents' (DESIGN 1); weights are random, which speed does not de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +91,6 @@ _NARROW: dict[str, dict[str, Any]] = {
     "context_hybrid": {"hidden_size": 32, "pattern": "RW", "intermediate_size": 32},
     "context_pythia": {"hidden_size": 32, "context_dim": 16, "num_hidden_layers": 1},
 }
-
-
-def subjects(names: Iterable[str] | None = None) -> list[Subject]:
-    """Those of `names`, or all, each after its baseline."""
-    wanted = None if names is None else set(names)
-    return [each for each in SUBJECTS if wanted is None or each.name in wanted]
 
 
 def build(subject: Subject, *, narrow: bool = False) -> PreTrainedModel:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from contextlm.benchmarks.harness import Outcome, Setting, Target, interleaved, milliseconds
+from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
-from contextlm.recipe.schema import Recipe, load_recipe
+from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.host_memory import freed_memory_kept
+from contextlm.training.next_token import next_token_loss
 from contextlm.training.optimisation import build_optimizer
-from contextlm.training.trainer import next_token_loss
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Case:
     """A recipe whose contenders train beside its baseline.
 
     Attributes:
@@ -39,9 +39,9 @@ class Comparison:
     targets: dict[str, Target] = field(default_factory=dict)
 
 
-COMPARISONS = (
+CASES = (
     # The document trained in float32.
-    Comparison(
+    Case(
         "context-pythia",
         None,
         50304,
@@ -49,7 +49,7 @@ COMPARISONS = (
         ("float32", "bfloat16"),
         {"compressed": Target(2.0), "projected": Target(0.95)},
     ),
-    Comparison(
+    Case(
         "frontier",
         "small",
         4096,
@@ -60,62 +60,55 @@ COMPARISONS = (
 )
 
 
-def measure(setting: Setting) -> Outcome:
-    """Both comparisons, each in turns with its own baseline."""
-    outcome = Outcome()
-    for comparison in COMPARISONS:
-        recipe = load_recipe(
-            comparison.recipe, scale="smoke" if setting.smoke else comparison.scale
-        )
-        vocabulary = 512 if setting.smoke else comparison.vocabulary
+def measure(options: Options) -> Answer:
+    """Each case in turns with its own baseline."""
+    answer = Answer()
+    for case in CASES:
+        recipe = load_recipe(case.recipe, scale="smoke" if options.smoke else case.scale)
+        vocabulary = 512 if options.smoke else case.vocabulary
         rows, tokens = recipe.training.batch_size, recipe.sequence_length
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(vocabulary, (rows, tokens + 1), generator=generator)
-        models = _models(recipe, comparison, vocabulary)
-        outcome.settings[comparison.recipe] = {"B": rows, "T": tokens, "vocabulary": vocabulary}
-        for precision in comparison.precisions:
-            _compare(outcome, comparison, models, recipe.training, ids_BT, precision, setting)
-    return outcome
-
-
-def _models(recipe: Recipe, comparison: Comparison, vocabulary: int) -> dict[str, PreTrainedModel]:
-    names = {recipe.baseline.name: recipe.baseline.name, **comparison.contenders}
-    return {
-        names[contender.name]: create_model(build_config(contender.model, vocabulary), 0).train()
-        for contender in recipe.contenders
-        if contender.name in names
-    }
-
-
-def _compare(
-    outcome: Outcome,
-    comparison: Comparison,
-    models: dict[str, PreTrainedModel],
-    training: TrainingSettings,
-    ids_BT: Tensor,
-    precision: str,
-    setting: Setting,
-) -> None:
-    steps = {
-        name: partial(_step, model, build_optimizer(model, training), training, ids_BT, precision)
-        for name, model in models.items()
-    }
-    with freed_memory_kept():  # as training does
-        times = interleaved(steps, setting.repeats or 5)
-    tokens = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-    for name, time in times.items():
-        parameters = sum(p.numel() for p in models[name].parameters())
-        row = {"recipe": comparison.recipe, "model": name, "precision": precision}
-        speed = {"parameters": parameters, "tokens/s": tokens / time.median}
-        outcome.rows.append({**row, **speed, **milliseconds(time)})
-    baseline = next(iter(models))
-    for name in comparison.contenders.values():
-        ratio = times[baseline].median / times[name].median
-        if precision == comparison.precisions[0]:
-            target = comparison.targets.get(name)
-            outcome.compare(f"train_step_{name}_vs_baseline", ratio, target)
-        else:
-            outcome.compare(f"train_step_{name}_vs_baseline_{precision}", ratio)
+        names = {recipe.baseline.name: recipe.baseline.name, **case.contenders}
+        models = {
+            names[each.name]: create_model(build_config(each.model, vocabulary), 0).train()
+            for each in recipe.contenders
+            if each.name in names
+        }
+        answer.settings[case.recipe] = {"B": rows, "T": tokens, "vocabulary": vocabulary}
+        for precision in case.precisions:
+            steps = {
+                name: partial(
+                    _step,
+                    model,
+                    build_optimizer(model, recipe.training),
+                    recipe.training,
+                    ids_BT,
+                    precision,
+                )
+                for name, model in models.items()
+            }
+            with freed_memory_kept():  # as training does
+                times = interleaved(steps, options.repeats or 5)
+            for name, time in times.items():
+                parameters = sum(p.numel() for p in models[name].parameters())
+                answer.rows.append(
+                    {
+                        "recipe": case.recipe,
+                        "model": name,
+                        "precision": precision,
+                        "parameters": parameters,
+                        "tokens/s": rows * tokens / time.median,
+                        **time.milliseconds(),
+                    }
+                )
+            for name in case.contenders.values():
+                ratio = times[recipe.baseline.name].median / times[name].median
+                if precision == case.precisions[0]:
+                    answer.compare(f"train_step_{name}_vs_baseline", ratio, case.targets.get(name))
+                else:
+                    answer.compare(f"train_step_{name}_vs_baseline_{precision}", ratio)
+    return answer
 
 
 def _step(
@@ -127,7 +120,7 @@ def _step(
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         outputs = model(ids_BT[:, :-1], use_cache=False)
-        loss = next_token_loss(outputs, ids_BT[:, 1:])
+        loss = next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel())
     loss.backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)

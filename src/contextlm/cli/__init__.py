@@ -12,9 +12,8 @@ from typing import Annotated
 import typer
 
 from contextlm import __version__
-from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports, sweeping
-from contextlm.cli.help import PlainCommand, PlainGroup
-from contextlm.cli.shell import execute, leave
+from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports
+from contextlm.cli.shell import PlainCommand, PlainGroup, execute, leave
 
 app = typer.Typer(
     name="contextlm",
@@ -60,7 +59,7 @@ def contextlm(
 
 
 app.command("run", cls=PlainCommand)(comparisons.run)
-app.command("sweep", cls=PlainCommand)(sweeping.sweep)
+app.command("sweep", cls=PlainCommand, hidden=True)(comparisons.sweep)
 app.command("params", cls=PlainCommand)(comparisons.params)
 app.command("report", cls=PlainCommand)(reports.report)
 app.command("eval", cls=PlainCommand)(checkpoints.evaluate)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.paths import is_folder
-from contextlm.benchmarks.questions import QUESTIONS
+from contextlm.base.files import is_folder
+from contextlm.benchmarks import QUESTIONS
+from contextlm.cli.options import count, optional
 from contextlm.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from contextlm.benchmarks.harness import Outcome
+    from contextlm.benchmarks.harness import Answer
 
 
 def bench(
@@ -24,26 +25,9 @@ def bench(
             metavar="QUESTION", show_default=False, help="Leave it out to see the questions."
         ),
     ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=10**6,
-            show_default=False,
-            help="Timed rounds instead of the usual.",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, max=1024, show_default=False, help="Threads of each operation."
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.png", show_default=False, help="Draw what was measured."),
-    ] = None,
+    repeats: Annotated[int | None, count("Timed rounds instead of the usual.", most=10**6)] = None,
+    threads: Annotated[int | None, count("Threads of each operation.", most=1024)] = None,
+    plot: Annotated[Path | None, optional("FILE.png", "Draw what was measured.")] = None,
     smoke: Annotated[
         bool,
         typer.Option("--smoke", help="Tiny sizes, to see that it runs; the figures mean nothing."),
@@ -62,8 +46,7 @@ def bench(
     ```
     """
     if question is None:
-        rows = [[name, each.text] for name, each in QUESTIONS.items()]
-        print_table(["question", "asks"], rows, text=2)
+        print_table(["question", "asks"], [[*pair] for pair in QUESTIONS.items()], text=2)
         return
     if question not in QUESTIONS:
         raise unknown_name("question", question, list(QUESTIONS))
@@ -74,25 +57,23 @@ def bench(
 
     import torch
 
-    from contextlm.benchmarks.harness import Setting
+    from contextlm.benchmarks.harness import Options, draw
 
     if threads is not None:
         torch.set_num_threads(threads)
-    module = importlib.import_module(f"contextlm.benchmarks.{QUESTIONS[question].module}")
-    outcome: Outcome = module.measure(Setting(repeats, smoke))
+    module = importlib.import_module(f"contextlm.benchmarks.{question.replace('-', '_')}")
+    answer: Answer = module.measure(Options(repeats, smoke))
     if plot is not None:
-        from contextlm.benchmarks.plots import draw
-
-        draw(question, outcome, plot)
-    _show(outcome, judged=not smoke)
+        draw(question, answer, plot)
+    _show(answer, judged=not smoke)
     print_json(
         {
             "question": question,
             "smoke": smoke,
-            "ratios": outcome.ratios,
-            "targets": {name: target.text() for name, target in outcome.targets.items()},
-            "settings": outcome.settings,
-            "rows": outcome.rows,
+            "ratios": answer.ratios,
+            "targets": {name: target.text() for name, target in answer.targets.items()},
+            "settings": answer.settings,
+            "rows": answer.rows,
             "environment": {
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
@@ -103,12 +84,12 @@ def bench(
     )
 
 
-def _show(outcome: Outcome, *, judged: bool) -> None:
-    columns = list(dict.fromkeys(key for row in outcome.rows for key in row))
-    print_table(columns, [[_cell(row.get(key)) for key in columns] for row in outcome.rows])
+def _show(answer: Answer, *, judged: bool) -> None:
+    columns = list(dict.fromkeys(key for row in answer.rows for key in row))
+    print_table(columns, [[_cell(row.get(key)) for key in columns] for row in answer.rows])
     compared = []
-    for name, ratio in outcome.ratios.items():
-        target = outcome.targets.get(name)
+    for name, ratio in answer.ratios.items():
+        target = answer.targets.get(name)
         wanted = "" if target is None else target.text()
         verdict = "" if target is None or not judged else "met" if target.met(ratio) else "missed"
         compared.append([name, f"{ratio:.3g}", wanted, verdict])

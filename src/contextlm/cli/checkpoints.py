@@ -9,27 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import is_folder
 from contextlm.base.live_line import LiveLine
-from contextlm.base.paths import is_folder
 from contextlm.base.visible import shown
-from contextlm.cli.comparisons import AsJson, Device
-from contextlm.cli.output import print_facts, print_json
+from contextlm.cli.options import AsJson, Checkpoint, Device, count, optional
+from contextlm.cli.output import print_facts, print_json, print_table
 from contextlm.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
-    from contextlm.evaluation.checkpoint import CheckpointReport
-    from contextlm.evaluation.input_cache import InputCacheReport
+    from contextlm.evaluation.generation import Continuation
+    from contextlm.evaluation.long_texts import LongReport
+    from contextlm.evaluation.measure import CheckpointReport
+    from contextlm.results.facts import CacheBytes
 
 COLDEST_TO_HOTTEST = (0.001, 1000.0)  # temperatures; logits divided by less overflow
-
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        show_default=False,
-        help="A saved model with its tokenizer, e.g. runs/demo-001/NAME/seed-0/checkpoint.",
-    ),
-]
 
 
 def evaluate(
@@ -37,26 +30,18 @@ def evaluate(
     corpus: Annotated[
         str, typer.Option(metavar="NAME", help="What to measure on (`contextlm list corpora`).")
     ] = "pydocs",
+    split: Annotated[
+        Literal["train", "validation", "all"] | None,
+        typer.Option(
+            show_default="all of your own files, else validation",
+            help="The part of the corpus to measure on.",
+        ),
+    ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="TOKENS",
-            min=1,
-            max=10**9,
-            show_default=False,
-            help="Tokens a window; by default 128 or what the model has.",
-        ),
+        count("Tokens a window; by default 128 or what the model has.", metavar="TOKENS"),
     ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=10**9,
-            show_default=False,
-            help="Use only the first N validation windows.",
-        ),
-    ] = None,
+    samples: Annotated[int | None, count("Use only the first N windows.")] = None,
     cache_lengths: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +69,10 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint: quality on a validation split, bytes of cache, speed.
+    """Measure a checkpoint: quality on a corpus, bytes of cache, speed.
+
+    A corpus of your own files (text:, jsonl:) is measured whole; if the model was trained on it,
+    ask for --split validation. Of the others the validation split is measured.
 
     Examples:
 
@@ -98,29 +86,34 @@ def evaluate(
     """
     lengths = None if cache_lengths is None else read_lengths(cache_lengths)
     folder = _existing(checkpoint)
+    given: dict[str, Any] = {
+        "corpus": corpus,
+        "device": device,
+        "split": split,
+        "sequence_length": sequence_length,
+        "samples": samples,
+    }
     if long:
         if lengths is not None or cache == "input":
             raise InputError("--long takes neither --cache-lengths nor --cache input")
-        from contextlm.cli.long_context import show_long
+        from contextlm.evaluation.long_texts import evaluate_long
 
-        show_long(folder, corpus, device, sequence_length, samples, as_json)
+        long_report = evaluate_long(folder, **given)
+        if as_json:
+            print_json(long_report)
+        else:
+            _print_long(long_report)
         return
 
-    from contextlm.evaluation.checkpoint import evaluate_checkpoint
+    from contextlm.evaluation.measure import evaluate_checkpoint
 
     report = evaluate_checkpoint(
-        folder,
-        corpus=corpus,
-        device=device,
-        sequence_length=sequence_length,
-        samples=samples,
-        cache_lengths=lengths,
-        input_cache=cache == "input",
+        folder, **given, cache_lengths=lengths, input_cache=cache == "input"
     )
     left_out = sorted(set(lengths or []) - {held.tokens for held in report.cache})
     if left_out:
-        shown = ", ".join(f"{length:,}" for length in left_out)
-        print(f"--cache-lengths: left out, beyond the model's positions: {shown}", file=sys.stderr)
+        listed = ", ".join(f"{length:,}" for length in left_out)
+        print(f"--cache-lengths: left out, beyond the model's positions: {listed}", file=sys.stderr)
     if as_json:
         print_json(report)
     else:
@@ -136,52 +129,24 @@ def generate(
         ),
     ] = None,
     prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Read the prompt, of any length, from a file; - for stdin.",
-        ),
+        str | None, optional("FILE", "Read the prompt, of any length, from a file; - for stdin.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, max=10**9, help="Stop after so many tokens.")
-    ] = 100,
+    max_new_tokens: Annotated[int, count("Stop after so many tokens.")] = 100,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            metavar="T",
-            min=0,
-            max=COLDEST_TO_HOTTEST[1],
-            show_default=False,
-            help="Sample, the wilder the higher; 0 always takes the likeliest token, which is "
-            "also what happens without any of the sampling options.",
+        optional(
+            "T",
+            "Sample, the wilder the higher; 0 always takes the likeliest token, which is also what "
+            "happens without any of the sampling options.",
         ),
     ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            min=1,
-            max=10**9,
-            show_default=False,
-            help="Sample among the K likeliest tokens.",
-        ),
-    ] = None,
+    top_k: Annotated[int | None, count("Sample among the K likeliest tokens.", metavar="K")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            metavar="P",
-            min=0,
-            max=1,
-            show_default=False,
-            help="Sample among the likeliest tokens that make up this probability.",
-        ),
+        optional("P", "Sample among the likeliest tokens that make up this probability, 0 to 1."),
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, max=2**32 - 1, show_default=False, help="Makes sampling repeatable."
-        ),
+        int | None, count("Makes sampling repeatable.", least=0, most=2**32 - 1)
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -206,15 +171,43 @@ def generate(
     blocks = read_prompt(prompt, prompt_file)
     folder = _existing(checkpoint)
 
-    from contextlm.cli.generation import Sampling, continue_text
+    from contextlm.evaluation.generation import Sampling, continue_text
+    from contextlm.evaluation.memory import cache_bytes
+    from contextlm.report.numbers import human_bytes
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    with LiveLine(sys.stderr) as live:
-        made = continue_text(folder, blocks, sampling, device=device, stream=not as_json, live=live)
+    def words(tokens: int, seconds: float, cache: Any) -> str:
+        kept = human_bytes(cache_bytes(cache).logical)
+        return f"{tokens:,} tokens, {tokens / seconds:,.1f} tokens/s, cache {kept}"
+
+    with LiveLine(sys.stderr, None if as_json else sys.stdout) as live:
+        made = continue_text(
+            folder,
+            blocks,
+            Sampling(max_new_tokens, temperature, top_k, top_p, seed),
+            device=device,
+            write=None if as_json else live.write,
+            on_prompt=lambda tokens: live.show(lambda: f"reading the prompt: {tokens:,} tokens"),
+            on_token=lambda *state: live.show(lambda: words(*state)),
+        )
     if as_json:
         print_json(made)
     else:
-        print(made.summary(), file=sys.stderr)
+        print(flush=True)
+        print(summary(made), file=sys.stderr)
+
+
+def summary(made: Continuation) -> str:
+    """What generating a text took, on one line."""
+    from contextlm.report.numbers import human_bytes
+
+    said = (
+        f"{made.tokens} tokens, {made.tokens_per_second:,.1f} tokens/s, "
+        f"cache {human_bytes(made.cache_logical)} ({human_bytes(made.cache_resident)} resident) "
+        f"after {made.prompt_tokens + made.tokens - 1:,} tokens"
+    )
+    if not made.prompt_seconds:
+        return said
+    return f"{said}, prompt of {made.prompt_tokens:,} tokens read in {made.prompt_seconds:,.1f} s"
 
 
 def _in_words(report: CheckpointReport) -> dict[str, Any]:
@@ -222,56 +215,83 @@ def _in_words(report: CheckpointReport) -> dict[str, Any]:
     from contextlm.report import numbers
 
     windows = f"{report.windows:,} of {report.windows_available:,}"
+    bits = report.bits_per_byte
+    timed = f"tokens/s, {report.speed_tokens:,} tokens"
     facts = {
         "architecture": report.architecture,
         "parameters": numbers.count(report.parameters),
-        "corpus": report.corpus,
+        "corpus": _of_corpus(report),
         "windows": f"{windows}, {report.sequence_length:,} tokens each",
         "tokens predicted": numbers.count(report.tokens),
-        "validation PPL": numbers.perplexity(report.ppl),
-        "validation loss": numbers.decimal(report.loss, 4),
-        "bits per byte": numbers.ABSENT
-        if report.bits_per_byte is None
-        else numbers.decimal(report.bits_per_byte, 3),
+        "PPL": numbers.perplexity(report.ppl),
+        "loss": numbers.decimal(report.loss, 4),
+        "bits per byte": numbers.ABSENT if bits is None else numbers.decimal(bits, 3),
         "accuracy": numbers.percent(report.accuracy),
-    }
-    for held in report.cache:
-        size = numbers.human_bytes(held.logical)
-        resident = numbers.human_bytes(held.resident)
-        facts[f"cache at {held.tokens:,} tokens"] = f"{size} ({resident} resident)"
-    timed = f"tokens/s, {report.speed_tokens:,} tokens"
-    return {
-        **facts,
+        **{f"cache at {held.tokens:,} tokens": _held(held) for held in report.cache},
         "cache type": report.cache_dtype,
         f"prefill {timed}": numbers.rate(report.prefill_tokens_per_second),
         f"decode {timed}": numbers.rate(report.decode_tokens_per_second),
-        **_input_cache_in_words(report.input_cache, timed),
-        **({"note": "; ".join(report.remarks)} if report.remarks else {}),
     }
+    if report.input_cache is not None:
+        ours = report.input_cache
+        for held, change in zip(ours.cache, ours.cache_change_percent, strict=True):
+            facts[f"input cache at {held.tokens:,} tokens"] = _held(held, change)
+        for name in ("prefill", "decode"):
+            rate = numbers.rate(getattr(ours, f"{name}_tokens_per_second"))
+            saved = numbers.signed_percent(getattr(ours, f"{name}_change_percent"))
+            facts[f"input cache: {name} {timed}"] = f"{rate}, {saved}"
+    if report.remarks:
+        facts["note"] = "; ".join(report.remarks)
+    return facts
 
 
-def _input_cache_in_words(report: InputCacheReport | None, timed: str) -> dict[str, str]:
+def _held(held: CacheBytes, change: float | None = None) -> str:
     from contextlm.report import numbers
 
-    if report is None:
-        return {}
-    facts = {}
-    for held, change in zip(report.cache, report.cache_change_percent, strict=True):
-        size = numbers.human_bytes(held.logical)
-        resident = numbers.human_bytes(held.resident)
-        saved = numbers.signed_percent(change)
-        facts[f"input cache at {held.tokens:,} tokens"] = f"{size}, {saved} ({resident} resident)"
-    prefill = numbers.rate(report.prefill_tokens_per_second)
-    decode = numbers.rate(report.decode_tokens_per_second)
-    return {
-        **facts,
-        f"input cache: prefill {timed}": (
-            f"{prefill}, {numbers.signed_percent(report.prefill_change_percent)}"
-        ),
-        f"input cache: decode {timed}": (
-            f"{decode}, {numbers.signed_percent(report.decode_change_percent)}"
-        ),
-    }
+    saved = "" if change is None else f", {numbers.signed_percent(change)}"
+    resident = numbers.human_bytes(held.resident)
+    return f"{numbers.human_bytes(held.logical)}{saved} ({resident} resident)"
+
+
+def _of_corpus(report: CheckpointReport | LongReport) -> str:
+    part = "all of it" if report.split == "all" else f"{report.split} split"
+    return f"{report.corpus}, {part}"
+
+
+def _print_long(report: LongReport) -> None:
+    from contextlm.report import numbers
+
+    kind = "texts" if report.positions else "questions"
+    caption = (
+        f"{report.checkpoint}: {report.architecture}, {numbers.count(report.parameters)} "
+        f"parameters, {_of_corpus(report)}, {numbers.count(report.windows)} {kind}, "
+        f"trained on {report.trained:,} tokens"
+    )
+    if report.positions:
+        held_at = {held.tokens: held for held in report.cache}
+        columns = ["positions", "end, x trained", "tokens", "loss", "PPL", "cache at the end"]
+        lines = [
+            [
+                f"{bucket.first:,} to {bucket.last - 1:,}",
+                numbers.decimal(bucket.last / report.trained, 2),
+                numbers.count(bucket.tokens),
+                numbers.decimal(bucket.loss, 4),
+                numbers.perplexity(bucket.ppl),
+                numbers.human_bytes(held_at[bucket.last].logical),
+            ]
+            for bucket in report.positions
+        ]
+        print_table(columns, lines, caption=caption)
+    else:
+        lines = [
+            [entry.level, numbers.count(entry.answers), numbers.percent(entry.accuracy)]
+            for entry in report.retrieval
+        ]
+        print_table(["level", "answers", "right answers"], lines, caption=caption)
+        for held in report.cache:
+            print(f"cache after {held.tokens:,} tokens: {numbers.human_bytes(held.logical)}")
+    if report.remarks:
+        print(f"note: {'; '.join(report.remarks)}")
 
 
 def read_lengths(text: str) -> list[int]:
@@ -287,7 +307,7 @@ def read_lengths(text: str) -> list[int]:
 
 
 def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Refuse what the options' own bounds let through: NaN, and what logits overflow with.
+    """Refuse NaN, shares beyond 1, and temperatures that logits overflow with.
 
     Raises:
         InputError: it names the option.
@@ -302,7 +322,4 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 def _existing(checkpoint: Path) -> Path:
     if not is_folder(checkpoint):
         raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
-    from contextlm.evaluation.checkpoint_files import check_parts
-
-    check_parts(checkpoint)  # here already: loading torch takes seconds
     return checkpoint

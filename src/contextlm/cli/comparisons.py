@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
 from contextlm.base.visible import shown, visible
+from contextlm.cli.options import AsJson, Device
 from contextlm.cli.output import (
     REPORT_FILES,
     duration,
@@ -24,6 +27,7 @@ from contextlm.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from contextlm.lab.grid import Point
     from contextlm.recipe.schema import Recipe
 
 MOST_SEEDS = 1000
@@ -54,11 +58,33 @@ Overrides = Annotated[
         "Contenders are addressed by name: contenders.NAME.model.context_dim=128.",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, mps."),
+Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=A,B,C",
+        show_default=False,
+        help="A key of the recipe and the values to try, as for --set; may be repeated: every "
+        "combination is a run.",
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|LIST",
+        show_default=False,
+        help="A number N for seeds 0 to N-1, or a list: 0,4,7 (7, is seed 7 alone).",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Do the jobs in N workers of Ray: on this machine, or on the cluster that RAY_ADDRESS "
+        "names.",
+    ),
+]
 
 
 def run(
@@ -73,28 +99,32 @@ def run(
     ] = None,
     scale: Scale = None,
     overrides: Overrides = None,
+    grid: Grid = None,
     out: Annotated[
         str,
         typer.Option(metavar="FOLDER", help="Where the new, numbered run folder goes."),
     ] = "runs",
-    seeds: Annotated[
-        str | None,
+    seeds: Seeds = None,
+    device: Device = "auto",
+    into: Annotated[
+        Path | None,
         typer.Option(
-            metavar="N|LIST",
+            metavar="RUN",
             show_default=False,
-            help="A number N for seeds 0 to N-1, or a list: 0,4,7 (7, is seed 7 alone).",
+            help="Add the contenders and seeds that this run (or, with --grid, this grid) lacks, "
+            "instead of starting a new one. What it holds must be the same.",
         ),
     ] = None,
-    device: Device = "auto",
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on with a run that was killed or stopped: the named run folder, or the newest "
+            help="Finish a run that was killed or stopped: the named run folder, or the newest "
             "unfinished run of RECIPE below --out (a new one if there is none); without RECIPE the "
             "newest of all.",
         ),
     ] = False,
+    workers: Workers = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -110,8 +140,10 @@ def run(
     seed (results, history, checkpoint), and the report: report.md, report.html and plots.
     Progress goes to stderr, the table and the report's paths to stdout.
 
-    A run that ends early, whatever ended it, goes on with --resume and ends as it would have
+    A run that ends early, whatever ended it, is finished with --resume and ends as it would have
     without that, to the bit. It keeps its recipe and data; what differs is refused.
+
+    With --grid every combination of values is a run of its own, in one folder with one report.
 
     Examples:
 
@@ -121,90 +153,159 @@ def run(
     contextlm run my-comparison.yaml --set corpus=text:my-notes/ --seeds 3
     contextlm run context-pythia --scale small --dry-run
     contextlm run --resume runs/demo-001
-    contextlm run demo --resume
+    contextlm run demo --seeds 3 --into runs/demo-001
+    contextlm run demo --grid training.learning_rate=1e-3,2e-3 --workers 2
     ```
     """
-    if resume and dry_run:
-        raise InputError("--dry-run: goes with a new run, not with --resume")
-    if resume and (recipe is None or _is_run(recipe)):
-        _no_changes({"--scale": scale, "--set": overrides, "--seeds": seeds})
-        from contextlm.lab.resume import newest_unfinished
+    if dry_run and (resume or into or grid or workers):
+        raise InputError("--dry-run: goes with a new run alone")
+    if resume and into:
+        raise InputError("--into: adds to a run; --resume only finishes what it began with")
+    if resume and (recipe is None or _is_run(Path(recipe))):
+        changes = {"--scale": scale, "--set": overrides, "--seeds": seeds, "--grid": grid}
+        for option, value in changes.items():
+            if value:
+                raise InputError(f"{option}: a run is resumed with the recipe that it began with")
+        from contextlm.lab.run_folder import newest_unfinished
 
         folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
-        _resume(folder, device, as_json)
+        _resume(folder, device, workers, as_json)
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
-    from contextlm.recipe.schema import load_recipe
-
-    resolved = load_recipe(
-        recipe,
-        scale=scale,
-        overrides=overrides or [],
-        seeds=None if seeds is None else read_seeds(seeds),
-    )
-    place = writable_folder(out, "--out")
+    points = _points(recipe, scale, overrides, grid, seeds)
+    place = writable_folder(str(into or out), "--into" if into else "--out")
     from contextlm.data.token_store import cache_folder
 
     cache_folder()  # so that one that cannot be used is told before the corpus is prepared
     if dry_run:
-        _show_plan(resolved, device, as_json)
+        _show_cost(points[0].recipe, device, as_json)
         return
+    from contextlm.lab import run_folder, running
 
     found = None
     if resume:
-        from contextlm.lab.resume import unfinished_run_of
-
-        found = unfinished_run_of(resolved, place)
+        name = running.folder_name(points)
+        found = run_folder.unfinished_run_of([point.recipe for point in points], place, name)
         if found is None:
-            print(f"no unfinished run of {resolved.name} below {place}: a new one", file=sys.stderr)
+            print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
     if found is not None:
-        _resume(found, device, as_json)
-        return
+        _resume(found, device, workers, as_json)
+    elif into is not None:
+        _show(_at_work(running.extend, points, into, device=device, workers=workers), as_json)
+    else:
+        _show(_at_work(running.run_points, points, place, device=device, workers=workers), as_json)
 
+
+def sweep(
+    recipe: RecipeName,
+    grid: Grid = None,
+    seeds: Seeds = None,
+    scale: Scale = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            show_default=False,
+            help="The grid's folder, by default runs/sweep-NAME. What has finished there is kept.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """The old name of `contextlm run RECIPE --grid`, which goes with the next release."""
+    print(
+        "contextlm sweep is now contextlm run RECIPE --grid KEY=A,B [--workers N] [--into FOLDER]; "
+        "the old name goes with the next release",
+        file=sys.stderr,
+    )
+    if not grid:
+        raise InputError("--grid: expected at least one, e.g. training.learning_rate=1e-3,2e-3")
+    points = _points(recipe, scale, overrides, grid, seeds)
+    default = f"runs/sweep-{points[0].recipe.name}"
+    place = writable_folder(default if out is None else out, "--out")
+    if not place.exists():
+        from contextlm.base.files import write_json
+        from contextlm.lab.run_folder import POINTS
+
+        write_json(place / POINTS, {})
+    from contextlm.lab import running
+
+    _show(_at_work(running.extend, points, place, device=device, workers=workers), as_json)
+
+
+def _points(
+    recipe: str,
+    scale: str | None,
+    overrides: list[str] | None,
+    grid: list[str] | None,
+    seeds: str | None,
+) -> list[Point]:
+    """The recipe at every point of the grid; without a grid at one."""
+    from contextlm.lab.grid import points_of_grid, read_grid
+
+    return points_of_grid(
+        recipe,
+        read_grid(grid or [], overrides or []),
+        scale=scale,
+        overrides=overrides or [],
+        seeds=None if seeds is None else read_seeds(seeds),
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    from contextlm.lab.run_folder import POINTS
+
+    return any((folder / name).is_file() for name in ("recipe.yaml", POINTS))
+
+
+def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path:
+    """What `work` returns, its progress shown; SIGTERM ends it like Ctrl-C."""
     from contextlm.base.interrupts import termination_raises
     from contextlm.base.progress import RichProgress
-    from contextlm.lab import experiment
 
     with RichProgress() as progress, termination_raises():
-        folder = experiment.run(resolved, place, device=device, progress=progress)
-    _show_run(folder, as_json)
+        return work(*arguments, progress=progress, **options)
 
 
-def _is_run(name: str) -> bool:
-    return (Path(name) / "recipe.yaml").is_file()
+def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> None:
+    """Finish an unfinished run; of a finished one only the table is shown."""
+    from contextlm.lab import running
+    from contextlm.lab.run_folder import is_unfinished, points_of
 
-
-def _no_changes(options: dict[str, object]) -> None:
-    for option, value in options.items():
-        if value:
-            raise InputError(f"{option}: a run is resumed with the recipe that it began with")
-
-
-def _resume(folder: Path, device: str, as_json: bool) -> None:
-    """Go on with an unfinished run; of a finished one only the table is shown."""
-    from contextlm.base.interrupts import termination_raises
-    from contextlm.base.progress import RichProgress
-    from contextlm.lab import experiment
-    from contextlm.lab.run_folder import is_unfinished
-    from contextlm.results.result import read_run
-
-    if is_unfinished(folder):
-        with RichProgress() as progress, termination_raises():
-            experiment.resume(folder, device=device, progress=progress)
-    elif read_run(folder).missing_seeds():
-        raise InputError(
-            f"{folder}: lacks results and keeps no state to go on from; a sweep's goes on with the "
-            "same `contextlm sweep` command"
-        )
+    if any(map(is_unfinished, points_of(folder) or [folder])):
+        _at_work(running.resume, folder, device=device, workers=workers)
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
-    _show_run(folder, as_json)
+    _show(folder, as_json)
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    from contextlm.lab.run_folder import points_of
+
+    if launched_rank():
+        return  # one of several processes, of which the first speaks
+    if points_of(folder):
+        _show_grid(folder, as_json)
+    else:
+        _show_run(folder, as_json)
+
+
+def _show_grid(folder: Path, as_json: bool) -> None:
+    from contextlm.lab.running import report_grid
+
+    paths = report_grid(folder)
+    if as_json:
+        print_json({"grid": folder, "report": paths, **json.loads(paths["grid.json"].read_text())})
+    else:
+        print(visible(paths["grid.md"].read_text("utf-8")))
+        for name, path in paths.items():
+            print(f"{name}: {visible(str(path))}")
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    if launched_rank():
-        return  # one of several processes, of which the first speaks
     from contextlm.results.result import read_run
 
     runs = [read_run(folder)]
@@ -223,8 +324,6 @@ def params(
 ) -> None:
     """Count every contender's parameters on the real modules, without training or memory.
 
-    The last column counts those that next-token training (phase 2) changes.
-
     Examples:
 
     ```
@@ -232,8 +331,8 @@ def params(
     contextlm params context-pythia --set contenders.context-pythia.model.context_dim=256 --json
     ```
     """
-    from contextlm.lab.plan import count_parameters
-    from contextlm.recipe.schema import load_recipe
+    from contextlm.lab.estimate import count_parameters
+    from contextlm.recipe.loading import load_recipe
 
     resolved = load_recipe(recipe, scale=scale, overrides=overrides or [])
     counts = count_parameters(resolved)
@@ -241,8 +340,8 @@ def params(
         print_json({"contenders": counts})
         return
     print_table(
-        ["contender", "parameters", "trainable", "in phase 2"],
-        [(c.name, f"{c.total:,}", f"{c.trainable:,}", f"{c.trainable_phase2:,}") for c in counts],
+        ["contender", "parameters", "trainable"],
+        [(c.name, f"{c.total:,}", f"{c.trainable:,}") for c in counts],
     )
 
 
@@ -265,23 +364,22 @@ def read_seeds(text: str) -> list[int]:
     return list(range(numbers[0]))
 
 
-def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
-    from contextlm.lab.plan import dry_run
+def _show_cost(recipe: Recipe, device: str, as_json: bool) -> None:
+    from contextlm.lab.estimate import dry_run
     from contextlm.report.numbers import human_bytes
 
-    plan = dry_run(recipe, device=device)
+    cost = dry_run(recipe, device=device)
     if as_json:
-        print_json(plan)
+        print_json(cost)
         return
-    head = f"{plan.name}, scale {plan.scale}: {plan.corpus}, tokenizer {plan.tokenizer}, "
-    counts = f"{plan.train_tokens:,} training and {plan.validation_tokens:,} validation tokens"
+    head = f"{cost.name}, scale {cost.scale}: {cost.corpus}, tokenizer {cost.tokenizer}, "
+    counts = f"{cost.train_tokens:,} training and {cost.validation_tokens:,} validation tokens"
     print(visible(head + counts))
     rows = [
         (
             c.name,
             f"{c.total:,}",
             f"{c.trainable:,}",
-            f"{c.trainable_phase2:,}",
             f"{c.tokens_per_epoch:,}",
             f"{c.epochs:,}",
             f"{c.seeds:,}",
@@ -289,14 +387,14 @@ def _show_plan(recipe: Recipe, device: str, as_json: bool) -> None:
             duration(c.seconds_estimate),
             human_bytes(c.memory_bytes_estimate),
         )
-        for c in plan.contenders
+        for c in cost.contenders
     ]
-    headings = ["contender", "parameters", "trainable", "in phase 2", "tokens an epoch", "epochs"]
+    headings = ["contender", "parameters", "trainable", "tokens an epoch", "epochs"]
     headings += ["seeds", "FLOPs", "training time, roughly", "weights, optimiser, logits"]
     print_comparison(headings, rows)
-    total = sum(c.seconds_estimate for c in plan.contenders)
+    total = sum(c.seconds_estimate for c in cost.contenders)
     print(f"training time in all, roughly: {duration(total)}")
-    trials = plan.contenders[0].tuning_trials
+    trials = cost.contenders[0].tuning_trials
     if trials:
         print(f"of it {trials} learning rates a contender on a part of the text; more may be tried")
     print("phase 1, data preparation and measuring come on top")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from contextlm.base.errors import unknown_name
-from contextlm.cli.comparisons import AsJson
+from contextlm.cli.options import AsJson
 from contextlm.cli.output import print_json, print_table
 
 
@@ -46,7 +46,7 @@ def list_known(
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from contextlm.recipe.schema import builtin_recipes, load_recipe, recipe_scales
+    from contextlm.recipe.loading import builtin_recipes, load_recipe, recipe_scales
 
     return [
         {"name": name, "scales": recipe_scales(name), "question": load_recipe(name).question}

@@ -27,8 +27,14 @@ _WIDE = 240  # columns of a table that goes into a file or a pipe
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on one line, valid for every reader (no NaN)."""
-    print(json_visible(json.dumps(plain(value), ensure_ascii=False, allow_nan=False)))
+    """Print one JSON object on one line, valid for every reader (no NaN), in any encoding."""
+    text = json_visible(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(plain(value), allow_nan=False)
+    print(text)
 
 
 def plain(value: Any) -> Any:
@@ -161,7 +167,7 @@ def writable_folder(text: str, option: str) -> Path:
     """
     if not text.strip():
         raise InputError(f"{option} {shown(text)}: expected the name of a folder")
-    from contextlm.base.folders import why_not_writable
+    from contextlm.base.files import why_not_writable
 
     problem = why_not_writable(Path(text))
     if problem is not None:

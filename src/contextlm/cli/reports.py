@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from contextlm.base.errors import InputError, RunError
-from contextlm.base.paths import is_file
-from contextlm.cli.comparisons import AsJson
+from contextlm.base.files import is_file
+from contextlm.cli.options import AsJson
 from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
 
 
@@ -91,7 +91,7 @@ def _default_folder(runs: list[Path]) -> Path:
         place = runs[0]
     else:
         place = Path(os.path.commonpath([run.resolve().parent for run in runs])) / "report"
-    from contextlm.base.folders import why_not_writable
+    from contextlm.base.files import why_not_writable
 
     problem = why_not_writable(place)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""What stands between a command and the user's shell: exit codes, one-line errors, silence.
+"""What stands between a command and the user's shell: exit codes, one-line errors, silence, help.
 
 Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted by Ctrl-C, 143
 by SIGTERM.
@@ -6,6 +6,7 @@ by SIGTERM.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -13,9 +14,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
 
 from contextlm.base.distribution import ToldByMainError, launched_rank
@@ -51,11 +54,11 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         The exit code. Errors are on stderr by then, one line each.
     """
     arguments, debug = _take_debug(arguments)
+    _make_printable()
     try:
         with nullcontext() if debug else _quiet():
             code = _invoke(app, arguments or ["--help"])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
         _settle_stdout()
@@ -84,7 +87,7 @@ def leave(code: int) -> NoReturn:
     """
     if "LOCAL_RANK" in os.environ:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):
+            with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
     sys.exit(code)
@@ -162,18 +165,56 @@ def _quiet() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _make_printable() -> None:
+    """See to it that printing cannot end a command whose work is done.
+
+    Stdout may be of an encoding that lacks a character (cp932, ascii), and it may be closed: then
+    Python has none, and would send to stdout what is meant for a closed stderr.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, until the end
+            setattr(sys, name, nowhere)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _settle_stdout() -> None:
     """Write what is left for stdout; if that fails, keep the interpreter from trying at exit."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
-    # Nobody may be left to read stderr either.
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # nobody may be left to read stderr either
         print(line, file=sys.stderr, flush=True)
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """Help without Python's names for types: a flag takes no value, an argument says its own."""
+    for param in params:
+        if isinstance(param, TyperArgument):
+            # Only the display: `<list[Path]>` says nothing beside RUN... and its explanation.
+            vars(param)["display_type_rich"] = lambda ctx: None
+        elif getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help shows no type of a flag or of an argument."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, help option included, as typer has them."""
+        return _without_types(super().get_params(ctx))
+
+
+class PlainGroup(TyperGroup):
+    """The same for a group of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, help option included, as typer has them."""
+        return _without_types(super().get_params(ctx))

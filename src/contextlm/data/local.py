@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.files import is_file, is_folder, with_home
 from contextlm.base.visible import visible
 from contextlm.data.corpus import Corpus, split_documents, text_fingerprint
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 
 
-def text_corpus(location: str) -> Corpus:
+def text_corpus(location: str, share: float) -> Corpus:
     """``text:PATH``: one document per file.
 
     Args:
         location: a UTF-8 file of any name, or a folder, searched recursively for files with one of
-            `TEXT_SUFFIXES`, in the order of their relative paths; hidden ones and files without
-            text are passed over.
+            `TEXT_SUFFIXES`, in the order of their relative paths. Linked folders are searched too,
+            each folder once; hidden ones and files without text are passed over.
+        share: of the text, held out.
 
     Raises:
         InputError: nothing at that path, no text there, or text that is not UTF-8; it names the
@@ -40,15 +41,16 @@ def text_corpus(location: str) -> Corpus:
             raise InputError(f"{path}: the folder holds no text files ({suffixes})")
     else:
         files = {path.name: path}
-    named = [(name, _decode(_read(file), str(file))) for name, file in sorted(files.items())]
-    return _corpus("text", path, named)
+    texts = [_decode(_read(file), str(file)) for _, file in sorted(files.items())]
+    return _corpus("text", path, texts, share)
 
 
-def jsonl_corpus(location: str) -> Corpus:
+def jsonl_corpus(location: str, share: float) -> Corpus:
     """``jsonl:PATH``: one document per line, a JSON object.
 
     The object has ``text``, or ``messages``: a list of objects whose ``content`` strings are joined
-    by newlines. Blank lines, and objects whose text is blank, are passed over.
+    by newlines. Blank lines, and objects whose text is blank, are passed over. `share` of the text
+    is held out.
 
     Raises:
         InputError: no such file, not UTF-8, or a line of another form; it names file and line.
@@ -56,26 +58,25 @@ def jsonl_corpus(location: str) -> Corpus:
     path = _existing("jsonl", location)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, jsonl: needs a file")
-    named = []
+    texts = []
     # Split at line feeds only: other separators that Unicode knows may stand inside a JSON string.
     for number, line in enumerate(_read(path).split(b"\n"), start=1):
         if line.strip():
             where = f"{path}: line {number}"
-            named.append((f"line {number}", _checked(_json_text(line, where), where)))
-    return _corpus("jsonl", path, named)
+            texts.append(_checked(_json_text(line, where), where))
+    return _corpus("jsonl", path, texts, share)
 
 
-def _corpus(kind: str, path: Path, named: list[tuple[str, str]]) -> Corpus:
-    with_text = [(name, text) for name, text in named if text.strip()]
-    if not with_text:
+def _corpus(kind: str, path: Path, texts: list[str], share: float) -> Corpus:
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise InputError(f"{path}: holds no text")
-    train, validation = split_documents(with_text, str(path))
+    splits = split_documents(texts, str(path), share)
     return Corpus(
         name=f"{kind}:{visible(path.resolve().name)}",
-        train=train,
-        validation=validation,
+        read=lambda: splits,
         append_end_of_text=True,
-        fingerprint=text_fingerprint(f"{kind} 1", train, validation),
+        fingerprint=text_fingerprint(f"{kind} 2", *splits),
     )
 
 
@@ -89,8 +90,14 @@ def _existing(kind: str, location: str) -> Path:
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = set()  # each real folder once: links may lead in a circle, or to what is here anyway
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = Path(parent).stat()
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             file = Path(parent, name)
             if name.startswith(".") or file.suffix.lower() not in TEXT_SUFFIXES:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_folder, with_home
+from contextlm.base.files import is_folder, with_home
 from contextlm.data.corpus import Corpus, checked_counts, text_fingerprint
 from contextlm.data.hub import load_split
 
@@ -124,8 +124,7 @@ def pile(documents: tuple[int, int] | None = None) -> Corpus:
 def _corpus(label: str, train: Sequence[str], validation: Sequence[str]) -> Corpus:
     return Corpus(
         name=label,
-        train=train,
-        validation=validation,
+        read=lambda: (train, validation),
         append_end_of_text=False,
         fingerprint=text_fingerprint("named 1", train, validation),
     )

@@ -19,49 +19,50 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Collection, Iterator
-from functools import cache
 from pathlib import Path
 
 from contextlm.base.errors import RunError
-from contextlm.data.corpus import Corpus, LaterDocuments, split_documents
+from contextlm.data.corpus import VALIDATION_SHARE, Corpus, split_documents
 
-_VERSION = "pydocs 1"
+_VERSION = "pydocs 2"
 _LEFT_OUT = frozenset({"test", "tests", "idle_test", "idlelib", "turtledemo", "__pycache__"})
 _TOPICS = "pydoc_data.topics"
 
 
-def pydocs() -> Corpus:
+def pydocs(share: float = VALIDATION_SHARE) -> Corpus:
     """The corpus ``pydocs`` of the running Python: about 2 million characters.
 
     One document per module, class and function docstrings under their qualified names, and one per
-    help topic; sorted by name, 5 % of them held out by the hash of the name.
+    help topic; sorted by name, `share` of the text held out.
 
     Raises:
         RunError: this Python comes without its library's source files.
     """
-    return read_pydocs(Path(sysconfig.get_paths()["stdlib"]))
+    return read_pydocs(Path(sysconfig.get_paths()["stdlib"]), share=share)
 
 
-def read_pydocs(stdlib: Path, modules: Collection[str] = sys.stdlib_module_names) -> Corpus:
+def read_pydocs(
+    stdlib: Path,
+    modules: Collection[str] = sys.stdlib_module_names,
+    share: float = VALIDATION_SHARE,
+) -> Corpus:
     """`pydocs` from the folder `stdlib`; only top-level names in `modules` are read."""
     sources = dict(sorted(_sources(stdlib, modules)))
     if not sources:
         raise RunError(
             f"corpus 'pydocs': no Python source files in {stdlib}; use text:PATH instead"
         )
-    digest = hashlib.sha256(_VERSION.encode())
+    digest = hashlib.sha256(f"{_VERSION} {share}".encode())
     for name, path in sources.items():
         digest.update(f"\0{name}\0".encode() + hashlib.sha256(_read(path)).digest())
 
-    @cache
-    def splits() -> tuple[list[str], list[str]]:
-        named = sorted(_documents(sources))
-        return split_documents(named, f"corpus 'pydocs' from {stdlib}")
+    def read() -> tuple[list[str], list[str]]:
+        texts = [text for _, text in sorted(_documents(sources))]
+        return split_documents(texts, f"corpus 'pydocs' from {stdlib}", share)
 
     return Corpus(
         name=f"pydocs (Python {platform.python_version()})",
-        train=LaterDocuments(lambda: splits()[0]),
-        validation=LaterDocuments(lambda: splits()[1]),
+        read=read,
         append_end_of_text=True,
         fingerprint=digest.hexdigest(),
     )

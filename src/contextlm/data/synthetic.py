@@ -1,7 +1,7 @@
-"""Texts that ask for what they said before: what a cache must keep, made up at will.
+"""Synthetic tasks: texts that ask for what they said before, which is what a cache must keep.
 
 Each document is one question of retrieval in words of its own: a text, a ``?``, and answers, each
-behind a ``*`` that says that the next word is to be scored (`data.answers` takes the marks out):
+behind a ``*`` that says that the next word is to be scored (`samples.Answers` takes the marks out):
 
     recall    associative recall: keys and values, then each key again in another order
               k3 v7 k12 v1 ? k12 * v1 k3 * v7
@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 from contextlm.base.errors import InputError
-from contextlm.data.corpus import Corpus, LaterDocuments, checked_counts, is_validation
+from contextlm.data.corpus import Corpus, checked_counts, is_held_out
 
 QUESTION, MARK = "?", "*"
 DOCUMENTS = (20_000, 1_000)
 NEEDLE_TEXT = 256  # words before the question
 _VERSION = 2
-_HELD_OUT = 20  # percent of all possible documents
+_HELD_OUT = 0.2  # of all possible documents
 _DIGITS = [f"d{n}" for n in range(10)]
 _NOISE = [f"w{n}" for n in range(32)]
 _NAMES = [f"n{n}" for n in range(32)]
@@ -159,20 +159,18 @@ def synthetic(task: Task, documents: tuple[int, int] | None) -> Corpus:
     known = f"{name} {_VERSION} {train} {validation}"
     return Corpus(
         name=name,
-        train=LaterDocuments(cache(lambda: _documents(task, "train", train))),
-        validation=LaterDocuments(cache(lambda: _documents(task, "validation", validation))),
+        read=lambda: (
+            [_document(task, "train", index) for index in range(train)],
+            [_document(task, "validation", index) for index in range(validation)],
+        ),
         append_end_of_text=False,
         fingerprint=hashlib.sha256(known.encode()).hexdigest(),
     )
-
-
-def _documents(task: Task, split: str, count: int) -> Sequence[str]:
-    return [_document(task, split, index) for index in range(count)]
 
 
 def _document(task: Task, split: str, index: int) -> str:
     draw = random.Random(f"{task.kind} {task.size} {split} {index}")
     while True:
         text = " ".join(task.write(draw, task.levels[index % len(task.levels)]))
-        if is_validation(text, _HELD_OUT) == (split == "validation"):
+        if is_held_out(text, _HELD_OUT) == (split == "validation"):
             return text

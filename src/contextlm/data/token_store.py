@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,20 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, write_json
-from contextlm.base.folders import why_not_writable
-from contextlm.data.corpus import Corpus
+from contextlm.base.files import atomic_open, why_not_writable, write_json
+from contextlm.data.corpus import Corpus, document_key
 from contextlm.data.pieces import encode_pieces
-from contextlm.data.tokenizers import encode, tokenizer_hash, vocab_entries
+from contextlm.data.tokenizers import encode, keeps_text, tokenizer_hash, vocab_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_CHARACTERS = 1_000_000
 _LONGEST_PIECE = 4_000_000
-
-Progress = Callable[[int, int], None]
+# All documents up to so many characters, and then one in so many, are decoded again.
+_CHECKED_CHARACTERS, _CHECKED_EVERY = 1_000_000, 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ class Facts:
         sha256: hexadecimal, of the token file.
         document_offsets: where each document starts, and at last `tokens`.
         document_bytes: UTF-8 bytes of each document's text.
+        document_keys: of each document; equal ones differ in white space and case at most.
+        keeps_text: whether the tokens of whole documents, a sample of them where they are many,
+            decode to the very text: only then is there a number of bits per byte.
         format: version of this file.
     """
 
@@ -61,6 +63,8 @@ class Facts:
     sha256: str
     document_offsets: list[int]
     document_bytes: list[int]
+    document_keys: list[str]
+    keeps_text: bool
     format: int = _FORMAT
 
 
@@ -133,7 +137,6 @@ def build_token_store(
     split: str,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    progress: Progress | None = None,
 ) -> TokenStore:
     """The tokens of a corpus's split: the stored ones if they still hold, else made anew.
 
@@ -145,7 +148,6 @@ def build_token_store(
         split: ``"train"`` or ``"validation"``.
         tokenizer: its end-of-text token follows each document if `corpus` wants that.
         folder: may be shared by all corpora and tokenizers; made if needed.
-        progress: called with the documents done and the documents in all.
 
     Raises:
         InputError: the split gives no tokens.
@@ -164,7 +166,7 @@ def build_token_store(
     path = folder / f"{slug}-{split}-{key}.bin"
     facts = _reusable(path, expected)
     if facts is None:
-        facts = _build(path, expected, corpus.documents(split), tokenizer, progress)
+        facts = _build(path, expected, corpus.documents(split), tokenizer)
     return TokenStore(path, facts)
 
 
@@ -192,19 +194,27 @@ def _build(
     expected: dict[str, Any],
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
-    progress: Progress | None,
 ) -> Facts:
     digest = hashlib.sha256()
-    offsets, sizes = [0], []
+    offsets = [0]
+    sizes: list[int] = []
+    keys: list[str] = []
+    characters, kept = 0, True
     end = [] if expected["end_of_text"] is None else [expected["end_of_text"]]
     with atomic_open(path, "wb") as stream:
         for batch in _batches(documents):
-            for text, ids in zip(batch, _encode_documents(tokenizer, batch), strict=True):
+            rows = _encode_documents(tokenizer, batch)
+            checked = []
+            for text, ids in zip(batch, rows, strict=True):
+                if characters <= _CHECKED_CHARACTERS or len(sizes) % _CHECKED_EVERY == 0:
+                    checked.append((text, ids))
+                characters += len(text)
                 count = _write(ids + end, expected["dtype"], stream, digest)
                 offsets.append(offsets[-1] + count)
                 sizes.append(len(text.encode("utf-8")))
-            if progress is not None:
-                progress(len(sizes), len(documents))
+                keys.append(document_key(text))
+            if kept and checked:
+                kept = keeps_text(tokenizer, [text for text, _ in checked], [i for _, i in checked])
         if offsets[-1] == 0:  # raised in here, so that no file is left
             raise InputError(
                 f"corpus {expected['corpus']!r}: its {expected['split']} split has no tokens"
@@ -215,6 +225,8 @@ def _build(
         sha256=digest.hexdigest(),
         document_offsets=offsets,
         document_bytes=sizes,
+        document_keys=keys,
+        keeps_text=kept,
     )
     write_json(path.with_suffix(".json"), asdict(facts))
     return facts
@@ -254,3 +266,14 @@ def _encode_documents(tokenizer: PreTrainedTokenizerFast, batch: list[str]) -> l
 def _blocks(text: str) -> Iterator[str]:
     """`text` in slices, so that cutting a piece off does not copy all the rest."""
     return (text[at : at + _LONGEST_PIECE] for at in range(0, len(text), _LONGEST_PIECE))
+
+
+def repeated_documents(train: TokenStore, validation: TokenStore) -> tuple[int, int]:
+    """Documents that repeat an earlier one, and those of validation that training holds too.
+
+    Counted without regard to white space and case.
+    """
+    keys = [*train.facts.document_keys, *validation.facts.document_keys]
+    in_training = set(train.facts.document_keys)
+    shared = sum(key in in_training for key in validation.facts.document_keys)
+    return len(keys) - len(set(keys)), shared

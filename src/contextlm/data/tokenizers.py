@@ -10,21 +10,17 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.files import write_text
-from contextlm.base.paths import is_file, is_folder, with_home
+from contextlm.base.files import is_file, is_folder, with_home, write_text
 from contextlm.base.visible import shown
-from contextlm.data.bpe import END_OF_TEXT, SMALLEST_BPE, train_bpe
 from contextlm.data.corpus import Corpus
 from contextlm.data.hub import from_hub
 from contextlm.data.named import data_folder
-from contextlm.data.parallelism import parallel_tokenizers
-from contextlm.data.word_level import SMALLEST_WORD_LEVEL, WORD_LEVEL_ROLES, train_word_level
+from contextlm.data.tokenizer_training import END_OF_TEXT, KINDS, all_roles, parallel_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,47 +31,7 @@ _NAMED = {
     "gpt2": ("openai-community/gpt2", 50257),
     "pythia": ("EleutherAI/pythia-70m", 50277),
 }
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of tokenizer that is trained on the corpus, named ``KIND:SIZE``.
-
-    `roles` names its special tokens as transformers does. A new `version` makes those in the cache
-    useless; `smallest` is explained by `needed`.
-    """
-
-    train: Callable[[Sequence[str], int], Any]
-    version: int
-    smallest: int
-    needed: str
-    example: str
-    roles: Mapping[str, str]
-
-
-def _all_roles(end: str) -> dict[str, str]:
-    return {"bos_token": end, "eos_token": end, "pad_token": end}
-
-
-_TRAINED = {
-    "bpe": _Kind(
-        train=train_bpe,
-        version=1,
-        smallest=SMALLEST_BPE,
-        needed="256 bytes and the end-of-text token",
-        example="bpe:4096",
-        roles=_all_roles(END_OF_TEXT),
-    ),
-    "word": _Kind(
-        train=train_word_level,
-        version=2,
-        smallest=SMALLEST_WORD_LEVEL,
-        needed="padding, unknown, beginning, end and one word",
-        example="word:1000",
-        roles=WORD_LEVEL_ROLES,
-    ),
-}
-_KNOWN = (*_NAMED, *(f"{kind}:SIZE" for kind in _TRAINED), "a folder with tokenizer.json")
+_KNOWN = (*_NAMED, *(f"{kind}:SIZE" for kind in KINDS), "a folder with tokenizer.json")
 
 
 def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenizerFast:
@@ -95,7 +51,7 @@ def load_tokenizer(spec: str, corpus: Corpus, cache: Path) -> PreTrainedTokenize
     """
     trained = _kind_and_size(spec)
     if trained is not None:
-        return _wrap(_trained(*trained, corpus, cache), _TRAINED[trained[0]].roles)
+        return _wrap(_trained(*trained, corpus, cache), KINDS[trained[0]].roles)
     if spec in _NAMED:
         folder = _local_copy(spec)
         return _from_folder(folder) if folder else _from_file(_download(spec), spec)
@@ -134,14 +90,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def keeps_all_words(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether tokens stand for all of a text, so that a loss is a code length of it.
+def keeps_text(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], ids: Sequence[Sequence[int]]
+) -> bool:
+    """Whether `ids` of `texts` decode to these very texts.
 
-    A vocabulary of words turns every other word into the one unknown token.
+    Where they do not (a lower-casing tokenizer, one with an unknown token, one that drops
+    characters), the loss is no code length of the text, and bits per byte mean nothing.
     """
-    from tokenizers.models import WordLevel, WordPiece
-
-    return not isinstance(tokenizer.backend_tokenizer.model, (WordLevel, WordPiece))
+    with parallel_tokenizers():
+        decoded = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return list(texts) == decoded
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -151,11 +110,16 @@ def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without added special tokens and without length limits."""
+    """Token ids of each text, without special tokens and without length limits.
+
+    A text that holds the spelling of one (``<|endoftext|>``, ``</s>`` in HTML) is encoded as the
+    characters that it is made of.
+    """
     with parallel_tokenizers():
         encoded = tokenizer(
             list(texts),
             add_special_tokens=False,
+            split_special_tokens=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # else it warns of texts longer than some model's positions
@@ -167,9 +131,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
 def _kind_and_size(spec: str) -> tuple[str, int] | None:
     """KIND and SIZE of a tokenizer that is trained on the corpus, or None for another one."""
     kind, colon, text = spec.partition(":")
-    if kind not in _TRAINED:
+    if kind not in KINDS:
         return None
-    entry = _TRAINED[kind]
+    entry = KINDS[kind]
     if not colon or not (text.isascii() and text.isdigit() and len(text) <= 10):
         raise InputError(
             f"tokenizer {shown(spec)}: expected {kind}:SIZE with a whole number, "
@@ -191,7 +155,7 @@ def _folder(spec: str) -> Path:
     if spec and (os.sep in spec or is_file(path)):
         raise InputError(f"tokenizer {shown(spec)}: no such folder")
     kind, colon, size = spec.partition(":")
-    near = difflib.get_close_matches(kind, _TRAINED, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
     slip = colon and size.isdigit() and near
     raise unknown_name("tokenizer", spec, [f"{near[0]}:{size}"] if slip else _KNOWN)
 
@@ -239,7 +203,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _from_file(file: Path, spec: str) -> PreTrainedTokenizerFast:
     backend = _backend(file)
     end = _end_among(backend.get_vocab(with_added_tokens=True), spec)
-    return _wrap(backend, _all_roles(end))
+    return _wrap(backend, all_roles(end))
 
 
 def _end_among(vocabulary: dict[str, int], spec: str) -> str:
@@ -293,7 +257,7 @@ def _entries(backend: Any) -> int:
 
 def _trained(kind: str, size: int, corpus: Corpus, cache: Path) -> Any:
     """From the cache if an earlier training left it there whole, else trained now and kept."""
-    entry = _TRAINED[kind]
+    entry = KINDS[kind]
     key = f"{kind} {entry.version} {size} {corpus.fingerprint}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     file = cache / "tokenizers" / f"{kind}-{size}-{name}.json"

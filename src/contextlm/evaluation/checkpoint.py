@@ -1,13 +1,20 @@
-"""Open a saved checkpoint and measure it."""
+"""Opening a saved checkpoint, whose files may be a stranger's, and the note on how it was trained.
+
+Only a local folder is read; no network is touched and no code from the folder runs. Weights are
+read from safetensors files alone: other formats are pickles, which run code.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,114 +27,44 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm import models as models  # registers our architectures with the Auto classes
 from contextlm.base.device import resolve_device
-from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file
+from contextlm.base.errors import InputError, is_out_of_memory
+from contextlm.base.files import is_file, write_json
 from contextlm.base.visible import shown
-from contextlm.compress.input_cache import InputCache
-from contextlm.data.corpora import load_corpus
-from contextlm.data.token_store import build_token_store, cache_folder
-from contextlm.data.tokenizers import keeps_all_words, vocab_entries
-from contextlm.data.windows import Windows
-from contextlm.evaluation.checkpoint_files import (
-    INDEX,
-    WEIGHTS,
-    check_names_no_code,
-    check_parts,
-    check_weights,
-    read_object,
-)
-from contextlm.evaluation.input_cache import InputCacheReport, compare_input_cache
-from contextlm.evaluation.memory import measure_cache, position_limit
-from contextlm.evaluation.quality import bits_per_byte, evaluate_quality
-from contextlm.evaluation.speed import measure_speed
-from contextlm.evaluation.trained import read_trained
+from contextlm.data.tokenizers import vocab_entries
 from contextlm.models.build import check_values, config_class, meta_model, reason
-from contextlm.results.facts import CacheBytes
+from contextlm.results.run_files import first_problem
 
-CACHE_LENGTHS = (128, 512, 2048, 8192)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NOTE = "contextlm.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Settings by which transformers loads code from the hub, or weights from another file.
+_NAMES_CODE = ("attn_implementation", "experts_implementation")
+_NAMES_FILES = "transformers_weights"
 # Quantised weights are stored packed, several to a number.
 _MOST_PACKED = 16
-# What transformers raises for a folder that holds no whole model.
-_UNUSABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    RecursionError,
-    SafetensorError,
-    StrictDataclassError,
-)
-
-
-class CheckpointReport(BaseModel):
-    """Quality on a corpus's validation split, cache bytes and speed of one checkpoint.
-
-    `bits_per_byte` is None where the tokenizer has one token for all unknown words and where the
-    model predicts further ahead than the next token, `input_cache` where it was not asked for.
-    `remarks` say why these figures are others than those of the run that made the checkpoint.
-    """
-
-    checkpoint: str
-    architecture: str
-    parameters: int
-    corpus: str
-    sequence_length: int
-    windows: int
-    windows_available: int
-    tokens: int
-    loss: float
-    ppl: float
-    bits_per_byte: float | None
-    accuracy: float
-    cache: list[CacheBytes]
-    cache_dtype: str
-    speed_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    input_cache: InputCacheReport | None = None
-    remarks: list[str] = []
 
 
 def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model, ready to evaluate, and its tokenizer.
 
-    Only a local folder is read; no network is touched and no code from the folder runs.
-
     Raises:
         InputError: it is not a checkpoint folder, or a part is missing or damaged or does not fit
             the others; the message names the file.
     """
-    where = resolve_device(device)
-    check_parts(folder)
+    place = resolve_device(device)
+    _check_parts(folder)
     config = _read_config(folder)
     tokenizer = _read_tokenizer(folder)
     weights = WEIGHTS if is_file(folder / WEIGHTS) else INDEX
     # Asked before anything is loaded: weights that a file lacks would be drawn at random, however
     # large config.json says that they are.
-    stored = check_weights(folder)
+    stored = _check_weights(folder)
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
     if wanted > _MOST_PACKED * stored:
         raise InputError(f"{folder}: {weights} does not fit config.json")
-    model, notes = _load(folder, config)
-    if notes["mismatched_keys"] or notes["missing_keys"]:
-        raise InputError(f"{folder}: {weights} does not fit config.json")
-    entries = model.get_input_embeddings().weight.shape[0]
-    if vocab_entries(tokenizer) > entries:
-        raise InputError(
-            f"{folder}: tokenizer.json has {vocab_entries(tokenizer)} entries, the model {entries}"
-        )
-    model.generation_config = _plain_generation(folder, model, entries)
-    return model.to(where).eval(), tokenizer
-
-
-def _load(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+    with _named(f"{folder}: cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -136,8 +73,26 @@ def _load(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict
             ignore_mismatched_sizes=True,  # so that the misfits are told by name
             output_loading_info=True,
         )
-    except _UNUSABLE as error:
-        raise InputError(f"{folder}: cannot be loaded: {reason(error)}") from None
+    if info["mismatched_keys"] or info["missing_keys"]:
+        raise InputError(f"{folder}: {weights} does not fit config.json")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if vocab_entries(tokenizer) > entries:
+        raise InputError(
+            f"{folder}: tokenizer.json has {vocab_entries(tokenizer)} entries, the model {entries}"
+        )
+    model.generation_config = _plain_generation(folder, model, entries)
+    return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn whatever a library raises for a damaged file into an `InputError` that begins so."""
+    try:
+        yield
+    except Exception as error:  # transformers and tokenizers raise anything, plain Exception too
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{what}: {reason(error)}") from None
 
 
 def _plain_generation(folder: Path, model: PreTrainedModel, entries: int) -> GenerationConfig:
@@ -161,133 +116,155 @@ def _plain_generation(folder: Path, model: PreTrainedModel, entries: int) -> Gen
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
-    given = read_object(file)
+    given = _read_object(file)
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{file}: it names no model_type")
-    check_names_no_code(given, file)
-    try:
+    _check_names_no_code(given, file)
+    with _named(str(file)):
         config_class(model_type)
         check_values(given)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         meta_model(config)
-    except (InputError, *_UNUSABLE) as error:
-        raise InputError(f"{file}: {reason(error)}") from None
     return config
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    file = folder / "tokenizer.json"
-    read_object(file)
-    if is_file(folder / "tokenizer_config.json"):
-        read_object(folder / "tokenizer_config.json")
-    try:
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    _read_object(file)
+    if is_file(settings):
+        _read_object(settings)
+    with _named(f"{file}: not a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizers library raises plain Exception for what is damaged
-        raise InputError(f"{file}: not a tokenizer: {reason(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: it asks for no fast tokenizer")
-    try:  # some settings are looked at only when there is text
-        tokenizer.decode(tokenizer("a")["input_ids"])
-    except Exception as error:  # whatever a value of another type leads to
-        raise InputError(
-            f"{folder / 'tokenizer_config.json'}: damaged, the tokenizer cannot be used: "
-            f"{reason(error)}"
-        ) from None
+        raise InputError(f"{settings}: it asks for no fast tokenizer")
+    with _named(f"{settings}: damaged, the tokenizer cannot be used"):
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some settings are read only with text
     return tokenizer
 
 
-def evaluate_checkpoint(
-    folder: Path,
-    *,
-    corpus: str,
-    device: str,
-    sequence_length: int | None,
-    samples: int | None,
-    cache_lengths: list[int] | None,
-    input_cache: bool = False,
-) -> CheckpointReport:
-    """Measure a checkpoint on the validation split of `corpus`, in windows with state reset.
+def _check_parts(folder: Path) -> None:
+    """An `InputError` that names what is missing, unless all parts of a checkpoint are there.
 
-    Args:
-        folder: the checkpoint.
-        corpus: as in a recipe.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        sequence_length: of the windows; None: 128, or the model's positions if fewer.
-        samples: use only the first windows; None: all.
-        cache_lengths: tokens at which to count the cache; those beyond the model's positions are
-            left out. None: `CACHE_LENGTHS`, or the model's positions where it has fewer.
-        input_cache: also measure bytes and speed with an `InputCache`.
+    An adapter is none: transformers would fetch the model that it names.
+    """
+    if is_file(folder / "adapter_config.json"):
+        raise InputError(
+            f"{folder}: adapter_config.json makes it an adapter, not a whole model: merge it into "
+            "its model first"
+        )
+    for name in ("config.json", WEIGHTS, "tokenizer.json"):
+        if is_file(folder / name) or (name == WEIGHTS and is_file(folder / INDEX)):
+            continue
+        if name == WEIGHTS:
+            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+            if pickles:
+                raise InputError(
+                    f"{folder}: {pickles[0]} may be a pickle, which can run code when it is read, "
+                    f"and is never loaded: save the weights as {WEIGHTS}"
+                )
+        raise InputError(f"{folder}: not a checkpoint folder: {name} is missing")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; an `InputError` that names it if it holds anything else."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: not a JSON object")
+    return value
+
+
+def _check_names_no_code(config: dict[str, Any], file: Path) -> None:
+    """Refuse a configuration that names code on the hub, or other weights, at whatever depth."""
+    todo: list[Any] = [config]
+    while todo:
+        outer = todo.pop()
+        todo += outer.values() if isinstance(outer, dict) else outer
+        for key, value in outer.items() if isinstance(outer, dict) else ():
+            if key.endswith(_NAMES_CODE) and "/" in json.dumps(value):
+                raise InputError(f"{file}: {key} names code to load ({shown(value)}): remove it")
+            if key == _NAMES_FILES:
+                raise InputError(f"{file}: {key} names other weights ({shown(value)}): remove it")
+        todo = [inner for inner in todo if isinstance(inner, (dict, list))]
+
+
+def _check_weights(folder: Path) -> int:
+    """How many numbers the files of weights hold, once each is known to be there and whole."""
+    names = {WEIGHTS}
+    if not is_file(folder / WEIGHTS):
+        shards = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise InputError(f"{folder / INDEX}: it has no weight_map")
+        names = set(shards.values())
+    total = 0
+    for name in sorted(names):
+        if PurePath(name).name != name:
+            raise InputError(f"{folder / INDEX}: weight_map leads out of the folder: {shown(name)}")
+        try:
+            # What is opened is no mapping: it has keys() and cannot be iterated.
+            with safe_open(folder / name, framework="pt") as stored:
+                shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder / name}: damaged or missing: {error}") from None
+        total += sum(map(math.prod, shapes))
+    return total
+
+
+class TrainingNote(BaseModel):
+    """What a checkpoint remembers of its training: its weights mean nothing without it.
+
+    Attributes:
+        target_offset: how many tokens ahead it predicts.
+        unit: whether a sample was a window of a stream, a line of text, or a question.
+        stream: whether its contexts ran on from window to window.
+        sequence_length: tokens of a sample; None where the note is older than this.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    target_offset: PositiveInt = 1
+    unit: Literal["windows", "lines", "answers"] = "windows"
+    stream: bool = False
+    sequence_length: PositiveInt | None = None
+
+    def remarks(self) -> list[str]:
+        """What makes figures on windows, each from its beginning, others than the run's."""
+        said = []
+        if self.target_offset > 1:
+            said.append(f"it predicts the token {self.target_offset} ahead, and is scored on that")
+        if self.unit == "lines":
+            said.append("it was trained on lines, each from its beginning; here it reads windows")
+        if self.unit == "answers":
+            said.append("it was trained to answer questions of synthetic tasks, nothing else")
+        if self.stream:
+            said.append("its contexts ran on through the text; here each window starts anew")
+        return said
+
+
+def write_trained(folder: Path, note: TrainingNote) -> None:
+    """Put the note into a checkpoint's folder."""
+    write_json(folder / NOTE, note.model_dump())
+
+
+def read_trained(folder: Path) -> TrainingNote:
+    """The note in a checkpoint's folder; the defaults where another program made the checkpoint.
 
     Raises:
-        InputError: the checkpoint or the corpus is not usable, no cache length fits, or the model
-            cannot have an `InputCache`.
+        InputError: the note is damaged; the message names the file.
     """
-    cache = cache_folder()  # one that cannot be used is told before the work
-    model, tokenizer = load_checkpoint(folder, device)
-    if input_cache:
-        _check_input_cache(model)
-    where = next(model.parameters()).device
-    limit = position_limit(model)
-    length = sequence_length or min(128, limit or 128)
-    if limit is not None and length > limit:
-        raise InputError(f"--sequence-length {length} is more than the model's {limit} positions")
-    lengths = _lengths_within(limit, cache_lengths)
-    text = load_corpus(corpus)
-    store = build_token_store(text, "validation", tokenizer, cache)
-    trained = read_trained(folder)
-    ahead = trained.target_offset
-    windows = Windows(
-        store.tokens,
-        length,
-        target_offset=ahead,
-        samples=samples,
-        name=f"corpus {corpus!r} (validation)",
-    )
-    quality = evaluate_quality(model, windows, 32, where)
-    covered = windows.tokens_covered
-    held = measure_cache(model, lengths, where)
-    speed = measure_speed(model, 512, where)
-    return CheckpointReport(
-        checkpoint=str(folder),
-        architecture=model.config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
-        corpus=text.name,
-        sequence_length=length,
-        windows=len(windows),
-        windows_available=len(Windows(store.tokens, length, target_offset=ahead)),
-        tokens=quality.tokens,
-        loss=quality.loss,
-        ppl=quality.ppl,
-        bits_per_byte=bits_per_byte(quality.loss, covered, store.byte_count(covered))
-        if keeps_all_words(tokenizer) and ahead == 1
-        else None,
-        accuracy=quality.accuracy,
-        cache=held,
-        cache_dtype=str(model.dtype).removeprefix("torch."),
-        speed_tokens=speed.tokens,
-        prefill_tokens_per_second=speed.prefill_tokens_per_second,
-        decode_tokens_per_second=speed.decode_tokens_per_second,
-        input_cache=compare_input_cache(model, held, speed, where) if input_cache else None,
-        remarks=trained.remarks(),
-    )
-
-
-def _check_input_cache(model: PreTrainedModel) -> None:
-    """Tell before the work that the model cannot have one."""
+    file = folder / NOTE
+    if not file.is_file():
+        return TrainingNote()
     try:
-        InputCache(model).remove()
-    except InputError as error:
-        raise InputError(f"--cache input: {error}") from None
-
-
-def _lengths_within(limit: int | None, wanted: list[int] | None) -> list[int]:
-    """The cache lengths that a model with `limit` positions can reach."""
-    fitting = [n for n in wanted or CACHE_LENGTHS if limit is None or n <= limit]
-    if fitting:
-        return fitting
-    if wanted is None and limit is not None:
-        return [limit]
-    raise InputError(f"--cache-lengths: none is within the model's {limit} positions")
+        return TrainingNote.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise InputError(f"{file}: {first_problem(error)}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -75,11 +75,6 @@ def measure_cache(
     The text does not matter for the count; a fixed token is fed, in chunks, the last token of each
     length alone, as `generate` does. Lengths beyond the model's positions are left out.
 
-    Args:
-        model: a causal language model.
-        lengths: numbers of tokens.
-        device: where the model is.
-
     Returns:
         One entry per length, ascending.
     """
@@ -113,15 +108,9 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-    """Feed tokens to a model that decodes.
+    """Feed new tokens to a model that decodes: the last one's logits, ``[B, V]``, and the cache.
 
-    Args:
-        model: a causal language model.
-        ids_BT: the new tokens.
-        cache: what the previous call returned, or None at the start.
-
-    Returns:
-        The last token's logits, ``[B, V]``, and the cache.
+    `cache` is what the previous call returned, or None at the start.
 
     Raises:
         RunError: the model keeps no cache.
@@ -165,26 +154,9 @@ def _call(
 
 
 def memory_now(device: torch.device) -> tuple[int, int | None]:
-    """Bytes in use: this process's resident set, and what the accelerator's allocator has given.
-
-    Where the system does not tell the resident set of the moment, it is the peak so far.
-    """
+    """Bytes in use: this process's resident set, and what the accelerator's allocator has given."""
     accelerator = int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
-    return _status_bytes("VmRSS:") or _peak_bytes(), accelerator
-
-
-def _status_bytes(field: str) -> int | None:
-    """One figure of Linux's account of this process."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(psutil.Process().memory_info().rss), accelerator
 
 
 class PeakMemory:
@@ -203,7 +175,16 @@ class PeakMemory:
 
     def host_bytes(self) -> int:
         """Largest resident set so far."""
-        return _status_bytes("VmHWM:") or _peak_bytes()
+        with suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:"))
+        held = psutil.Process().memory_info()
+        if hasattr(held, "peak_wset"):  # Windows
+            return int(held.peak_wset)
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def accelerator_bytes(self) -> int | None:
         """Most memory allocated on the accelerator, or None on a CPU."""

@@ -1,4 +1,4 @@
-"""How well a model predicts: loss, perplexity, bits per byte, accuracy, effective rank."""
+"""How well a model predicts: loss, bits per byte, accuracy, retrieval; effective rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from contextlm.base import distribution
+from contextlm.data.synthetic import Task
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.models.layers import ContextBlock
+from contextlm.results.facts import RetrievalAccuracy
 
 RANK_SAMPLE = 10_000
 
@@ -55,7 +57,7 @@ def evaluate_quality(
         windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
             they hold is passed to the model.
         batch_size: windows per forward pass.
-        device: where the model is.
+        device: the model's.
     """
     was_training = model.training
     model.eval()
@@ -105,13 +107,35 @@ def evaluator(
     return evaluate
 
 
+@torch.no_grad()
+def retrieval_accuracy(
+    model: nn.Module,
+    samples: Dataset[dict[str, Tensor]],
+    task: Task | None,
+    batch_size: int,
+    device: torch.device,
+) -> list[RetrievalAccuracy]:
+    """Accuracy on the answers at each level of a task, easiest first; empty without a task.
+
+    Args as in `evaluate_quality`; `samples` are of the task's corpus, in its order.
+    """
+    if task is None:
+        return []
+    found = []
+    for place, level in enumerate(task.level_names()):
+        chosen = range(place, len(samples), len(task.levels))  # type: ignore[arg-type]
+        if chosen:
+            quality = evaluate_quality(model, Subset(samples, chosen), batch_size, device)
+            found.append(
+                RetrievalAccuracy(level=level, accuracy=quality.accuracy, answers=quality.tokens)
+            )
+    return found
+
+
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
     """Loss per byte of text, comparable across tokenizers.
 
-    Args:
-        loss: nats per token.
-        tokens: length of the validation text in tokens.
-        num_bytes: its length in UTF-8 bytes.
+    `loss` is in nats per token; the text has so many tokens and so many UTF-8 bytes.
     """
     return loss / math.log(2) * tokens / num_bytes
 
@@ -119,13 +143,7 @@ def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
 def unigram_perplexity(
     train: npt.NDArray[np.integer], validation: npt.NDArray[np.integer], vocab_size: int
 ) -> float:
-    """Validation perplexity of the training tokens' frequencies, each entry counted once more.
-
-    Args:
-        train: token ids, ``[N]``.
-        validation: token ids, ``[M]``.
-        vocab_size: V.
-    """
+    """Validation perplexity of the training tokens' frequencies, each entry counted once more."""
     counts_V = np.bincount(train, minlength=vocab_size) + 1.0
     losses_V = np.log(counts_V.sum()) - np.log(counts_V)
     return perplexity(float(losses_V[np.asarray(validation, dtype=np.int64)].mean()))
@@ -134,8 +152,7 @@ def unigram_perplexity(
 def effective_rank(contexts_NC: Tensor) -> float:
     """``exp(entropy)`` of the singular values normalised to sum 1 (DESIGN 1.6), between 1 and C.
 
-    Args:
-        contexts_NC: contexts of N positions; all-zero ones have rank 0.
+    Contexts that are all zero have rank 0.
     """
     values = torch.linalg.svdvals(contexts_NC.cpu().double())
     if values.sum() == 0:
@@ -163,7 +180,7 @@ def window_contexts(
     device: torch.device,
     limit: int = RANK_SAMPLE,
 ) -> Tensor:
-    """Contexts of the first windows by the exact recurrence, each window from zero.
+    """Contexts of the first windows by the exact recurrence, each window from zero, ``[N, C]``.
 
     Args:
         block: a context block.
@@ -171,11 +188,8 @@ def window_contexts(
         windows: items with ``"input_ids"`` and ``"labels"``; what fills up a window has no target,
             and its context does not count.
         batch_size: windows per pass.
-        device: where the block is.
+        device: the block's.
         limit: stop after at least so many positions.
-
-    Returns:
-        ``[N, C]``.
     """
     collected: list[Tensor] = []
     for batch in DataLoader(windows, batch_size=batch_size):

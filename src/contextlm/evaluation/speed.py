@@ -29,12 +29,9 @@ class Speed:
 
 @torch.no_grad()
 def measure_speed(model: PreTrainedModel, tokens: int, device: torch.device) -> Speed:
-    """Time prefill and decode of one sequence.
+    """Time prefill and decode of one sequence with a prompt of `tokens` tokens.
 
-    Args:
-        model: a causal language model.
-        tokens: length of the prompt; shortened so that prompt and decoded tokens fit the positions.
-        device: where the model is.
+    The prompt is shortened where prompt and decoded tokens would not fit the model's positions.
     """
     limit = position_limit(model)
     decoded = DECODED

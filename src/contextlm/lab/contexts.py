@@ -12,27 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
-from contextlm.base.errors import NotFiniteError
 from contextlm.base.progress import Progress
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import memory_now
 from contextlm.evaluation.quality import effective_rank, sample_rows, window_contexts
+from contextlm.lab.jobs import Job
 from contextlm.lab.live import History, IterationWatcher
-from contextlm.lab.preparation import Prepared, Samples, reads_store
+from contextlm.lab.preparation import Entry, Prepared, Samples
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
-from contextlm.recipe.schema import Contender, Recipe
 from contextlm.results.facts import PhaseOneFacts, StoreFacts
 from contextlm.results.result import StageMemory
-from contextlm.training.context_store import (
-    ContextStore,
-    StoredWindows,
-    fill_context_store,
-    open_context_store,
-)
+from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
 from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
 from contextlm.training.phase_one_state import PhaseOneState
 
-STORES = "_contexts"  # folder of a run; no contender can be named so
+_STORES = "_contexts"  # folder of a run; no contender can be named so
 
 Text = Samples | StoredWindows
 
@@ -49,6 +43,11 @@ class Contexts:
     store_seconds: float | None = None
 
 
+def stores_folder(seed: int) -> Path:
+    """Where, below a run folder, the context stores of a seed are; contenders share them."""
+    return Path(_STORES, f"seed-{seed}")
+
+
 def stage_memory(stage: str, device: torch.device) -> StageMemory:
     """The memory in use now, at the end of a stage."""
     host, accelerator = memory_now(device)
@@ -56,66 +55,57 @@ def stage_memory(stage: str, device: torch.device) -> StageMemory:
 
 
 def make_contexts(
-    recipe: Recipe,
-    contender: Contender,
-    seed: int,
-    model: PreTrainedModel,
+    job: Job,
     prepared: Prepared,
-    folder: Path,
-    device: torch.device,
+    entry: Entry,
+    model: PreTrainedModel,
+    run: Path,
     history: History,
     progress: Progress,
     stages: list[StageMemory],
-    state: PhaseOneState | None = None,
+    state: PhaseOneState | None,
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
 
-    With several processes all call this: they share phase 1, and rank 0 fills the stores.
+    With several processes all call this; rank 0 does the work.
 
     Args:
-        recipe: the comparison.
-        contender: which of its models.
-        seed: of phase 1's start and noise.
+        job, prepared, entry: whose.
         model: trained in place.
-        prepared: the recipe's data.
-        folder: for the stores.
-        device: where to compute.
+        run: the run folder; contenders with the same block share its stores.
         history: takes phase 1's iterations.
-        progress: is told what happens.
+        progress: gets them too.
         stages: takes the memory in use after each step.
         state: keeps on disk where phase 1 is, and brings that back.
 
     Raises:
         NotFiniteError: phase 1's loss is not finite.
     """
-    train, validation = prepared.train[contender.name], prepared.validation[contender.name]
+    train, validation = entry.train, entry.validation
+    device, seed, phase1 = prepared.device, job.seed, entry.contender.phase1
     decoder = model.base_model
     if not isinstance(decoder, HasContextBlock):
         return Contexts(train, validation)
     outcome = None
-    if contender.phase1 is not None:
-        try:
-            outcome = train_context_block(
-                decoder.context_block,
-                decoder.embed_normalised,
-                prepared.stream,
-                contender.phase1,
-                seed=seed,
-                device=device,
-                on_iteration=IterationWatcher(progress, history),
-                state=state,
-            )
-        except FloatingPointError as error:
-            kept = "" if state is None else f"; {state.last()}"
-            raise NotFiniteError(f"{error}{kept}") from None
+    if phase1 is not None:
+        outcome = train_context_block(
+            decoder.context_block,
+            decoder.embed_normalised,
+            prepared.stream,
+            phase1,
+            seed=seed,
+            device=device,
+            on_iteration=IterationWatcher(progress, history),
+            state=state,
+        )
         stages.append(stage_memory("after phase 1", device))
     elif decoder.context_block.frozen:
         progress.line("the context block stays as it was drawn: it is frozen and has no phase1")
     filling = time.perf_counter()
     stores = None
-    if reads_store(recipe, contender, model):
+    if entry.reads_store:
         progress.update("filling the context stores")
-        stores = _fill(recipe, decoder, prepared, outcome, seed, device, folder)
+        stores = _fill(decoder, prepared, outcome, seed, run / stores_folder(seed))
         stages.append(stage_memory("phase 2 prepared", device))
     filled = time.perf_counter()
     facts, phase1_seconds = None, None
@@ -141,30 +131,23 @@ def make_contexts(
 
 
 def _fill(
-    recipe: Recipe,
     decoder: HasContextBlock,
     prepared: Prepared,
     outcome: PhaseOne | None,
     seed: int,
-    device: torch.device,
     folder: Path,
 ) -> tuple[ContextStore, ContextStore]:
     """The stores of both splits.
 
-    Parallel passes go on from phase 1's contexts where there are such, that is on the training
+    Parallel passes continue from phase 1's contexts where there are such, that is on the training
     text; on the validation text they start where phase 1 starts, and are as many.
     """
-    settings = recipe.context_store
+    settings, device = prepared.recipe.context_store, prepared.device
     assert settings is not None  # else nobody reads a store
     block, embed = decoder.context_block, decoder.embed_normalised
 
     def fill(tokens: np.ndarray, start_PC: Tensor, passes: int) -> ContextStore:
-        def make() -> ContextStore:
-            return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
-
-        if distribution.world() == 1:
-            return make()
-        return open_context_store(distribution.by_main(lambda: make().path))
+        return fill_context_store(block, embed, tokens, start_PC, passes, settings, folder)
 
     fresh_PC = initial_contexts(len(prepared.validation_stream), block.context_dim, seed, device)
     if outcome is None:

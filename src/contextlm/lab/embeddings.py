@@ -29,8 +29,7 @@ from transformers.utils import cached_file
 
 from contextlm.base import distribution
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open
-from contextlm.base.paths import is_folder, with_home
+from contextlm.base.files import atomic_open, is_folder, with_home
 from contextlm.base.progress import Progress
 from contextlm.data.hub import from_hub
 from contextlm.data.token_store import cache_folder
@@ -40,8 +39,9 @@ from contextlm.lab.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.recipe.settings import EmbeddingSettings, TrainingSettings
 from contextlm.results.facts import EmbeddingFacts
-from contextlm.training.next_token import NextTokenOutcome, train_next_token
-from contextlm.training.precision import resolve_precision
+from contextlm.training.next_token import train_next_token
+from contextlm.training.optimisation import resolve_precision
+from contextlm.training.phase_two_state import PhaseTwo
 
 # What transformers raises for a folder that holds no whole model.
 _UNUSABLE = (
@@ -182,15 +182,15 @@ def learn_embedding(
     Args:
         settings: size and training of the small GPT-2.
         text: what it reads, as `check_learning_text` gives it.
-        device: where to compute.
-        folder: for working files, from which it goes on; removed when it is done.
-        progress: is told what happens.
+        device: where it is trained.
+        folder: for working files, from which it resumes; removed when it is done.
+        progress: gets its epochs.
 
     Raises:
         RunError: the loss is not finite.
     """
     precision = resolve_precision("auto", device)
-    file = cache_folder() / "embeddings" / f"{_key(settings, text, precision)}.safetensors"
+    file = _file(settings, text, device)
     known = distribution.from_main(_read(file))
     if known is not None:
         progress.line(f"embeddings: learned before, {_described(known.facts)}")
@@ -213,6 +213,16 @@ def learn_embedding(
     return embedding
 
 
+def is_learned(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> bool:
+    """Whether `learn_embedding` has been here before with the same arguments."""
+    return _file(settings, text, device).exists()
+
+
+def _file(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> Path:
+    key = _key(settings, text, resolve_precision("auto", device))
+    return cache_folder() / "embeddings" / f"{key}.safetensors"
+
+
 def _train(
     model: PreTrainedModel,
     settings: EmbeddingSettings,
@@ -221,7 +231,7 @@ def _train(
     precision: str,
     folder: Path,
     progress: Progress,
-) -> NextTokenOutcome:
+) -> PhaseTwo:
     """Train the small GPT-2; it ends with its best epoch's weights."""
     length = settings.sequence_length
     validation = Windows(text.validation, length, name="the validation split")

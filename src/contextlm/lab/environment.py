@@ -36,12 +36,11 @@ _PACKAGES = (
 )
 
 
-def describe_environment(device: torch.device, seeds: list[int]) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, commit and hardware as plain JSON values."""
     return {
         "contextlm": contextlm.__version__,
         "commit": _commit(),
-        "seeds": seeds,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),

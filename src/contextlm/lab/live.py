@@ -2,48 +2,86 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
 from contextlm.base import distribution
-from contextlm.base.files import write_text
+from contextlm.base.errors import RunError
 from contextlm.base.progress import Bar, Progress
 from contextlm.evaluation.quality import perplexity
-from contextlm.results.result import PhaseOneRow, PhaseTwoRow
-from contextlm.training.epochs import Epoch
+from contextlm.results.result import HistoryRow, PhaseOneRow, PhaseTwoRow, StepRow
 from contextlm.training.phase_one_state import Iteration
+from contextlm.training.phase_two_state import Epoch
+
+MOST_STEP_ROWS = 2000  # of one training
+_SMOOTHED = 50  # steps over which the loss beside the bar is smoothed
 
 
 class History:
-    """`history.jsonl`, rewritten whole at every row so that it can be followed while it grows."""
+    """`history.jsonl`, to which rows are appended as they come.
+
+    It begins anew with its first row: training that resumes tells again what its checkpoint knows,
+    so rows from beyond that, and a line that a killed process left torn, are gone.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines: list[str] = []
+        self._begun = False
 
-    def add(self, row: PhaseOneRow | PhaseTwoRow) -> None:
-        self.lines.append(row.model_dump_json())
-        if distribution.is_main():
-            write_text(self.path, "\n".join(self.lines) + "\n")
+    def add(self, row: HistoryRow) -> None:
+        """Append a row.
+
+        Raises:
+            RunError: the disk refused it.
+        """
+        if not distribution.is_main():
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self._begun else "w", encoding="utf-8") as file:
+                file.write(row.model_dump_json() + "\n")
+                if not isinstance(row, StepRow):  # there are many of those
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{self.path}: {error.strerror}") from error
+        self._begun = True
 
 
 class EpochWatcher:
-    """Shows the steps of an epoch as a bar and each finished epoch as a line."""
+    """Shows the steps of an epoch as a bar with the loss, and each finished epoch as a line.
+
+    At most `MOST_STEP_ROWS` steps of a training go into the history: of more, one in every so many.
+    """
 
     def __init__(self, progress: Progress, history: History):
         self.progress = progress
         self.history = history
         self.stack = ExitStack()
         self.bar: Bar | None = None
+        self._number = self._first = 0
+        self._every = 1
+        self._loss = 0.0
 
-    def on_epoch_begin(self, number: int, steps: int) -> None:
+    def on_epoch_begin(self, number: int, epochs: int, steps: int) -> None:
+        """Show a bar for the epoch."""
         self.bar = self.stack.enter_context(self.progress.bar(steps, f"epoch {number}"))
+        self._number, self._first = number, (number - 1) * steps
+        self._every = -(-epochs * steps // MOST_STEP_ROWS)
 
-    def on_step(self) -> None:
+    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+        """Move the bar on, and record the step if it is one in so many."""
+        self._loss += (loss - self._loss) / min(step - self._first, _SMOOTHED)
         if self.bar is not None:
-            self.bar.advance()
+            self.bar.advance(text=f"epoch {self._number}, loss {self._loss:.4f}")
+        if (step - 1) % self._every == 0:
+            self.history.add(
+                StepRow(step=step, epoch=self._number, loss=loss, learning_rate=learning_rate)
+            )
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
+        """Take the bar away, and record and show the finished epoch."""
         self.stack.close()
         row = PhaseTwoRow(
             epoch=epoch.number,

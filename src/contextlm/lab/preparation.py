@@ -1,70 +1,121 @@
-"""Everything that a run needs, made and checked before anything is written to a run folder."""
+"""A recipe with its data, prepared once and checked before anything is written to a run folder."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
-from contextlm.data.answers import Answers
 from contextlm.data.corpora import load_corpus
-from contextlm.data.lines import Lines, line_corpus
+from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import (
+    TokenStore,
+    build_token_store,
+    cache_folder,
+    repeated_documents,
+)
 from contextlm.data.tokenizers import (
-    keeps_all_words,
     known_vocab_size,
     load_tokenizer,
     start_of_text,
+    tokenizer_hash,
     vocab_entries,
 )
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
-from contextlm.lab.embeddings import (
-    Embedding,
-    LearningText,
-    check_learning_text,
-    load_pretrained,
-)
+from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
+from contextlm.recipe.settings import TrainingSettings
 from contextlm.results.facts import CorpusFacts
-from contextlm.training.optimisation import parameter_groups
+from contextlm.training.optimisation import parameter_groups, resolve_precision
 
 Samples = Windows | Lines | Answers
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A recipe's data and configurations, ready to train on.
+class Entry:
+    """One contender, ready to train.
 
-    `train` and `validation` map a contender's name to its samples, all over the same text;
-    `stream` and `validation_stream` are the texts that they cover. `validation_bytes` counts the
-    UTF-8 bytes behind the validation windows' `facts.validation_tokens`; None for lines, and where
-    tokens do not stand for all of the text. `embedding` replaces the models' own, where there is
-    one, and `learning_text` is what one is still to be learned from.
+    Attributes:
+        contender, training: as the recipe has them, overrides applied.
+        precision: the type that training computes in.
+        config: with the tokenizer's ids.
+        meta: its model on the meta device, to count and to ask.
+        reads_store: whether phase 2 gives it the contexts of a store.
+        train, validation: its samples, over the same text as all other contenders'.
     """
 
+    contender: Contender
+    training: TrainingSettings
+    precision: str
+    config: PreTrainedConfig
+    meta: PreTrainedModel = field(repr=False)
+    reads_store: bool
+    train: Samples
+    validation: Samples
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Training samples that an epoch really uses: a dropped last batch does not count."""
+        count, size = len(self.train), self.training.batch_size
+        return count - count % size if self.training.drop_last else count
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """Entries and width of its token embeddings."""
+        entries, width = self.meta.get_input_embeddings().weight.shape
+        return int(entries), int(width)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all jobs of a recipe read.
+
+    Attributes:
+        recipe, device: what is run, and where.
+        entries: its contenders by name, in the recipe's order.
+        stream, validation_stream: the text behind all contenders' samples, as token ids.
+        validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
+            for lines, and where tokens do not decode to the text.
+        embedding: replaces the models' own, where the recipe names a pretrained one.
+        learning_text: what an embedding is to be learned from, where the recipe wants that.
+        fingerprint: hashes of all of this that decides figures, by name.
+    """
+
+    recipe: Recipe
+    device: torch.device
     tokenizer: PreTrainedTokenizerFast
-    configs: Mapping[str, PreTrainedConfig]
-    train: Mapping[str, Samples]
-    validation: Mapping[str, Samples]
+    entries: Mapping[str, Entry]
     stream: np.ndarray
     validation_stream: np.ndarray
     validation_bytes: int | None
     facts: CorpusFacts
     embedding: Embedding | None
     learning_text: LearningText | None
+    fingerprint: Mapping[str, str]
 
 
-def prepare(recipe: Recipe) -> Prepared:
+@dataclass(frozen=True)
+class _Checked:
+    """A contender that fits its recipe, as far as can be told without the corpus."""
+
+    config: PreTrainedConfig
+    meta: PreTrainedModel
+    training: TrainingSettings
+
+
+def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     """Load the corpus and the tokenizer, cut samples, and check that every contender fits them.
 
     What can be checked without the corpus is checked first.
@@ -75,66 +126,90 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     if (recipe.unit == "answers") != (find_task(recipe.corpus) is not None):
         raise InputError(
-            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: made-up tasks, and only "
-            "they, are trained with unit 'answers'"
+            f"unit {recipe.unit!r} does not fit corpus {recipe.corpus!r}: synthetic tasks, and "
+            "only they, are trained with unit 'answers'"
         )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
-    _check_contenders(recipe, expected_size)
+    checked = _check_contenders(recipe, expected_size)
     limits = recipe.documents
-    corpus = load_corpus(recipe.corpus, (limits.train, limits.validation) if limits else None)
-    if recipe.unit == "lines":
-        corpus = line_corpus(corpus)  # before a tokenizer learns from what is held out
+    corpus = load_corpus(
+        recipe.corpus,
+        (limits.train, limits.validation) if limits else None,
+        recipe.validation,
+        lines=recipe.unit == "lines",
+    )
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
-        _check_contenders(recipe, vocab_size)
+        checked = _check_contenders(recipe, vocab_size)
     ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
-    configs = {
-        contender.name: build_config(contender.model, vocab_size, **ids)
-        for contender in recipe.contenders
-    }
     stores = [
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
-    train = _samples(recipe, stores[0], "train", tokenizer, configs)
-    validation = _samples(recipe, stores[1], "validation", tokenizer, configs)
-    first = recipe.contenders[0].name
-    _check_batches(recipe, len(train[first]))
+    train = _samples(recipe, stores[0], "train", tokenizer, checked)
+    validation = _samples(recipe, stores[1], "validation", tokenizer, checked)
+    entries = {}
+    for contender in recipe.contenders:
+        name = contender.name
+        training = checked[name].training
+        entries[name] = Entry(
+            contender=contender,
+            training=training,
+            precision=resolve_precision(training.precision, device),
+            config=build_config(contender.model, vocab_size, **ids),
+            meta=checked[name].meta,
+            reads_store=reads_store(recipe, contender, checked[name].meta),
+            train=train[name],
+            validation=validation[name],
+        )
+        _check_batches(entries[name])
+    first = entries[recipe.contenders[0].name]
+    repeated, shared = repeated_documents(*stores)
     facts = CorpusFacts(
         name=corpus.name,
-        tokenizer=recipe.tokenizer,
+        tokenizer=recipe.written.get("tokenizer", recipe.tokenizer),
         vocab_size=vocab_size,
-        train_tokens=train[first].tokens_covered,
-        validation_tokens=validation[first].tokens_covered,
-        train_windows=len(train[first]),
-        validation_windows=len(validation[first]),
+        train_tokens=first.train.tokens_covered,
+        validation_tokens=first.validation.tokens_covered,
+        train_windows=len(first.train),
+        validation_windows=len(first.validation),
         sequence_length=recipe.sequence_length,
-        unigram_ppl=unigram_perplexity(
-            train[first].stream(), validation[first].stream(), vocab_size
-        ),
+        repeated_documents=repeated,
+        validation_documents_in_training=shared,
+        unigram_ppl=unigram_perplexity(first.train.stream(), first.validation.stream(), vocab_size),
     )
-    exact = recipe.unit == "windows" and keeps_all_words(tokenizer)
+    exact = recipe.unit == "windows" and stores[1].facts.keeps_text
     stream, validation_stream = _longest(train), _longest(validation)
     learning = stream if recipe.embedding.tokens is None else stores[0].tokens
-    embedding, learning_text = _embedding(recipe, configs, tokenizer, learning, validation_stream)
+    embedding, text = _embedding(recipe, entries, tokenizer, learning, validation_stream)
+    fingerprint = {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "training_text": _sha256(stream),
+        "validation_text": _sha256(validation_stream),
+    }
+    if text is not None:
+        fingerprint["embedding_text"] = _sha256(text.train)
+    if embedding is not None:
+        fingerprint["embedding"] = _sha256(embedding.weight_VD.numpy())
     return Prepared(
+        recipe=recipe,
+        device=device,
         tokenizer=tokenizer,
-        configs=configs,
-        train=train,
-        validation=validation,
+        entries=entries,
         stream=stream,
         validation_stream=validation_stream,
         validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
         facts=facts,
         embedding=embedding,
-        learning_text=learning_text,
+        learning_text=text,
+        fingerprint=fingerprint,
     )
 
 
 def _embedding(
     recipe: Recipe,
-    configs: Mapping[str, PreTrainedConfig],
+    entries: Mapping[str, Entry],
     tokenizer: PreTrainedTokenizerFast,
     tokens: np.ndarray,
     validation: np.ndarray,
@@ -142,14 +217,21 @@ def _embedding(
     """Pretrained embeddings, or the text to learn some from, or neither."""
     if recipe.embedding.source == "random":
         return None, None
-    shape = embedding_shape(configs)
+    shapes = {name: entry.embedding_shape for name, entry in entries.items()}
+    first, shape = next(iter(shapes.items()))
+    for name, other in shapes.items():
+        if other != shape:
+            raise InputError(
+                f"embedding: one table serves all contenders, but {first} needs "
+                f"{shape[0]} x {shape[1]} and {name} {other[0]} x {other[1]}"
+            )
     if recipe.embedding.source == "pretrained":
         return load_pretrained(recipe.embedding.path, tokenizer, *shape), None
     return None, check_learning_text(recipe.embedding, LearningText(tokens, validation, *shape))
 
 
 def _longest(samples: Mapping[str, Samples]) -> np.ndarray:
-    """The text behind all contenders' windows; another target offset may take a window less."""
+    """The text behind all contenders' samples; another target offset may take a window less."""
     return max(samples.values(), key=lambda s: s.tokens_covered).stream()
 
 
@@ -159,52 +241,26 @@ def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) ->
     return wanted and isinstance(model.base_model, ReadsStoredContexts)
 
 
-def embedding_shape(configs: Mapping[str, PreTrainedConfig]) -> tuple[int, int]:
-    """Entries and width of the embeddings, which must be the same for all contenders.
-
-    Raises:
-        InputError: they differ.
-    """
-    shapes = {
-        name: tuple(meta_model(config).get_input_embeddings().weight.shape)
-        for name, config in configs.items()
-    }
-    first = next(iter(shapes))
-    for name, shape in shapes.items():
-        if shape != shapes[first]:
-            raise InputError(
-                f"embedding: one table serves all contenders, but {first} needs "
-                f"{shapes[first][0]} x {shapes[first][1]} and {name} {shape[0]} x {shape[1]}"
-            )
-    return shapes[first]
+def _check_batches(entry: Entry) -> None:
+    if entry.windows_per_epoch == 0:
+        raise InputError(
+            f"contenders.{entry.contender.name}: training.drop_last drops an incomplete batch, and "
+            f"{len(entry.train)} training windows do not make one batch of "
+            f"{entry.training.batch_size}"
+        )
 
 
-def _check_batches(recipe: Recipe, windows: int) -> None:
-    for contender in recipe.contenders:
-        training = recipe.training_of(contender)
-        if training.drop_last and windows < training.batch_size:
-            raise InputError(
-                f"contenders.{contender.name}: training.drop_last drops an incomplete batch, and "
-                f"{windows} training windows do not make one batch of {training.batch_size}"
-            )
-
-
-def windows_per_epoch(recipe: Recipe, contender: Contender, prepared: Prepared) -> int:
-    """Training windows that an epoch really uses: a dropped last batch does not count."""
-    training = recipe.training_of(contender)
-    windows = prepared.facts.train_windows
-    return windows - windows % training.batch_size if training.drop_last else windows
-
-
-def _check_contenders(recipe: Recipe, vocab_size: int) -> None:
+def _check_contenders(recipe: Recipe, vocab_size: int) -> dict[str, _Checked]:
+    checked = {}
     for contender in recipe.contenders:
         try:
-            _check_contender(recipe, contender, vocab_size)
+            checked[contender.name] = _check_contender(recipe, contender, vocab_size)
         except InputError as error:
             raise InputError(f"contenders.{contender.name}: {error}") from None
+    return checked
 
 
-def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> None:
+def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _Checked:
     config = build_config(contender.model, vocab_size)
     if config.vocab_size < vocab_size:
         raise InputError(
@@ -224,13 +280,15 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> N
             f"{positions} positions"
         )
     check_forward(model)
-    parameter_groups(model, recipe.training_of(contender))
+    training = recipe.training_of(contender)
+    parameter_groups(model, training)
     if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
         raise InputError(
             f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"
         )
     if reads_store(recipe, contender, model):
         _check_frozen(model)
+    return _Checked(config, model, training)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:
@@ -263,11 +321,11 @@ def _samples(
     store: TokenStore,
     split: str,
     tokenizer: PreTrainedTokenizerFast,
-    configs: Mapping[str, PreTrainedConfig],
+    checked: Mapping[str, _Checked],
 ) -> Mapping[str, Samples]:
     """The split's samples by contender, all of the same text."""
     if recipe.unit == "windows":
-        return _windows(recipe, store, split, configs)
+        return _windows(recipe, store, split, checked)
     if recipe.unit == "answers":
         answers = Answers(
             store.tokens,
@@ -279,7 +337,7 @@ def _samples(
             samples=getattr(recipe.samples, split, None),
             name=f"corpus {recipe.corpus!r} ({split})",
         )
-        return dict.fromkeys(configs, answers)
+        return dict.fromkeys(checked, answers)
     lines = Lines(
         store.tokens,
         store.document_offsets,
@@ -289,11 +347,11 @@ def _samples(
         samples=getattr(recipe.samples, split, None),
         name=f"corpus {recipe.corpus!r} ({split})",
     )
-    return dict.fromkeys(configs, lines)
+    return dict.fromkeys(checked, lines)
 
 
 def _windows(
-    recipe: Recipe, store: TokenStore, split: str, configs: Mapping[str, PreTrainedConfig]
+    recipe: Recipe, store: TokenStore, split: str, checked: Mapping[str, _Checked]
 ) -> dict[str, Windows]:
     """The split's windows by contender, cut from the same tokens.
 
@@ -311,7 +369,7 @@ def _windows(
     streams = recipe.context_store is not None
 
     def cut(contender: Contender) -> Windows:
-        decoder = meta_model(configs[contender.name]).base_model if streams else None
+        decoder = checked[contender.name].meta.base_model if streams else None
         return Windows(
             tokens,
             recipe.sequence_length,
@@ -324,3 +382,7 @@ def _windows(
         )
 
     return {contender.name: cut(contender) for contender in recipe.contenders}
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

@@ -7,24 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from contextlm.base import distribution
 from contextlm.base.errors import InputError
 from contextlm.lab.preparation import Prepared
 from contextlm.recipe.schema import Recipe
-from contextlm.training.sharing import check_processes
+from contextlm.training.next_token import check_processes
 
 
-def check_recipe(recipe: Recipe, device: torch.device) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Check that the processes at hand can train every contender, and the embedding.
 
     Raises:
-        InputError: a batch cannot be shared equally, or FSDP2 is asked for where it cannot be.
+        InputError: a batch cannot be shared equally.
     """
     for contender in recipe.contenders:
         try:
-            check_processes(recipe.training_of(contender), device)
+            check_processes(recipe.training_of(contender))
         except InputError as error:
             raise InputError(f"contenders.{contender.name}: {error}") from None
     size, world = recipe.embedding.batch_size, distribution.world()

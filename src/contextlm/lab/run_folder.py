@@ -1,75 +1,62 @@
 """A run's folder: made whole, held by one process, and known as unfinished until all is done.
 
 While a run is at work, its folder holds `_working` (no contender can be named so): what a killed
-process goes on from, the lock, and `run.json`, which says what recipe and data the run began with.
-`run.json` goes first when the run is finished.
+process resumes from, the lock, and `run.json`, whose presence marks the run as unfinished.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from contextlm.base.errors import InputError
 from contextlm.base.files import remove_parts, write_json, write_text
 from contextlm.base.locks import locked
-from contextlm.data.tokenizers import tokenizer_hash
-from contextlm.lab.preparation import Prepared
+from contextlm.lab.jobs import WORKING, Planner, differing_keys, write_job
+from contextlm.recipe.loading import dump_recipe, load_recipe
+from contextlm.recipe.schema import Recipe
 
-_WORKING = "_working"
+POINTS = "points.json"  # in a grid's folder
 _STATE = "run.json"
 _LOCK = "lock"
-_VERSION = 1
-
-
-def working_folder(run: Path, *parts: str) -> Path:
-    """Where a run keeps what a killed process goes on from; `parts` name a place in it."""
-    return run.joinpath(_WORKING, *parts)
+_NUMBERED = re.compile(r".+-\d{3,}")
 
 
 def is_unfinished(run: Path) -> bool:
     """Whether a folder is that of a run that has begun and is not finished."""
-    return (run / _WORKING / _STATE).is_file()
+    return (run / WORKING / _STATE).is_file()
 
 
-def data_fingerprint(prepared: Prepared) -> dict[str, str]:
-    """Hashes of the data that decide a run's figures, by names for a message."""
-    hashes = {
-        "tokenizer": tokenizer_hash(prepared.tokenizer),
-        "training text": _sha256(prepared.stream),
-        "validation text": _sha256(prepared.validation_stream),
-    }
-    if prepared.learning_text is not None:
-        hashes["text that embeddings are learned from"] = _sha256(prepared.learning_text.train)
-    if prepared.embedding is not None:
-        hashes["embedding"] = _sha256(prepared.embedding.weight_VD.numpy())
-    return hashes
+def write_run(folder: Path, planner: Planner, environment: dict[str, Any]) -> None:
+    """Put a run's first files into a folder: its recipe, environment, and all its jobs."""
+    write_text(folder / "recipe.yaml", dump_recipe(planner.prepared.recipe))
+    write_json(folder / "environment.json", environment)
+    for job in planner.jobs:
+        write_job(folder, job)
+    mark_unfinished(folder)
 
 
-@contextmanager
-def new_run(
-    out: Path, name: str, recipe: str, environment: dict[str, Any], data: dict[str, str]
-) -> Iterator[Path]:
-    """Make the next free folder ``NAME-001`` and hold its lock for the time of the block.
+def mark_unfinished(run: Path) -> None:
+    """Note that there is something left to do."""
+    write_json(run / WORKING / _STATE, {"version": 2})
 
-    The folder appears with its first files in it, so that a killed process leaves a run that can
-    be resumed, or none.
 
-    Args:
-        out: where run folders go; made if needed.
-        name: of the recipe.
-        recipe: the resolved recipe, as YAML.
-        environment: for ``environment.json``.
-        data: as `data_fingerprint` gives it.
+def finish(run: Path) -> None:
+    """Mark a run as finished and remove what it might have resumed from."""
+    (run / WORKING / _STATE).unlink()
+    shutil.rmtree(run / WORKING, ignore_errors=True)
+
+
+def new_folder(out: Path, name: str, fill: Callable[[Path], None]) -> Path:
+    """Make the next free folder ``NAME-001`` below `out`; it appears with what `fill` puts into it.
+
+    So a killed process leaves a folder that can be resumed, or none.
     """
     out.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out, prefix=f".{name}.", suffix=".part"))
@@ -77,80 +64,12 @@ def new_run(
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
-        write_text(partial / "recipe.yaml", recipe)
-        write_json(partial / "environment.json", environment)
-        state = {
-            "version": _VERSION,
-            "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-            "device": environment.get("device"),
-            "data": data,
-        }
-        write_json(partial / _WORKING / _STATE, state)
+        fill(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    with locked(partial / _WORKING / _LOCK, str(out / name)):
-        yield _numbered(partial, out, name)
-
-
-@contextmanager
-def held_run(run: Path) -> Iterator[dict[str, Any]]:
-    """Hold the lock of an unfinished run for the time of the block.
-
-    Yields:
-        What is in its ``run.json``.
-
-    Raises:
-        InputError: another process is at work on it, it finished meanwhile, its ``recipe.yaml`` is
-            not the one that it began with, or ``run.json`` is damaged or of another version.
-    """
-    if not is_unfinished(run):
-        raise InputError(f"{run}: no unfinished run is in there")
-    with locked(run / _WORKING / _LOCK, str(run)):
-        file = run / _WORKING / _STATE
-        try:
-            state = json.loads(file.read_bytes())
-            version, recipe, _ = state["version"], state["recipe_sha256"], state["data"]
-        except FileNotFoundError:
-            raise InputError(f"{run}: it has just been finished by another process") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{file}: is damaged, the run cannot be resumed") from None
-        if version != _VERSION:
-            raise InputError(f"{file}: is of version {version}, this contextlm reads {_VERSION}")
-        if hashlib.sha256(_read(run / "recipe.yaml")).hexdigest() != recipe:
-            raise InputError(
-                f"{run / 'recipe.yaml'}: has changed since the run began; a run is resumed with "
-                "the recipe that it began with"
-            )
-        remove_parts(run)
-        yield state
-
-
-def check_data(run: Path, state: dict[str, Any], data: dict[str, str]) -> None:
-    """Compare the data with what the run began with.
-
-    Raises:
-        InputError: it differs; the message says in what.
-    """
-    known = state["data"]
-    for what in dict.fromkeys([*known, *data]):
-        if known.get(what) != data.get(what):
-            raise InputError(
-                f"{run}: the {what} has changed since the run began; a run is resumed with the "
-                "data that it began with"
-            )
-
-
-def finish(run: Path) -> None:
-    """Mark a run as finished and remove what it might have gone on from."""
-    (run / _WORKING / _STATE).unlink()
-    shutil.rmtree(run / _WORKING, ignore_errors=True)
-
-
-def _numbered(partial: Path, out: Path, name: str) -> Path:
-    """Give the folder the next free number; the rename decides when two runs start at once."""
     number = 1
-    while True:
+    while True:  # the rename decides when two runs start at once
         folder = out / f"{name}-{number:03d}"
         try:
             if not folder.exists():
@@ -162,12 +81,87 @@ def _numbered(partial: Path, out: Path, name: str) -> Path:
         number += 1
 
 
-def _sha256(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold the lock of a run for the time of the block.
+
+    Raises:
+        InputError: another process is at work on it.
+    """
+    (run / WORKING).mkdir(exist_ok=True)
+    with locked(run / WORKING / _LOCK, str(run)):
+        remove_parts(run)
+        yield
+    if not is_unfinished(run):
+        shutil.rmtree(run / WORKING, ignore_errors=True)
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+def points_of(folder: Path) -> list[Path]:
+    """The run folders of a grid's folder; none where it is not one."""
+    if not (folder / POINTS).is_file():
+        return []
+    return sorted(path.parent for path in folder.glob("*/recipe.yaml"))
+
+
+def unfinished_below(out: Path) -> list[Path]:
+    """The unfinished runs and grids below `out`, the one that began last first."""
+    if not out.is_dir():
+        return []
+    began = {}
+    for folder in out.iterdir():
+        runs = points_of(folder) or [folder]
+        if _NUMBERED.fullmatch(folder.name) and any(map(is_unfinished, runs)):
+            began[folder] = max((run / "recipe.yaml").stat().st_mtime_ns for run in runs)
+    return sorted(began, key=lambda folder: began[folder], reverse=True)
+
+
+def newest_unfinished(out: Path) -> Path:
+    """The unfinished run or grid below `out` that began last.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = unfinished_below(out)
+    if not found:
+        raise InputError(f"--resume: there is no unfinished run below {out}")
+    return found[0]
+
+
+def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path | None:
+    """The unfinished run, or grid, of these recipes that began last; None if there is none.
+
+    Args:
+        recipes: one for a run, those of all points for a grid.
+        out: where run folders are.
+        name: that its folder has before the number.
+
+    Raises:
+        InputError: there are unfinished ones of this name, but all of other recipes; the message
+            names the keys that differ.
+    """
+    differing = None
+    wanted = {str(_plain(recipe)) for recipe in recipes}
+    for folder in unfinished_below(out):
+        if not re.fullmatch(rf"{re.escape(name)}-\d+", folder.name):
+            continue
+        runs = points_of(folder) or [folder]
+        known = [load_recipe(str(run / "recipe.yaml")) for run in runs]
+        if {str(_plain(recipe)) for recipe in known} == wanted:
+            return folder
+        keys = [
+            key
+            for one, other in zip(known, recipes, strict=False)
+            for key in differing_keys(_plain(one), _plain(other))
+        ]
+        differing = differing or (folder, ", ".join(dict.fromkeys(keys)) or "the grid")
+    if differing is None:
+        return None
+    folder, what = differing
+    raise InputError(
+        f"--resume: the recipe is not that of the unfinished {folder}: {what} differs (leave out "
+        f"--resume to begin a new run, or `contextlm run --resume {folder}` to resume that one)"
+    )
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"written"})

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen by the call, by the program around it, or by the user.
+"""Which implementation of an op runs, and how loops are compiled.
 
 An op with several backends takes ``backend="auto"`` or a name. Where a model calls the op,
 `use_backend` around the model chooses; a user chooses with the environment variable
@@ -9,10 +9,11 @@ An op with several backends takes ``backend="auto"`` or a name. Where a model ca
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from typing import Any
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
@@ -24,9 +25,7 @@ _used: ContextVar[dict[str, str] | None] = ContextVar("contextlm_backends", defa
 def use_backend(op: str, name: str) -> Iterator[None]:
     """Let `op` run on the backend `name` wherever a call leaves the choice open.
 
-    Args:
-        op: e.g. ``context_scan``.
-        name: one of its backends, or ``auto``; an unknown one is refused by the op.
+    An unknown name is refused by the op when it is called.
     """
     token = _used.set({**(_used.get() or {}), op: name})
     try:
@@ -36,19 +35,12 @@ def use_backend(op: str, name: str) -> Iterator[None]:
 
 
 def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
-    """The backend that was asked for, or ``auto``.
-
-    Args:
-        op: its name.
-        given: what the call says.
-        known: its backends.
+    """The backend among `known` that was asked for, or ``auto``; `given` is what the call says.
 
     Raises:
         ValueError: none of them has that name.
     """
-    name = given
-    if name == AUTO:
-        name = (_used.get() or {}).get(op) or _from_environment(op)
+    name = given if given != AUTO else (_used.get() or {}).get(op) or _from_environment(op)
     if name != AUTO and name not in known:
         raise ValueError(f"unknown {op} backend {name!r} (known: {', '.join((AUTO, *known))})")
     return name
@@ -68,3 +60,30 @@ def _from_environment(op: str) -> str:
         elif name == op and value:
             return value
     return chosen
+
+
+def compiled(*flags: str, inlined: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: compile with Numba at the first call, and keep the code on disk where possible.
+
+    Args:
+        *flags: what floating-point arithmetic may do, in LLVM's names. "reassoc" lets sums be
+            vectorised; "fast" would also hide a NaN.
+        inlined: for a function that another compiled one calls. Without it a process that compiles
+            runs the callee's own code, one that loads from disk the copy within the caller's, and
+            the two were optimised apart: sums differ in their last bits.
+
+    Raises:
+        ImportError: Numba is not installed.
+    """
+    from numba import njit
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(flags)}
+    options["forceinline"] = inlined
+
+    def compile_function(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep it in can be written
+            return njit(**options)(function)
+
+    return compile_function

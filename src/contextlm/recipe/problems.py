@@ -10,8 +10,12 @@ from pydantic_core import ErrorDetails
 
 from contextlm.base.errors import unknown_name
 from contextlm.base.visible import shown
-from contextlm.recipe.parts import EvaluationSettings
-from contextlm.recipe.settings import PhaseOneSettings, Settings, TrainingSettings
+from contextlm.recipe.settings import (
+    EvaluationSettings,
+    PhaseOneSettings,
+    Settings,
+    TrainingSettings,
+)
 
 
 def first_problem(

@@ -1,48 +1,41 @@
-"""Recipes: a comparison as strict YAML, its scales and its `--set` overrides.
-
-A recipe's top level is the scale ``full``; an entry of ``scales`` is merged over it, then each
-``--set key=value``. In a scale and in ``--set`` the contenders are addressed by name, as if
-``contenders`` were a mapping; ``null`` in place of a contender leaves it out. Nothing here imports
-torch.
-"""
+"""What a recipe may say: a comparison of contenders, resolved. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
-
-from contextlm.base.errors import InputError, unknown_name
-from contextlm.base.files import nearest_file
-from contextlm.base.paths import is_file, is_folder
-from contextlm.base.strict_yaml import dump, parse
-from contextlm.recipe.merging import (
-    FULL,
-    departures,
-    mapping,
-    merge,
-    own_setting,
-    resolve,
-    scales_of,
-    sets,
+from pydantic import (
+    Field,
+    JsonValue,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
-from contextlm.recipe.parts import EvaluationSettings, Split
+
 from contextlm.recipe.problems import first_problem
 from contextlm.recipe.settings import (
+    SEQUENCE_LENGTH,
     ContextStoreSettings,
     EmbeddingSettings,
+    EvaluationSettings,
     PhaseOneSettings,
     Settings,
     TrainingSettings,
     TuningSettings,
 )
 
-_SUFFIXES = {".yaml", ".yml"}
+FULL = "full"
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
+
+
+class Split(Settings):
+    """Two counts, one for each split."""
+
+    train: PositiveInt
+    validation: PositiveInt
 
 
 class Contender(Settings):
@@ -78,14 +71,20 @@ class Recipe(Settings):
     question: str
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
-    departs_from_full: list[str] | None = []  # see merging.departures
+    departs_from_full: list[str] | None = []  # see loading.departures
+    written: dict[str, str] = Field({}, description="paths as written, before made absolute")
     corpus: str = "pydocs"
+    validation: float | str | None = Field(
+        None,
+        description="the share of the text to hold out, or text:PATH or jsonl:PATH; null: 0.05, or "
+        "the corpus's own split (0.2 of lines)",
+    )
     tokenizer: str = Field(description="gpt2, pythia, bpe:SIZE, word:SIZE or a folder")
     vocab_size: PositiveInt | None = Field(
         None, description="the models' vocabulary where it is larger than the tokenizer's"
     )
     unit: Literal["windows", "lines", "answers"] = Field("windows", description="what a sample is")
-    sequence_length: PositiveInt = 128
+    sequence_length: PositiveInt = SEQUENCE_LENGTH
     stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
     target_offset: PositiveInt = 1
     documents: Split | None = Field(None, description="use only the first documents of each split")
@@ -102,6 +101,15 @@ class Recipe(Settings):
     )
     evaluation: EvaluationSettings = EvaluationSettings()
     contenders: list[Contender] = Field(min_length=1)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _a_share_or_own_text(cls, value: Any) -> Any:
+        if isinstance(value, float) and 0 < value < 1:
+            return value
+        if value is None or (isinstance(value, str) and value.startswith(("text:", "jsonl:"))):
+            return value
+        raise ValueError("expected a share between 0 and 1, text:PATH or jsonl:PATH")
 
     @model_validator(mode="after")
     def _one_baseline_and_distinct_names(self) -> Self:
@@ -139,10 +147,10 @@ class Recipe(Settings):
         for contender in self.contenders if self.tuning is not None else ():
             key = f"contenders.{contender.name}.training"
             if "learning_rate" in contender.training:
-                raise ValueError(_tuned_away(f"{key}.learning_rate"))
+                raise ValueError(tuned_away(f"{key}.learning_rate"))
             groups = self.training_of(contender).parameter_groups
             if any(group.learning_rate is not None for group in groups):
-                raise ValueError(_tuned_away(f"{key}.parameter_groups: learning_rate"))
+                raise ValueError(tuned_away(f"{key}.parameter_groups: learning_rate"))
         return self
 
     @property
@@ -168,98 +176,15 @@ class Recipe(Settings):
         return contender.target_offset or self.target_offset
 
 
-def builtin_recipes() -> list[str]:
-    """Names of the recipes that come with the package, sorted."""
-    folder = resources.files("contextlm") / "recipes"
-    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
-def recipe_scales(name_or_path: str) -> list[str]:
-    """The scales of a recipe in its own order, ``full`` last.
-
-    Raises:
-        InputError: unknown name, malformed YAML, or `scales` is not a mapping.
-    """
-    raw, where = _read(name_or_path)
-    return [*scales_of(raw, where), FULL]
-
-
-def load_recipe(
-    name_or_path: str,
-    *,
-    scale: str | None = None,
-    overrides: Sequence[str] = (),
-    seeds: list[int] | None = None,
-) -> Recipe:
-    """Read, merge and check a recipe.
-
-    Args:
-        name_or_path: a built-in name, or the path of a YAML file.
-        scale: ``full`` (the default) or one of the recipe's scales.
-        overrides: ``dotted.key=value`` strings; the value is YAML.
-        seeds: replace the recipe's seeds.
-
-    Raises:
-        InputError: unknown name, scale or key, malformed YAML, or a value that does not fit.
-    """
-    raw, where = _read(name_or_path)
-    origin = raw.pop("resolved_from", FULL)
-    departed = raw.pop("departs_from_full", [] if origin == FULL else None)
-    scale = FULL if scale in (None, origin) else scale
-    try:
-        full = resolve(dict(raw), where, own_setting(raw, where, scale), ())
-        raw = resolve(raw, where, scale, overrides)
-    except RecursionError:  # YAML aliases can make a value contain itself
-        raise InputError(f"{where}: nested too deeply") from None
-    if raw["scale"] == FULL:
-        raw["scale"] = origin
-    if seeds is not None:
-        raw["seeds"] = seeds
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        names = [str(contender["name"]) for contender in raw["contenders"]]
-        raise InputError(f"{where}: {first_problem(error, Recipe, names=names)}") from None
-    if recipe.tuning is not None and sets("training.learning_rate", overrides):
-        raise InputError(f"{where}: {_tuned_away('training.learning_rate')}")
-    return recipe.model_copy(update={"departs_from_full": departures(full, raw, departed, where)})
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML. Loading it gives the same recipe.
-
-    Its values are its top level; ``resolved_from`` and ``departs_from_full`` keep what it was made
-    from, so that a report of a second run does not pass another setting off as the document's.
-    """
-    data = recipe.model_dump(mode="json", exclude={"scale"})
-    return dump({"resolved_from": recipe.scale, **data})
-
-
-def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
-    path = Path(name_or_path)
-    if name_or_path in builtin_recipes():
-        file = resources.files("contextlm") / "recipes" / f"{name_or_path}.yaml"
-        text = file.read_text("utf-8")
-        where = f"recipe {name_or_path!r}"
-    elif path.suffix in _SUFFIXES or is_file(path) or is_folder(path):
-        where = str(path)
-        try:
-            text = path.read_text("utf-8-sig")
-        except FileNotFoundError:
-            raise InputError(f"{where}: no such file{nearest_file(path, _SUFFIXES)}") from None
-        except IsADirectoryError:
-            raise InputError(f"{where}: is a folder, not a recipe") from None
-        except OSError as error:
-            raise InputError(f"{where}: cannot read the recipe: {error.strerror}") from None
-        except ValueError:  # also a name that no file can have
-            raise InputError(f"{where}: the recipe is not UTF-8 text") from None
-    else:
-        raise unknown_name("recipe", name_or_path, builtin_recipes())
-    raw = dict(mapping(parse(text, where), where))
-    if "scale" in raw:
-        raise InputError(f"{where}: 'scale' cannot be set: choose one with --scale")
-    return raw, where
-
-
-def _tuned_away(key: str) -> str:
+def tuned_away(key: str) -> str:
+    """Why `key` may not stand in a recipe that tunes learning rates."""
     return f"{key}: tuning chooses the learning rate; tuning=null leaves it to you"
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings merge deeply, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

@@ -1,4 +1,4 @@
-"""What a recipe may say about training. Pydantic only: a recipe is checked without torch."""
+"""Groups of settings in a recipe. Pydantic only: a recipe is checked without torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     model_validator,
 )
+
+SEQUENCE_LENGTH = 128  # tokens, wherever a recipe does not say
 
 # Far beyond any use, and small enough for the libraries that count with machine integers.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -73,7 +76,7 @@ class EmbeddingSettings(Settings):
     tokens: Count | None = Field(
         None, description="learned: the first tokens of the training split; null: those trained on"
     )
-    sequence_length: Count = Field(128, description="learned: of its windows")
+    sequence_length: Count = Field(SEQUENCE_LENGTH, description="learned: of its windows")
     batch_size: Count = Field(32, description="learned: windows per step")
     epochs: Count = Field(1, description="learned: at most this many, stopping at the best")
     learning_rate: PositiveFloat = Field(1e-3, description="learned: at the peak, then a cosine")
@@ -144,11 +147,6 @@ class TrainingSettings(Settings):
         "auto", description="autocast type; auto: bfloat16 where the machine is faster with it"
     )
     parameter_groups: list[ParameterGroup] = []
-    distributed: Literal["ddp", "fsdp2"] = Field(
-        "ddp",
-        description="with several processes; ddp: each has the whole model; fsdp2: each has a "
-        "share of weights, gradients and optimiser state, on accelerators only",
-    )
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> Self:
@@ -172,3 +170,14 @@ class TrainingSettings(Settings):
         if self.weight_decay is not None:
             return self.weight_decay
         return 0.01 if self.optimizer == "adamw" else 0.0
+
+
+class EvaluationSettings(Settings):
+    """What is measured after training."""
+
+    batch_size: PositiveInt = Field(32, description="windows per batch")
+    cache_lengths: list[PositiveInt] = Field([128, 512, 2048, 8192], min_length=1)
+    speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
+    train_samples: PositiveInt | None = Field(
+        None, description="training windows on which the best weights are scored again; null: all"
+    )

@@ -217,7 +217,7 @@ def frontier_figure(rows: Sequence[Contender]) -> Figure:
         axes = panel.subplots()
         _draw_frontier(axes, group, looks)
         title = setting_of(group) if len(groups) > 1 else ""
-        text = textwrap.shorten(visible(title), 80, placeholder=" …")
+        text = textwrap.fill(textwrap.shorten(visible(title), 150, placeholder=" …"), 75)
         axes.set_title(text, fontsize=FONT - 2, loc="left", pad=20, parse_math=False)
         axes.set_xlabel("cache of one sequence, logical bytes (log scale)")
         length = cache_length(group)

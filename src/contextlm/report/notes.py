@@ -196,26 +196,27 @@ def _setting_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
 
     A run's recipe says in ``departs_from_full`` in which keys it departs from its top level.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
     for run, label in zip(runs, run_labels(runs), strict=True):
         mine = [row for row in rows if label in set(row.seeds.run)]
         scale = mine[0].value("scale") if mine else FULL
         documented = [row for row in mine if _documented(row)]
-        keys = _departures(run.recipe.get("departs_from_full"), documented)
+        departs = run.recipe.get("departs_from_full")
+        keys = _departures(departs, documented)
         where = f" ({label})" if len(runs) > 1 else ""
         if scale == SMOKE:
-            found[f"Scale smoke only tests that everything runs{where}: draw no conclusions."] = (
-                None
+            found.append(
+                f"Scale smoke only tests that everything runs{where}: draw no conclusions."
             )
         elif documented and (keys or (keys is None and scale != FULL)):
             differ = _listed(keys) if keys else f"scale {scale}"
-            found[
+            found.append(
                 f"Not the document's setting{where}: {differ}. Compare the differences from the "
                 "baseline rather than the figures themselves."
-            ] = None
-        elif scale != FULL:
-            found[f"Measured at scale {scale}, not at the recipe's full setting{where}."] = None
-    return list(found)
+            )
+        elif not documented and scale != FULL and departs != []:
+            found.append(f"Measured at scale {scale}, not at the recipe's full setting{where}.")
+    return found
 
 
 def _departures(keys: Any, documented: Sequence[Contender]) -> list[str] | None:

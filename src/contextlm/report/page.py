@@ -16,8 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, write_text
-from contextlm.base.paths import is_folder
+from contextlm.base.files import atomic_open, is_folder, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, notes, tables
 from contextlm.report.contenders import Contender, contenders

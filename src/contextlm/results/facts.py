@@ -54,7 +54,8 @@ class CorpusFacts(Record):
     """The data that was really used.
 
     `unigram_ppl` is the validation perplexity of the training tokens' frequencies (each entry
-    counted once more than seen): what a model without any context would reach.
+    counted once more than seen): what a model without any context would reach. Documents repeat
+    others where they differ in white space and case at most; older results do not tell.
     """
 
     name: str
@@ -66,6 +67,19 @@ class CorpusFacts(Record):
     validation_windows: Count
     sequence_length: Count
     unigram_ppl: Perplexity | None = None
+    repeated_documents: Count | None = None
+    validation_documents_in_training: Count | None = None
+
+    def repetition(self) -> str | None:
+        """A sentence on repeated documents, where there are any."""
+        if not self.repeated_documents:
+            return None
+        shared = self.validation_documents_in_training or 0
+        return (
+            f"{self.name}: {self.repeated_documents:,} documents repeat an earlier one; "
+            f"{shared or 'none'} of the validation documents {'is' if shared == 1 else 'are'} "
+            "in the training text."
+        )
 
 
 class RetrievalAccuracy(Record):

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from contextlm.base.errors import InputError
-from contextlm.base.paths import is_file
+from contextlm.base.files import is_file
 from contextlm.base.visible import shown
 from contextlm.results.facts import (
     CacheBytes,
@@ -31,6 +31,7 @@ from contextlm.results.facts import (
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
+from contextlm.results.trials import Divergence, read_divergence
 
 RESULT_VERSION: Literal[1] = 1
 
@@ -115,6 +116,20 @@ class PhaseOneRow(Record):
     loss: Figure | None
 
 
+class StepRow(Record):
+    """One optimiser step of next-token training, counted from 1 over all epochs.
+
+    `loss` is that step's own, over all targets of its batch. A training of more steps than a plot
+    can tell apart keeps one in every so many, evenly.
+    """
+
+    phase: Literal[2] = 2
+    step: Count
+    epoch: Count
+    loss: Figure
+    learning_rate: Figure
+
+
 class PhaseTwoRow(Record):
     """One epoch of next-token training."""
 
@@ -128,17 +143,7 @@ class PhaseTwoRow(Record):
     learning_rate: Figure
 
 
-class StepRow(Record):
-    """One step of next-token training; `step` counts from 1 over all epochs."""
-
-    phase: Literal[2] = 2
-    step: Count
-    epoch: Count
-    loss: Figure
-    learning_rate: Figure
-
-
-HistoryRow = PhaseOneRow | PhaseTwoRow | StepRow
+HistoryRow = PhaseOneRow | StepRow | PhaseTwoRow
 
 
 class Outcome(Record):
@@ -156,10 +161,12 @@ class Run(Record):
     recipe: dict[str, Any]
     environment: dict[str, Any]
     outcomes: list[Outcome]
+    diverged: list[Divergence] = []
 
     def missing_seeds(self) -> dict[str, list[int]]:
         """The recipe's seeds without a result, by contender; contenders that lack none left out."""
         done = {(o.result.contender, o.result.seed) for o in self.outcomes}
+        done |= {(d.contender, d.seed) for d in self.diverged}
         seeds = self.recipe.get("seeds", [0])
         names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
         missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
@@ -204,13 +211,23 @@ def read_run(folder: Path) -> Run:
     """
     recipe = read_recipe(folder)
     environment = read_mapping(folder, folder / "environment.json")
-    outcomes = [
-        read_outcome(folder, contender["name"], seed)
-        for contender in recipe["contenders"]
-        for seed in recipe.get("seeds", [0])
-        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
-    ]
-    return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
+    outcomes, diverged = [], []
+    for contender in recipe["contenders"]:
+        for seed in recipe.get("seeds", [0]):
+            place = seed_folder(folder, contender["name"], seed)
+            if is_file(place / "result.json"):
+                divergence = read_divergence(place)
+                if divergence is None:
+                    outcomes.append(read_outcome(folder, contender["name"], seed))
+                else:
+                    diverged.append(divergence)
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        environment=environment,
+        outcomes=outcomes,
+        diverged=diverged,
+    )
 
 
 R = TypeVar("R", bound=Record)

@@ -1,7 +1,8 @@
-"""Working checkpoints: numbered folders, each sealed by a manifest of checksums, written last.
+"""Working checkpoints: numbered folders of tensors and a record, sealed by a manifest of checksums.
 
-A process can be killed while it writes one, and a disk can spoil one later. A folder without a
-manifest was never finished; one whose files do not match it is damaged. Both are left aside.
+A process can be killed while it writes one, and a disk can spoil one later. So a folder appears
+whole or not at all, and what does not match its manifest is left aside. Tensors are safetensors,
+the record is JSON: nothing is pickled, and reading one runs no code.
 """
 
 from __future__ import annotations
@@ -9,84 +10,163 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from contextlm.base.files import sync_files, write_json
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-MANIFEST = "manifest.json"
+from contextlm.base.errors import RunError, is_out_of_memory
+from contextlm.base.files import atomic_folder, write_json
+
+TENSORS, RECORD, MANIFEST = "state.safetensors", "record.json", "manifest.json"
 KEPT = 2  # so that there is one to fall back on
 
 Tell = Callable[[str], None]
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 def silent(text: str) -> None:
     """Tells nobody."""
 
 
-def seal(folder: Path) -> None:
-    """Flush all of a checkpoint's files to the disk, then write their checksums beside them."""
-    sync_files(folder)
-    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    write_json(folder / MANIFEST, {path.name: _sha256(path) for path in files})
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed checkpoint, naming the file; None if it is whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return f"{folder / MANIFEST} cannot be read"
-    if not isinstance(manifest, dict):
-        return f"{folder / MANIFEST} is no manifest"
-    for name, digest in manifest.items():
-        file = folder / Path(name).name
-        try:
-            if _sha256(file) != digest:
-                return f"{file} does not match its checksum"
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
-    return None
-
-
-def number(folder: Path) -> int:
-    """What a checkpoint's name ends with: its step or iteration."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def sealed(folder: Path, prefix: str, tell: Tell) -> list[Path]:
-    """The whole checkpoints in `folder`, newest first. Others are removed, damaged ones are told.
+class Checkpoints:
+    """The checkpoints of one training, named by what is counted in it.
 
     Args:
-        folder: where they are; it need not exist.
-        prefix: what their names begin with, before ``-NUMBER``.
-        tell: takes one line for each damaged one.
+        folder: where they are; made when the first is written.
+        unit: what the number in a name counts, such as ``step``.
+        tell: takes one line for each damaged checkpoint.
     """
-    found = []
-    for place in checkpoints(folder, prefix):
-        if not (place / MANIFEST).exists():  # its process was killed while it wrote
-            shutil.rmtree(place)
-            continue
-        problem = damage(place)
-        if problem is None:
-            found.append(place)
-        else:
-            tell(f"damaged checkpoint: {problem}; going on from the one before it, if there is one")
-            shutil.rmtree(place)
-    return found
+
+    def __init__(self, folder: Path, unit: str, tell: Tell = silent):
+        self.folder = folder.absolute()
+        self.unit = unit
+        self.tell = tell
+
+    def place(self, number: int) -> Path:
+        """The folder of one checkpoint."""
+        return self.folder / f"{self.unit}-{number}"
+
+    def write(self, number: int, groups: Groups, record: Any, keep: Collection[int] = ()) -> None:
+        """Write one, then remove all but the newest and those whose numbers are in `keep`.
+
+        Args:
+            number: of the checkpoint.
+            groups: tensors by group and name; no group's name has a dot in it.
+            record: anything that JSON can hold.
+            keep: numbers of older checkpoints that are to stay.
+
+        Raises:
+            RunError: the disk refused it; nothing of it remains.
+        """
+        place = self.place(number)
+        try:
+            with atomic_folder(place) as partial:
+                stored = {
+                    f"{group}.{name}": tensor.detach().cpu().contiguous()
+                    for group, tensors in groups.items()
+                    for name, tensor in tensors.items()
+                }
+                safetensors.torch.save_file(stored, partial / TENSORS)
+                (partial / RECORD).write_text(json.dumps(record), "utf-8")
+                sums = {name: _sha256(partial / name) for name in (TENSORS, RECORD)}
+                write_json(partial / MANIFEST, sums)
+        # safetensors and torch have faults of their own for what the disk refuses.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise RunError(
+                f"{place}: the checkpoint could not be written, nothing of it remains: {reason}"
+            ) from error
+        for old in self._all()[KEPT:]:
+            if self._number(old) not in keep:
+                shutil.rmtree(old)
+
+    def whole(self) -> list[int]:
+        """The numbers of whole checkpoints, newest first. Damaged ones are told and removed."""
+        found = []
+        for place in self._all():
+            problem = _damage(place)
+            if problem is None:
+                found.append(self._number(place))
+            else:
+                self.tell(f"damaged checkpoint: {problem}; the one before it is used, if any")
+                shutil.rmtree(place)
+        return found
+
+    def remove(self, number: int) -> None:
+        """Remove one."""
+        shutil.rmtree(self.place(number))
+
+    def record(self, number: int) -> Any:
+        """The record of a whole checkpoint."""
+        return json.loads((self.place(number) / RECORD).read_bytes())
+
+    def tensors(self, number: int, group: str) -> dict[str, Tensor]:
+        """One group of a whole checkpoint's tensors, by name."""
+        prefix = f"{group}."
+        with safetensors.safe_open(self.place(number) / TENSORS, framework="pt") as stored:
+            names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
+            # Copied into memory of torch's own: the file's may be aligned otherwise, and sums
+            # depend on that on some processors.
+            return {name.removeprefix(prefix): stored.get_tensor(name).clone() for name in names}
+
+    def last(self) -> str:
+        """Where the newest whole checkpoint is, in words."""
+        numbers = self.whole()
+        if numbers:
+            return f"the last good checkpoint is {self.place(numbers[0])}"
+        return "no checkpoint had been written"
+
+    def _all(self) -> list[Path]:
+        places = self.folder.glob(f"{self.unit}-*")
+        return sorted(
+            (p for p in places if p.name[len(self.unit) + 1 :].isdecimal()),
+            key=self._number,
+            reverse=True,
+        )
+
+    def _number(self, place: Path) -> int:
+        return int(place.name[len(self.unit) + 1 :])
 
 
-def prune(folder: Path, prefix: str, keep: Collection[int] = ()) -> None:
-    """Remove all but the newest checkpoints and those whose numbers are to be kept."""
-    for place in checkpoints(folder, prefix)[KEPT:]:
-        if number(place) not in keep:
-            shutil.rmtree(place)
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's moments and counts, named ``PARAMETER.KEY``."""
+    return {
+        f"{index}.{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
 
 
-def checkpoints(folder: Path, prefix: str) -> list[Path]:
-    """All checkpoints in `folder`, whole or not, newest first."""
-    places = [p for p in folder.glob(f"{prefix}-*") if p.name[len(prefix) + 1 :].isdecimal()]
-    return sorted(places, key=number, reverse=True)
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _damage(place: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is whole."""
+    try:
+        sums = json.loads((place / MANIFEST).read_bytes())
+        wanted = {name: sums[name] for name in (TENSORS, RECORD)}
+    except (OSError, ValueError, TypeError, LookupError):
+        return f"{place / MANIFEST} cannot be read"
+    for name, digest in wanted.items():
+        try:
+            if _sha256(place / name) != digest:
+                return f"{place / name} does not match its checksum"
+        except OSError as error:
+            return f"{place / name} cannot be read: {error.strerror}"
+    return None
 
 
 def _sha256(file: Path) -> str:

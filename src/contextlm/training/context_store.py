@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from contextlm.base import distribution
 from contextlm.base.errors import RunError
 from contextlm.base.files import atomic_open, write_json
 from contextlm.data.windows import Windows
@@ -38,7 +39,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class StoreFacts:
+class StoreSidecar:
     """A store's sidecar.
 
     Attributes:
@@ -66,7 +67,7 @@ class ContextStore:
         facts: the sidecar.
     """
 
-    def __init__(self, path: Path, facts: StoreFacts):
+    def __init__(self, path: Path, facts: StoreSidecar):
         self.path = path
         self.facts = facts
         size = facts.positions * facts.context_dim
@@ -131,33 +132,33 @@ def fill_context_store(
 ) -> ContextStore:
     """The store of a stream: an earlier one of the same block and stream, or a new one.
 
+    With several processes all call this; rank 0 fills it, and all read the file.
+
     Args:
         block: the trained context block.
         embed: maps token ids to normalised embeddings, ``[..., D]``.
         tokens_P: the stream.
-        start_PC: contexts that the parallel passes start from.
+        start_PC: contexts that the parallel passes start from; read on rank 0 only.
         passes: how many parallel passes there are.
         settings: how to fill it, and its type.
         folder: where stores are kept; made if needed.
-    """
-    key = _key(block, embed, tokens_P, start_PC, passes)
-    path = folder / f"{key[:16]}-{settings.fill}-{settings.dtype}.bin"
-    facts = _reusable(path, key)
-    if facts is None:
-        facts = _fill(block, embed, tokens_P, start_PC, passes, settings, path, key)
-    return ContextStore(path, facts)
-
-
-def open_context_store(path: Path) -> ContextStore:
-    """A store that is filled, perhaps by another process.
 
     Raises:
-        RunError: it cannot be seen from here.
+        RunError: rank 0 has filled it, and the file cannot be read here.
     """
+
+    def find_or_fill() -> tuple[Path, StoreSidecar]:
+        key = _key(block, embed, tokens_P, start_PC, passes)
+        path = folder / f"{key[:16]}-{settings.fill}-{settings.dtype}.bin"
+        facts = _reusable(path, key)
+        if facts is None:
+            facts = _fill(block, embed, tokens_P, start_PC, passes, settings, path, key)
+        return path, facts
+
+    path, facts = distribution.by_main(find_or_fill)
     try:
-        facts = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        return ContextStore(path, StoreFacts(**facts))
-    except (OSError, RuntimeError, ValueError, TypeError):
+        return ContextStore(path, facts)
+    except (OSError, RuntimeError):
         raise RunError(f"{path}: rank 0 filled this store, and it cannot be read here") from None
 
 
@@ -194,7 +195,7 @@ def _fill(
     settings: ContextStoreSettings,
     path: Path,
     key: str,
-) -> StoreFacts:
+) -> StoreSidecar:
     parallel_PC = parallel_contexts(block, embed, tokens_P, start_PC, passes)
     state_1C = torch.zeros_like(start_PC[:1])
     squares, digest = 0.0, hashlib.sha256()
@@ -208,7 +209,7 @@ def _fill(
             data = stored_NC.view(torch.uint8).numpy().tobytes()
             digest.update(data)
             stream.write(data)
-    facts = StoreFacts(
+    facts = StoreSidecar(
         positions=len(tokens_P),
         context_dim=block.context_dim,
         fill=settings.fill,
@@ -232,10 +233,10 @@ def _chunks(
         yield rows, embed(ids_N).unsqueeze(0)
 
 
-def _reusable(path: Path, key: str) -> StoreFacts | None:
+def _reusable(path: Path, key: str) -> StoreSidecar | None:
     """The sidecar, if it and the file are whole and are what is expected."""
     try:
-        facts = StoreFacts(**json.loads(path.with_suffix(".json").read_text("utf-8")))
+        facts = StoreSidecar(**json.loads(path.with_suffix(".json").read_text("utf-8")))
         size = path.stat().st_size
         expected = facts.positions * facts.context_dim * _DTYPES[facts.dtype].itemsize
         if facts.key != key or size != expected:

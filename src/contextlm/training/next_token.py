@@ -1,51 +1,84 @@
-"""Phase 2: next-token training on transformers' `Trainer`, in the documents' protocols.
+"""Phase 2: next-token training in the documents' protocols, from the batch to the best weights.
 
-What differs from the Trainer's defaults, and why: targets come shifted from the data, so that all T
-positions of a window are trained and `target_offset` is a matter of data; evaluation is a function
-that the caller supplies, exact over tokens; optimiser groups and schedules are the recipe's; a
-loss that is not finite stops the run instead of being hidden; checkpoints are checked, and training
-goes on from the newest whole one in its folder.
+Targets come shifted from the data, so that all T positions of a window are trained and
+`target_offset` is a matter of data. A loss is the sum over all targets of a batch divided by their
+number, however the batch is cut into micro-batches and shared among processes; so one process and
+several see the same batches and have the same loss curve, up to rounding.
+
+accelerate brings several processes (DDP, and FSDP2 where `accelerate launch` is configured so);
+`phase_two_state` is what makes training resume.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    TrainerCallback,
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast,
+    send_to_device,
+    set_seed,
 )
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from contextlm.base import distribution
+from contextlm.base.errors import InputError, NotFiniteError, RunError
 from contextlm.base.interrupts import deferred
+from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.checkpoints import Tell, silent
-from contextlm.training.epochs import Epoch, EpochRecorder, Watcher
-from contextlm.training.fully_sharded import copy_to_shard, sharding_arguments, take_weights
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.phase_two_state import CheckpointKeeper
-from contextlm.training.sharing import check_processes
-from contextlm.training.trainer import Evaluate, NextTokenTrainer, training_arguments
+from contextlm.training.optimisation import build_optimizer, build_schedule
+from contextlm.training.phase_two_state import (
+    Epoch,
+    PhaseTwo,
+    PhaseTwoState,
+    best_of,
+    load_weights,
+    trained_weights,
+)
+
+Batch = dict[str, Tensor]
+# Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+_DDP = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+# What FSDP2 must not shard by itself: models also call it otherwise than by its forward, which is
+# where sharding gathers the weights.
+_NOT_SHARDED_ALONE = {"ContextBlock", "GatedContextBlock"}
 
 
-@dataclass(frozen=True)
-class NextTokenOutcome:
-    """How phase 2 ended; the model holds the weights of `best_epoch`."""
+class Watcher(Protocol):
+    """Told about steps and epochs as they happen; when training resumes, about earlier ones too."""
 
-    epochs: list[Epoch]
-    best_epoch: int
+    def on_epoch_begin(self, number: int, epochs: int, steps: int) -> None:
+        """Epoch `number` of at most `epochs` begins, each of `steps` optimiser steps."""
+
+    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+        """Optimiser step `step` is done, counted from 1 over all epochs; its batch's loss."""
+
+    def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
+        """An epoch was trained and evaluated."""
 
 
 def train_next_token(
     model: PreTrainedModel,
-    train: Dataset[dict[str, Tensor]],
+    train: Dataset[Batch],
     settings: TrainingSettings,
     evaluate: Evaluate,
     *,
@@ -55,24 +88,24 @@ def train_next_token(
     folder: Path,
     watcher: Watcher,
     tell: Tell = silent,
-) -> NextTokenOutcome:
+) -> PhaseTwo:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
 
     With several processes all call this with the same arguments; each batch is shared out among
-    them, and all end with the same weights.
+    them, and all end with the same weights. Only one process keeps checkpoints.
 
     Args:
-        model: to train in place; only parameters that require gradients change.
+        model: on `device`; trained in place, only parameters that require gradients.
         train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
             they hold is passed to the model.
-        settings: optimiser, schedule, batch size, stopping rule.
+        settings: of phase 2.
         evaluate: called after each epoch.
         seed: of shuffling and dropout.
-        device: where to compute.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        folder: for the working checkpoints. Training goes on from the newest whole one of the same
-            training that is in there. They stay: the caller removes them.
-        watcher: is told about progress.
+        device: this process's own.
+        precision: ``float32`` or ``bfloat16`` (autocast around the loss, not the evaluation).
+        folder: for checkpoints. Training resumes from the newest whole one of the same training
+            in there. They stay: the caller removes them.
+        watcher: of steps and epochs.
         tell: takes a line about checkpoints.
 
     Raises:
@@ -81,42 +114,268 @@ def train_next_token(
         InputError: a parameter group matches nothing, or the processes cannot train like this.
         KeyboardInterrupt: the process was told to stop, and has written a checkpoint.
     """
-    check_processes(settings, device)
-    recorder = EpochRecorder(watcher)
-    use_cache = model.config.use_cache
-    described = [settings.model_dump(mode="json"), seed, precision, _shapes(model, train)]
-    alone = distribution.world() == 1
-    # Several processes keep the Trainer's own checkpoints and begin anew after a fault.
-    with deferred() if alone else nullcontext() as asked, freed_memory_kept():
-        keeper = checkpoint = None
-        if asked is not None:
-            keeper = CheckpointKeeper(folder, described, recorder, asked, tell)
-            checkpoint = keeper.latest()
-        if keeper is not None and checkpoint is not None and keeper.ended(checkpoint):
-            keeper.load_best(checkpoint, model)
-        else:
-            callbacks: list[TrainerCallback] = [recorder]
-            if settings.patience is not None:
-                callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-            sharded = settings.distributed == "fsdp2"
-            trained = copy_to_shard(model) if sharded else model
-            arguments = training_arguments(
-                settings, seed, device, folder, sharding_arguments(model) if sharded else {}
-            )
-            trainer = NextTokenTrainer(
-                trained, arguments, train, settings, precision, evaluate, callbacks, keeper
-            )
-            trainer.run(checkpoint)
-            if sharded:
-                take_weights(model, trained, device)
-            distribution.barrier()  # until then the others may read rank 0's working checkpoints
-            # The Trainer switches the cache off, and a saved model would keep that.
-            model.config.use_cache = use_cache
-    losses = [epoch.validation_loss for epoch in recorder.epochs]
-    return NextTokenOutcome(recorder.epochs, best_epoch=losses.index(min(losses)) + 1)
+    check_processes(settings)
+    several = distribution.world() > 1
+    steps = steps_per_epoch(settings, len(train))  # type: ignore[arg-type]  # ours have a length
+    with nullcontext() if several else deferred() as asked, freed_memory_kept():
+        stepper = _Stepper(model, settings, steps, precision, device, seed)
+        described = [settings.model_dump(mode="json"), seed, precision, *_shapes(model, train)]
+        state = None if asked is None else PhaseTwoState(folder, described, device, asked, tell)
+        done = PhaseTwo() if state is None else state.restore(stepper.model, stepper.optimizer)
+        best_weights: Mapping[str, Tensor] = {}  # of several processes, on rank 0
+
+        def begin(number: int) -> int:
+            """Begin an epoch; how many of its steps are done, which the watcher is told again."""
+            watcher.on_epoch_begin(number, settings.epochs, steps)
+            known = done.losses[(number - 1) * steps : number * steps]
+            for step, loss in enumerate(known, (number - 1) * steps + 1):
+                watcher.on_step(step, loss, stepper.learning_rate(step))
+            return len(known)
+
+        try:
+            for number, epoch in enumerate(done.epochs, 1):
+                begin(number)
+                watcher.on_epoch_end(epoch, best_of(done.epochs[:number]) is epoch)
+            while not _is_over(done, settings):
+                number = len(done.epochs) + 1
+                taken = begin(number)
+                started = time.perf_counter() - done.seconds
+                micro_batches = _micro_batches(train, settings, seed, number, taken, device)
+                if state is not None and taken:
+                    state.restore_random()  # the loader has drawn a number
+                stepper.parallel.train()
+                for step in range((number - 1) * steps + taken + 1, number * steps + 1):
+                    loss = stepper.take(step, list(islice(micro_batches, settings.accumulation)))
+                    done.losses.append(loss)
+                    watcher.on_step(step, loss, stepper.learning_rate(step))
+                    if state is not None and step < number * steps and state.due():
+                        done.seconds = time.perf_counter() - started
+                        state.save(stepper.model, stepper.optimizer, done)
+                done.seconds, seconds = 0.0, time.perf_counter() - started
+
+                measured = evaluate(stepper.model)
+                if not math.isfinite(measured["loss"]):
+                    raise NotFiniteError(
+                        f"the validation loss is {measured['loss']} after step {number * steps}"
+                    )
+                epoch = Epoch(
+                    number=number,
+                    step=number * steps,
+                    train_loss=fmean(done.losses[-steps:]),
+                    validation_loss=measured["loss"],
+                    accuracy=measured["accuracy"],
+                    learning_rate=stepper.learning_rate(number * steps),
+                    seconds=seconds,
+                )
+                done.epochs.append(epoch)
+                is_best = best_of(done.epochs) is epoch
+                watcher.on_epoch_end(epoch, is_best)
+                if state is not None:
+                    state.save(stepper.model, stepper.optimizer, done)
+                elif is_best:
+                    weights = trained_weights(stepper.model)
+                    if distribution.is_main():
+                        best_weights = {k: v.to("cpu", copy=True) for k, v in weights.items()}
+        except RunError as error:
+            if state is not None:
+                error.add_note(state.checkpoints.last())
+            raise
+
+        if state is not None and best_of(done.epochs) is not done.epochs[-1]:
+            best_weights = state.best_weights(done)
+        load_weights(model.to(device), best_weights)
+        if several:
+            for parameter in model.parameters():
+                broadcast(parameter.data)
+    return done
 
 
-def _shapes(model: PreTrainedModel, train: Dataset[dict[str, Tensor]]) -> list[Any]:
+def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
+    """Whether the last epoch is done, or the best is too long ago."""
+    epochs = len(done.epochs)
+    if epochs == 0 or settings.patience is None:
+        return epochs == settings.epochs
+    return epochs == settings.epochs or epochs - done.best_epoch >= settings.patience
+
+
+def _shapes(model: PreTrainedModel, train: Dataset[Batch]) -> list[Any]:
     """What of the model and its data tells one training from another."""
     named = {name: [*p.shape, p.requires_grad] for name, p in model.named_parameters()}
-    return [named, len(train)]  # type: ignore[arg-type]  # datasets with a length
+    return [named, len(train)]  # type: ignore[arg-type]  # ours have a length
+
+
+def check_processes(settings: TrainingSettings, name: str = "training") -> None:
+    """Check that the processes at hand can share each micro-batch equally.
+
+    Args:
+        settings: of phase 2.
+        name: of the settings, for messages.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if (settings.batch_size // settings.accumulation) % distribution.world():
+        parts = f" in {settings.accumulation} micro-batches" if settings.accumulation > 1 else ""
+        raise InputError(
+            f"{name}.batch_size {settings.batch_size}{parts} cannot be shared equally by "
+            f"{distribution.world()} processes"
+        )
+
+
+def steps_per_epoch(settings: TrainingSettings, windows: int) -> int:
+    """Optimiser steps in an epoch of so many windows."""
+    whole, rest = divmod(windows, settings.batch_size)
+    return whole + (rest > 0 and not settings.drop_last)
+
+
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Tensor:
+    """Cross-entropy against targets that are shifted already, in nats per token: a scalar.
+
+    Args:
+        logits_BTV: of a micro-batch.
+        labels_BT: the target of each position; -100 is ignored.
+        targets: in the whole batch, by which the sum over this micro-batch's is divided.
+    """
+    logits_NV = logits_BTV.flatten(0, 1).float()
+    summed = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+    return summed / targets
+
+
+class _Stepper:
+    """Takes optimiser steps, each on this rank's share of a batch.
+
+    Args:
+        model: to train.
+        settings: of phase 2.
+        steps: in an epoch.
+        precision: of the loss.
+        device: this process's own.
+        seed: of dropout; each rank draws its own.
+
+    Attributes:
+        model: what is trained: `model`, but for FSDP2, which shards a copy.
+        parallel: the same, wrapped for several processes.
+        optimizer: of `model`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: TrainingSettings,
+        steps: int,
+        precision: str,
+        device: torch.device,
+        seed: int,
+    ):
+        self.accelerator = Accelerator(
+            device_placement=False,  # the model is placed already
+            mixed_precision="no",  # autocast is around the loss only, see `take`
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        if self.accelerator.is_fsdp2:
+            self.accelerator.state.fsdp_plugin = _sharding(model)
+            # Sharding is for good, and what is trained is to be measured and saved like any other.
+            model = copy.deepcopy(model.to("cpu"))
+        elif self.accelerator.distributed_type not in _DDP:
+            kind = self.accelerator.distributed_type.value
+            raise InputError(f"the launcher asks for {kind}: phase 2 works with DDP or FSDP2")
+        set_seed(seed, device_specific=True)
+        self.model = model
+        self.optimizer = build_optimizer(model, settings)
+        self.precision = precision
+        self.device = device
+        self.clip = settings.clip
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._share = build_schedule(settings, steps)
+        self.parallel, self._optimizer = self.accelerator.prepare(model, self.optimizer)
+
+    def learning_rate(self, step: int) -> float:
+        """The recipe's rate at `step`, counted from 1."""
+        return float(self._rates[0] * self._share(step - 1))
+
+    def take(self, step: int, micro_batches: Sequence[Batch]) -> float:
+        """Take one step; the mean loss over all targets of all ranks' micro-batches.
+
+        Raises:
+            NotFiniteError: the loss is not finite; the weights are as they were.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._share(step - 1)
+        own = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
+        (targets,) = distribution.totals([own])
+        summed = torch.zeros((), device=self.device)
+        for batch in micro_batches[:-1]:
+            with self.accelerator.no_sync(self.parallel):
+                summed += self._backward(batch, targets)
+        summed += self._backward(micro_batches[-1], targets)
+        (loss,) = distribution.totals([summed.item()])
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"the training loss is {loss} at step {step}: "
+                "lower training.learning_rate or set training.clip"
+            )
+        if self.clip is not None:
+            self.accelerator.clip_grad_norm_(self.parallel.parameters(), self.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss
+
+    def _backward(self, batch: Batch, targets: float) -> Tensor:
+        """Add a micro-batch's gradients; its part of the loss."""
+        arguments, labels_BT = model_inputs(send_to_device(batch, self.device, non_blocking=True))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            logits_BTV = self.parallel(**arguments, use_cache=False).logits
+            loss = next_token_loss(logits_BTV, labels_BT, targets)
+        # Ranks' gradients are averaged, and are to be summed.
+        self.accelerator.backward(loss * distribution.world())
+        return loss.detach()
+
+
+def _micro_batches(
+    windows: Dataset[Batch],
+    settings: TrainingSettings,
+    seed: int,
+    epoch: int,
+    skipped: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's share of every micro-batch of an epoch, but for those of the skipped steps.
+
+    A rank that gets nothing of a micro-batch takes its first window without targets, because all
+    ranks must take part in every step.
+    """
+    count = len(windows)  # type: ignore[arg-type]  # ours have a length
+    order: Sequence[int] = range(count)
+    if settings.shuffle:
+        generator = torch.Generator().manual_seed(seed + epoch - 1)
+        order = torch.randperm(count, generator=generator).tolist()
+    size = settings.batch_size // settings.accumulation
+    stop = count - count % settings.batch_size if settings.drop_last else count
+    wholes = [order[i : i + size] for i in range(skipped * settings.batch_size, stop, size)]
+    shares = [_share(whole) for whole in wholes]
+    loader = DataLoader(
+        windows,
+        batch_sampler=[share or whole[:1] for share, whole in zip(shares, wholes, strict=True)],
+        pin_memory=device.type == "cuda",
+    )
+    return (
+        batch if share else {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+        for share, batch in zip(shares, iter(loader), strict=True)
+    )
+
+
+def _share(whole: Sequence[int]) -> Sequence[int]:
+    """This rank's part of a micro-batch; an incomplete one is shared as equally as can be."""
+    each, more = divmod(len(whole), distribution.world())
+    start = distribution.rank() * each + min(distribution.rank(), more)
+    return whole[start : start + each + (distribution.rank() < more)]
+
+
+def _sharding(model: PreTrainedModel) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launcher configures it; unless it names layers, by those that are not split."""
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        alone = set(model._no_split_modules or ()) & present - _NOT_SHARDED_ALONE
+        plugin.transformer_cls_names_to_wrap = sorted(alone)
+    return plugin

@@ -18,21 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from contextlm.base import distribution
+from contextlm.base.errors import NotFiniteError
 from contextlm.models.layers import ContextBlock
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.phase_one_state import Iteration, PhaseOneState
-from contextlm.training.stream_parts import (
-    Part,
-    context_before,
-    gathered,
-    own_part,
-    sum_gradients,
-    zero_gradients,
-)
 
 INITIAL_STD = 0.01
 
@@ -126,14 +120,17 @@ def train_context_block(
 ) -> PhaseOne:
     """Train `block` in place on one token stream; nothing else learns.
 
+    With several processes all call this; rank 0 trains, and the others get the block.
+
     Args:
         block: the context block, on `device`.
         embed: maps token ids to normalised embeddings, ``[..., D]``; it stays as it is.
         tokens_P: the stream.
         settings: learning rate, noise, batch size, when to stop.
         seed: of the random start and the noise.
-        device: where to compute.
-        on_iteration: called after every iteration, and first for those that `state` brings back.
+        device: of the block.
+        on_iteration: called after every iteration, and first for those that `state` brings back; on
+            rank 0 only.
         state: keeps on disk where training is, and brings that back; None: nothing is kept.
 
     Returns:
@@ -141,25 +138,37 @@ def train_context_block(
 
     Raises:
         ValueError: the stream is empty.
-        FloatingPointError: the loss is not finite; the message names the iteration.
+        NotFiniteError: the loss is not finite; the message names the iteration, a note the last
+            good state.
     """
     if len(tokens_P) == 0:
         raise ValueError("phase 1 needs at least one token")
-    distinct_U, entries_P = np.unique(np.asarray(tokens_P), return_inverse=True)
-    entries = torch.from_numpy(entries_P.astype(np.int64)).to(device)
-    with torch.no_grad():
-        embedded_UD = embed(torch.from_numpy(distinct_U.astype(np.int64)).to(device))
+    outcome = PhaseOne(torch.empty(0, block.context_dim, device=device))
+
+    def train() -> list[Iteration]:
+        nonlocal outcome
+        distinct_U, entries_P = np.unique(np.asarray(tokens_P), return_inverse=True)
+        entries = torch.from_numpy(entries_P.astype(np.int64)).to(device)
+        with torch.no_grad():
+            embedded_UD = embed(torch.from_numpy(distinct_U.astype(np.int64)).to(device))
+        with freed_memory_kept():
+            outcome = _iterate(
+                block, embedded_UD, entries, settings, seed, device, on_iteration, state
+            )
+        return outcome.iterations
+
     frozen = {p: p.requires_grad for p in block.parameters()}
     block.requires_grad_(True)
     try:
-        with freed_memory_kept():
-            return _iterate(
-                block, embedded_UD, entries, settings, seed, device, on_iteration, state
-            )
+        outcome.iterations = distribution.by_main(train)
     finally:
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
+    if distribution.world() > 1:
+        for parameter in block.parameters():
+            broadcast(parameter.data)
+    return outcome
 
 
 def _iterate(
@@ -173,10 +182,7 @@ def _iterate(
     state: PhaseOneState | None,
 ) -> PhaseOne:
     started = time.perf_counter()
-    part = own_part(len(entries_P), settings.batch_size)
     contexts_PC = initial_contexts(len(entries_P), block.context_dim, seed, device)
-    if distribution.world() > 1:
-        contexts_PC = contexts_PC[part.rows].clone()  # the others' are not kept
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
     known = [] if state is None else state.restore(block, optimizer, contexts_PC)
     outcome = PhaseOne(contexts_PC, known)
@@ -199,14 +205,16 @@ def _iterate(
         record(None, 0.0)
     while not _ended(outcome.iterations[-1], settings):
         number = outcome.iterations[-1].number + 1
-        loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number, part)
+        loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number)
         if not np.isfinite(loss):
-            raise FloatingPointError(f"phase 1: the loss of iteration {number} is {loss}")
+            error = NotFiniteError(f"phase 1: the loss of iteration {number} is {loss}")
+            if state is not None:
+                error.add_note(state.checkpoints.last())
+            raise error
         torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
         optimizer.step()
         projection.refresh()
         record(loss, converged)
-    outcome.contexts_PC = gathered(contexts_PC, settings.batch_size, len(entries_P))
     return outcome
 
 
@@ -221,51 +229,43 @@ def refine(
     settings: PhaseOneSettings,
     seed: int,
     number: int,
-    part: Part,
 ) -> tuple[float, float]:
     """One pass over all positions: new contexts in place, gradients left in the block.
 
-    With several processes each passes over its part; the gradients and what is returned are those
-    of all.
-
     Args:
-        contexts_PC: the previous iteration's contexts of this part, overwritten batch by batch.
+        contexts_PC: the previous iteration's contexts, overwritten batch by batch.
         entries_P: row of each position's token in the projection's tables.
         projection: the tokens' part, up to date with the block.
         settings: of phase 1.
         seed: of the noise.
         number: of this iteration.
-        part: of the stream, that is passed over here.
 
     Returns:
         The mean loss over batches, and the share of positions that moved less than the threshold.
     """
-    block, size = projection.block, settings.batch_size
+    block = projection.block
     block.zero_grad(set_to_none=True)
     device = contexts_PC.device
+    batches = -(-len(contexts_PC) // settings.batch_size)
     loss_sum = torch.zeros((), device=device)
     converged = torch.zeros((), dtype=torch.int64, device=device)
-    before_1C = context_before(contexts_PC, part)
-    for batch in range(part.first, part.last):
-        in_stream = slice(batch * size, min((batch + 1) * size, part.positions))
-        rows = slice(in_stream.start - part.start, in_stream.stop - part.start)
+    before_1C = torch.zeros_like(contexts_PC[:1])
+    for batch in range(batches):
+        rows = slice(batch * settings.batch_size, (batch + 1) * settings.batch_size)
         previous_NC = contexts_PC[rows].clone()
         generator = batch_generator(seed, number, batch, device)
         noise_NC = torch.empty_like(previous_NC).normal_(generator=generator)
         fed_NC = torch.cat([before_1C, previous_NC[:-1]]) + settings.noise * noise_NC
-        projected_NC = projection.rows(entries_P[in_stream])
+        projected_NC = projection.rows(entries_P[rows])
         new_NC = block.step(fed_NC, projected_NC)
         loss = oacd_loss(new_NC, settings.mean_weight)
-        (loss / part.batches).backward()
-        projection.collect(entries_P[in_stream], projected_NC)
+        (loss / batches).backward()
+        projection.collect(entries_P[rows], projected_NC)
         new_NC = new_NC.detach()
         contexts_PC[rows] = new_NC
         before_1C = previous_NC[-1:]
         moved_N = F.mse_loss(new_NC, previous_NC, reduction="none").mean(1)
         converged += (moved_N < settings.threshold).sum()
         loss_sum += loss.detach()
-    zero_gradients(block.parameters())  # of a rank without batches
     projection.backward()
-    sum_gradients(block)
-    all_loss, all_converged = distribution.totals([float(loss_sum), int(converged)])
-    return all_loss / part.batches, all_converged / part.positions
+    return float(loss_sum) / batches, int(converged) / len(contexts_PC)

@@ -1,17 +1,19 @@
-"""Optimisers, parameter groups and learning-rate schedules as recipes describe them."""
+"""Optimisers, parameter groups, learning-rate schedules and precision as recipes describe them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import get_scheduler
 
 from contextlm.base.errors import InputError
 from contextlm.recipe.settings import TrainingSettings
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -65,36 +67,49 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
     ]
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: TrainingSettings, steps_per_epoch: int
-) -> LRScheduler:
-    """The learning-rate schedule, stepped once per optimiser step.
+def build_schedule(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
+    """The share of its learning rate at which a group takes the step after n steps, by n.
 
-    With ``schedule_unit: epoch`` the rate changes between epochs only: the schedule is built over
-    epochs and read at the number of finished epochs.
-
-    Args:
-        optimizer: whose rates to drive.
-        settings: of phase 2.
-        steps_per_epoch: optimiser steps in one epoch.
+    ``linear`` and ``cosine`` fall from 1 after the warmup to 0 (or `minimum_ratio`) at the end of
+    the last epoch; with ``schedule_unit: epoch`` the share changes between epochs only.
     """
     by_epoch = settings.schedule_unit == "epoch"
-    total = settings.epochs if by_epoch else settings.epochs * steps_per_epoch
-    name: str = settings.schedule
-    options = None
-    if name == "constant":
-        name = "constant_with_warmup"
-    elif name == "cosine" and settings.minimum_ratio:
-        name, options = "cosine_with_min_lr", {"min_lr_rate": settings.minimum_ratio}
-    schedule = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=settings.warmup,
-        num_training_steps=total,
-        scheduler_specific_kwargs=options,
-    )
-    if not by_epoch:
-        return schedule
-    assert isinstance(schedule, LambdaLR)
-    factor = schedule.lr_lambdas[0]
-    return LambdaLR(optimizer, lambda step: factor(step // steps_per_epoch))
+    end = settings.epochs * (1 if by_epoch else steps_per_epoch)
+
+    def share(steps: int) -> float:
+        now = steps // steps_per_epoch if by_epoch else steps
+        if now < settings.warmup:
+            return now / settings.warmup
+        done = (now - settings.warmup) / max(1, end - settings.warmup)
+        if settings.schedule == "linear":
+            return max(0.0, 1 - done)
+        if settings.schedule == "cosine":
+            falling = (1 + math.cos(math.pi * done)) / 2
+            return settings.minimum_ratio + (1 - settings.minimum_ratio) * falling
+        return 1.0
+
+    return share
+
+
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """Turn ``auto`` into a type that suits the machine.
+
+    The decision rests on what the hardware has, never on a timing, so that two runs on one machine
+    agree: bfloat16 where matrix units for it exist (AMX or AVX512-BF16 on a CPU, Ampere or later on
+    CUDA), float32 elsewhere.
+
+    Args:
+        wanted: ``auto``, ``float32`` or ``bfloat16``.
+        device: where training runs.
+    """
+    if wanted == "float32":
+        return "float32"
+    if wanted == "bfloat16":
+        return "bfloat16"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        # Older torch cannot tell.
+        has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+    return "float32"

@@ -1,30 +1,28 @@
-"""Where phase 1 is, kept on disk, so that it can go on after its process was killed.
+"""Where phase 1 is, kept on disk, so that it resumes after its process was killed.
 
 An iteration needs the contexts of the one before, the block's weights and the optimiser's moments.
-All are tensors, in one safetensors file in a sealed folder; the record of iterations lies beside
-them as JSON. Nothing is pickled.
 
-Shape suffixes: P positions of the stream, C context width.
+Shape suffixes: P positions of the stream.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from contextlm.base.files import atomic_folder
-from contextlm.training.checkpoints import Tell, prune, seal, sealed, silent
+from contextlm.training.checkpoints import (
+    Checkpoints,
+    Tell,
+    optimizer_tensors,
+    restore_optimizer,
+    silent,
+)
 
-_PREFIX = "iteration"
-_TENSORS, _RECORD = "state.safetensors", "iterations.json"
 # Contexts can take gigabytes: writing them takes at most this share of the time.
 _SHARE = 0.05
 
@@ -48,8 +46,7 @@ class PhaseOneState:
     """
 
     def __init__(self, folder: Path, tell: Tell = silent):
-        self.folder = folder
-        self.tell = tell
+        self.checkpoints = Checkpoints(folder, "iteration", tell)
         self._due = 0.0
 
     @torch.no_grad()
@@ -61,27 +58,15 @@ class PhaseOneState:
         Returns:
             The iterations that it stands for; none if there is no state, and nothing was changed.
         """
-        for place in sealed(self.folder, _PREFIX, self.tell):
-            record = json.loads((place / _RECORD).read_text("utf-8"))
-            with safetensors.safe_open(place / _TENSORS, framework="pt") as stored:
-                # Copied into memory of torch's own: the file's may be aligned otherwise, and sums
-                # depend on that on some processors.
-                contexts_PC.copy_(stored.get_tensor("contexts"))
-                names = set(stored.keys())
-                for index, parameter in enumerate(block.parameters()):
-                    parameter.copy_(stored.get_tensor(f"block.{index}"))
-                    prefix = f"optimizer.{index}."
-                    for name in names:
-                        if name.startswith(prefix):
-                            key = name.removeprefix(prefix)
-                            # Adam counts its steps on the CPU.
-                            device = "cpu" if key == "step" else parameter.device
-                            moment = stored.get_tensor(name).to(device, copy=True)
-                            optimizer.state[parameter][key] = moment.clone()
-            return [Iteration(**entry) for entry in record]
+        for number in self.checkpoints.whole()[:1]:
+            contexts_PC.copy_(self.checkpoints.tensors(number, "contexts")["all"])
+            weights = self.checkpoints.tensors(number, "block")
+            for name, parameter in block.named_parameters():
+                parameter.copy_(weights[name])
+            restore_optimizer(optimizer, self.checkpoints.tensors(number, "optimizer"))
+            return [Iteration(**entry) for entry in self.checkpoints.record(number)]
         return []
 
-    @torch.no_grad()
     def save(
         self,
         block: nn.Module,
@@ -95,7 +80,7 @@ class PhaseOneState:
 
         Args:
             block: with the weights that the next iteration uses.
-            optimizer: of the block's parameters, in their order.
+            optimizer: of the block's parameters.
             contexts_PC: what the next iteration is fed.
             iterations: all so far.
             last: phase 1 has ended: write in any case.
@@ -103,23 +88,12 @@ class PhaseOneState:
         started = time.monotonic()
         if started < self._due and not last:
             return
-        tensors = {"contexts": contexts_PC}
-        for index, parameter in enumerate(block.parameters()):
-            tensors[f"block.{index}"] = parameter
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer.{index}.{key}"] = value
-        place = self.folder / f"{_PREFIX}-{iterations[-1].number}"
-        with atomic_folder(place) as partial:
-            stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            safetensors.torch.save_file(stored, partial / _TENSORS)
-            record = json.dumps([asdict(iteration) for iteration in iterations])
-            (partial / _RECORD).write_text(record, "utf-8")
-            seal(partial)
-        prune(self.folder, _PREFIX)
+        groups = {
+            "contexts": {"all": contexts_PC},
+            "block": dict(block.named_parameters()),
+            "optimizer": optimizer_tensors(optimizer),
+        }
+        record = [asdict(iteration) for iteration in iterations]
+        self.checkpoints.write(iterations[-1].number, groups, record)
         ended = time.monotonic()
         self._due = ended + (ended - started) / _SHARE
-
-    def last(self) -> str:
-        """Where the newest state is, in words."""
-        places = sealed(self.folder, _PREFIX, self.tell)
-        return f"the last good state is in {places[0]}" if places else "no state was written before"

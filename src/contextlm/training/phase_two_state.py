@@ -1,192 +1,187 @@
-"""The Trainer's working checkpoints: sealed, kept, found again, and written when told to stop.
+"""Where phase 2 is, kept on disk, so that it resumes to the bit after its process was killed.
 
-The Trainer writes a checkpoint file by file: a killed process leaves a part of one. Here each gets
-what the Trainer does not keep (the epochs so far, the running loss), then a manifest of checksums.
-One is written after every epoch, and inside an epoch when much time has passed or the process is
-told to stop. Of optimiser and random states the Trainer unpickles tensors and numbers only. For one
-process: several keep nothing to go on from.
+A checkpoint is written after every epoch, and inside one when much time has passed or the process
+is told to stop. It holds the weights that train, the optimiser's state, the random states, the loss
+of every step and the finished epochs; order of windows and learning rates follow from the step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from contextlm.base.errors import NotFiniteError, RunError, is_out_of_memory
-from contextlm.base.files import write_json
+from contextlm.base.errors import NotFiniteError
 from contextlm.base.interrupts import Deferred
-from contextlm.training.checkpoints import Tell, number, prune, seal, sealed
-from contextlm.training.epochs import Epoch, EpochRecorder
+from contextlm.training.checkpoints import (
+    Checkpoints,
+    Tell,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 SAVE_SECONDS = 600.0  # of work that a kill inside an epoch may cost
-_PREFIX = "checkpoint"  # the Trainer's
-_RECORD = "contextlm.json"
 
 
-class CheckpointKeeper(TrainerCallback):
-    """Seals the Trainer's checkpoints, and brings the newest whole one back.
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch, with the step that ended it.
+
+    Losses are in nats per token, `seconds` without the evaluation.
+    """
+
+    number: int
+    step: int
+    train_loss: float
+    validation_loss: float
+    accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass
+class PhaseTwo:
+    """What phase 2 has done: the loss of every optimiser step, and the finished epochs.
+
+    `seconds` are those of an unfinished epoch, from before its process was killed.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def best_epoch(self) -> int:
+        """Number of the best epoch so far."""
+        return best_of(self.epochs).number
+
+
+def best_of(epochs: Sequence[Epoch]) -> Epoch:
+    """The first epoch with the lowest validation loss."""
+    return min(epochs, key=lambda epoch: epoch.validation_loss)
+
+
+class PhaseTwoState:
+    """The checkpoints of one phase 2 in one process.
 
     Args:
-        folder: where the Trainer writes them.
-        training: what is trained and how; checkpoints of another training are not used.
-        recorder: of epochs, whose record is kept and restored.
-        asked: whether the process is to stop.
-        tell: takes one line for each damaged checkpoint, and when training goes on or stops.
+        folder: for the checkpoints.
+        training: what is trained and how, as JSON can hold it; checkpoints of another are not used.
+        device: whose random state is kept beside the processor's.
+        asked: whether the process was told to stop.
+        tell: takes one line for each damaged checkpoint, and when training resumes or stops.
     """
 
     def __init__(
-        self, folder: Path, training: Any, recorder: EpochRecorder, asked: Deferred, tell: Tell
+        self, folder: Path, training: Any, device: torch.device, asked: Deferred, tell: Tell
     ):
-        self.folder = folder.absolute()
+        self.checkpoints = Checkpoints(folder, "step", tell)
         self.training = hashlib.sha256(json.dumps(training).encode()).hexdigest()
-        self.recorder = recorder
+        self.device = device
         self.asked = asked
         self.tell = tell
-        self.trainer: Any = None
-        self._record: dict[str, Any] = {}
-        self._saved = 0.0
+        self._resumed: int | None = None
+        self._saved = time.monotonic()
 
-    def attach(self, trainer: Trainer) -> None:
-        """Watch this Trainer."""
-        self.trainer = trainer
-        trainer.add_callback(self)
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint whose best epoch's weights are whole too, if there is one.
-
-        The recorder is brought to where it was then.
-        """
-        whole = sealed(self.folder, _PREFIX, self.tell)
-        numbers = {number(place) for place in whole}
-        for place in whole:
-            record = json.loads((place / _RECORD).read_text("utf-8"))
-            best = _state(place)["best_global_step"]
-            if record["training"] == self.training and (best is None or best in numbers):
-                self._record = record
+    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> PhaseTwo:
+        """Put the newest whole checkpoint back whose best epoch's weights are whole too, if any."""
+        whole = self.checkpoints.whole()
+        for step in whole:
+            record = self.checkpoints.record(step)
+            if record["training"] == self.training and set(record["needs"]) <= set(whole):
+                self.tell(f"resuming from {self.checkpoints.place(step)}")
+                self._resumed = step
+                self.restore_random()
+                load_weights(model, self.checkpoints.tensors(step, "weights"))
+                restore_optimizer(optimizer, self.checkpoints.tensors(step, "optimizer"))
+                losses = self.checkpoints.tensors(step, "losses")["all"].tolist()
                 epochs = [Epoch(**entry) for entry in record["epochs"]]
-                self.tell(f"going on from {place}")
-                self.recorder.restore(epochs, record["seconds"])
-                return place
-            shutil.rmtree(place)
-        return None
+                return PhaseTwo(losses, epochs, record["seconds"])
+            self.checkpoints.remove(step)
+        return PhaseTwo()
 
-    def ended(self, checkpoint: Path) -> bool:
-        """Whether training had ended with this checkpoint."""
-        control = _state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]
-        return bool(control["should_training_stop"])
+    def restore_random(self) -> None:
+        """Put back the random states of the checkpoint that training resumes from."""
+        assert self._resumed is not None
+        python, (kind, key, *rest) = self.checkpoints.record(self._resumed)["random"]
+        random.setstate((python[0], tuple(python[1]), python[2]))
+        np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
+        states = self.checkpoints.tensors(self._resumed, "random")
+        torch.set_rng_state(states["cpu"])
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(states["device"])
 
-    def load_best(self, checkpoint: Path, model: PreTrainedModel) -> None:
-        """Put the weights of the best epoch so far into `model`."""
-        best = checkpoint.with_name(f"{_PREFIX}-{_state(checkpoint)['best_global_step']}")
-        safetensors.torch.load_model(model, best / SAFE_WEIGHTS_NAME)
+    def due(self) -> bool:
+        """Whether a checkpoint is to be written inside an epoch."""
+        if self.asked:
+            self.tell("told to stop: writing a checkpoint first (once more stops at once)")
+        return bool(self.asked) or time.monotonic() - self._saved >= SAVE_SECONDS
 
-    def last(self) -> str:
-        """Where the newest whole checkpoint is, in words."""
-        places = sealed(self.folder, _PREFIX, self.tell)
-        if places:
-            return f"the last good checkpoint is {places[0]}"
-        return "no checkpoint had been written"
-
-    @contextmanager
-    def writing(self, step: int) -> Iterator[None]:
-        """Around the Trainer's own writing of a checkpoint: then complete and seal it.
+    def save(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, done: PhaseTwo
+    ) -> None:
+        """Write a checkpoint; then stop, if the process was told to.
 
         Raises:
-            RunError: it could not be written; nothing of it remains.
+            NotFiniteError: a weight is not finite, so that this would be no good checkpoint.
+            RunError: it could not be written.
+            KeyboardInterrupt: the process was told to stop.
         """
-        place = self.folder / f"{_PREFIX}-{step}"
-        try:
-            yield
-            self._complete(place)
-        # safetensors and torch have faults of their own for what the disk refuses.
-        except (OSError, RuntimeError, SafetensorError, RunError) as error:
-            shutil.rmtree(place, ignore_errors=True)
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise RunError(
-                f"{place}: the checkpoint could not be written, nothing of it remains: {reason}"
-            ) from error
-
-    def _complete(self, place: Path) -> None:
-        state, trainer = self.trainer.state, self.trainer
-        inside = _inside_an_epoch(trainer.args, state)
+        step = len(done.losses)
+        weights = trained_weights(model)
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise NotFiniteError(f"{name} is not finite after step {step}")
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            states["device"] = torch.get_device_module(self.device).get_rng_state()
+        kind, key, *rest = np.random.get_state(legacy=True)
+        best = [best_of(done.epochs).step] if done.epochs else []
         record = {
             "training": self.training,
-            "epochs": [asdict(epoch) for epoch in self.recorder.epochs],
-            "seconds": self.recorder.seconds_in_epoch() if inside else 0.0,
-            # float32, so that the way through JSON keeps it to the bit
-            "loss_sum": trainer._tr_loss.item(),
-            "logged_step": trainer._globalstep_last_logged,
+            "needs": best,
+            "epochs": [asdict(epoch) for epoch in done.epochs],
+            "seconds": done.seconds,
+            "random": [random.getstate(), [kind, np.asarray(key).tolist(), *rest]],
         }
-        write_json(place / _RECORD, record)
-        seal(place)
-        prune(self.folder, _PREFIX, {state.best_global_step})
+        groups = {
+            "weights": weights,
+            "optimizer": optimizer_tensors(optimizer),
+            "losses": {"all": torch.tensor(done.losses, dtype=torch.float64)},
+            "random": states,
+        }
+        self.checkpoints.write(step, groups, record, keep=best)
         self._saved = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._saved = time.monotonic()
-        if self._record:
-            # The Trainer would count the running loss of an epoch from where it goes on.
-            self.trainer._tr_loss += self._record["loss_sum"]
-            self.trainer._globalstep_last_logged = self._record["logged_step"]
-        if state.best_global_step is not None:
-            # The folder may have moved since; the Trainer would go on without the best weights.
-            best = self.folder / f"{_PREFIX}-{state.best_global_step}"
-            state.best_model_checkpoint = str(best)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not _inside_an_epoch(args, state):
-            return  # the epoch's own checkpoint comes next
-        if self.asked or time.monotonic() - self._saved >= SAVE_SECONDS:
-            if self.asked:
-                self.tell("told to stop: writing a checkpoint first (once more stops at once)")
-            _check_finite(kwargs["model"], state.global_step)
-            control.should_save = True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
         self.asked.raise_now()
 
+    def best_weights(self, done: PhaseTwo) -> dict[str, Tensor]:
+        """The weights of the best epoch."""
+        return self.checkpoints.tensors(best_of(done.epochs).step, "weights")
 
-def _inside_an_epoch(args: TrainingArguments, state: TrainerState) -> bool:
-    steps = max(1, state.max_steps // int(args.num_train_epochs))
-    return state.global_step % steps != 0
+
+def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name; of a sharded model gathered, which all ranks call."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
-def _check_finite(model: torch.nn.Module, step: int) -> None:
-    """A checkpoint must be a good one, and no validation has looked at these weights."""
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy weights into the parameters of these names."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NotFiniteError(f"{name} is not finite after step {step}")
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    return state
+        if name in weights:
+            parameter.copy_(weights[name])

@@ -12,8 +12,7 @@ Both are exact; `absorbing_pays` picks the one with fewer multiplications. The b
 mathematics would drop or simplify them (softmax ignores q . b_k, the a_j add up to one), because
 only so are the numbers those of the module in low precision too.
 
-Shape suffixes: B batch, T new tokens, S all tokens, D model width, H heads, K head width, R rotary
-part of K.
+A further letter: R, the part of E with rotary positions; S counts all tokens.
 """
 
 from __future__ import annotations
@@ -36,14 +35,7 @@ def absorbing_pays(new: int, past: int, width: int, heads: int, rotary: int) -> 
 
     Rebuilding projects every earlier token, but then compares short keys; absorbing compares
     whole inputs, once for every new token and head. So few new tokens absorb and many rebuild,
-    with the turning point a little below K new tokens.
-
-    Args:
-        new: T, tokens to compute.
-        past: tokens kept before them.
-        width: D.
-        heads: H.
-        rotary: R, dimensions of a head with rotary positions.
+    with the turning point a little below E new tokens. `rotary` is R.
     """
     total = new + past
     rebuilding = 2 * (past + new) * width**2 + 2 * new * total * width
@@ -56,28 +48,28 @@ def absorbing_pays(new: int, past: int, width: int, heads: int, rotary: int) -> 
 class Projection(NamedTuple):
     """Weight and bias of queries, keys and values, in this order, as views of the module's own."""
 
-    weight_3HKD: Tensor
-    bias_3HK: Tensor
+    weight_3HED: Tensor
+    bias_3HE: Tensor
 
     def heads(self, part: int, inputs_BTD: Tensor, dims: slice = slice(None)) -> Tensor:
-        """Queries (part 0), keys (1) or values (2), ``[B, H, T, K]``, or some dimensions of K."""
-        weight_HKD, bias_HK = self.weight_3HKD[part, :, dims], self.bias_3HK[part, :, dims]
-        made_BTE = F.linear(inputs_BTD, weight_HKD.flatten(0, 1), bias_HK.flatten())
-        return made_BTE.unflatten(-1, bias_HK.shape).transpose(1, 2)
+        """Queries (part 0), keys (1) or values (2), ``[B, H, T, E]``, or some dimensions of E."""
+        weight_HED, bias_HE = self.weight_3HED[part, :, dims], self.bias_3HE[part, :, dims]
+        made_BTX = F.linear(inputs_BTD, weight_HED.flatten(0, 1), bias_HE.flatten())
+        return made_BTX.unflatten(-1, bias_HE.shape).transpose(1, 2)
 
 
 class Rebuilt:
     """Earlier keys and values, in the place of the cache that a module's own `forward` updates."""
 
-    def __init__(self, keys_BHSK: Tensor, values_BHSK: Tensor):
-        self.keys_BHSK, self.values_BHSK = keys_BHSK, values_BHSK
+    def __init__(self, keys_BHSE: Tensor, values_BHSE: Tensor):
+        self.keys_BHSE, self.values_BHSE = keys_BHSE, values_BHSE
 
     def update(
-        self, keys_BHTK: Tensor, values_BHTK: Tensor, *_: Any, **__: Any
+        self, keys_BHTE: Tensor, values_BHTE: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Those of all tokens."""
-        keys = torch.cat([self.keys_BHSK, keys_BHTK], dim=2)
-        return keys, torch.cat([self.values_BHSK, values_BHTK], dim=2)
+        keys = torch.cat([self.keys_BHSE, keys_BHTE], dim=2)
+        return keys, torch.cat([self.values_BHSE, values_BHTE], dim=2)
 
 
 class Reader(ABC):
@@ -108,10 +100,6 @@ class Reader(ABC):
     @abstractmethod
     def output(self, mixed_BTD: Tensor) -> Tensor:
         """What the module does after attention, ``[B, T, D]``."""
-
-    def scale(self) -> float:
-        """What scores are multiplied with."""
-        return float(self.attention.scaling)
 
     def install(self) -> None:
         """Take the place of the module's `forward`."""
@@ -191,10 +179,10 @@ class Reader(ABC):
     def rebuilt(self, past_BSD: Tensor, turns: tuple[Tensor, Tensor] | None) -> Rebuilt:
         """Keys, with rotary, and values of the earlier tokens."""
         projection, past = self.projection(), past_BSD.shape[1]
-        keys_BHSK = projection.heads(1, past_BSD)
+        keys_BHSE = projection.heads(1, past_BSD)
         if turns is not None:
-            keys_BHSK = rotated(keys_BHSK, *(turn_BSR[:, :past] for turn_BSR in turns))
-        return Rebuilt(keys_BHSK, projection.heads(2, past_BSD))
+            keys_BHSE = rotated(keys_BHSE, *(turn_BSR[:, :past] for turn_BSR in turns))
+        return Rebuilt(keys_BHSE, projection.heads(2, past_BSD))
 
     def absorbed(
         self,
@@ -205,25 +193,25 @@ class Reader(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """The module's output for the new tokens, and the attention weights where it gives them."""
         projection = self.projection()
-        query_BHTK = projection.heads(0, hidden_BTD)
-        weight_3HKD, bias_3HK = projection
+        query_BHTE = projection.heads(0, hidden_BTD)
+        weight_3HED, bias_3HE = projection
         start = 0
         if turns is not None:
             new, start = hidden_BTD.shape[1], turns[0].shape[-1]
-            query_BHTK = rotated(query_BHTK, *(turn_BSR[:, -new:] for turn_BSR in turns))
-        still_BHTK = query_BHTK[..., start:]
-        on_inputs_BHTD = torch.einsum("bhtk,hkd->bhtd", still_BHTK, weight_3HKD[1, :, start:])
+            query_BHTE = rotated(query_BHTE, *(turn_BSR[:, -new:] for turn_BSR in turns))
+        still_BHTE = query_BHTE[..., start:]
+        on_inputs_BHTD = torch.einsum("bhte,hed->bhtd", still_BHTE, weight_3HED[1, :, start:])
         scores_BHTS = torch.einsum("bhtd,bsd->bhts", on_inputs_BHTD, inputs_BSD)
-        scores_BHTS += torch.einsum("bhtk,hk->bht", still_BHTK, bias_3HK[1, :, start:])[..., None]
+        scores_BHTS += torch.einsum("bhte,he->bht", still_BHTE, bias_3HE[1, :, start:])[..., None]
         if turns is not None:
             keys_BHSR = rotated(projection.heads(1, inputs_BSD, slice(start)), *turns)
-            scores_BHTS += query_BHTK[..., :start] @ keys_BHSR.mT
-        weights_BHTS = self.softmax(scores_BHTS * self.scale(), mask)
+            scores_BHTS += query_BHTE[..., :start] @ keys_BHSR.mT
+        weights_BHTS = self.softmax(scores_BHTS * float(self.attention.scaling), mask)
         mixed_BHTD = torch.einsum("bhts,bsd->bhtd", weights_BHTS, inputs_BSD)
-        mixed_BTHK = torch.einsum("bhtd,hkd->bthk", mixed_BHTD, weight_3HKD[2])
-        mixed_BTHK += torch.einsum("bhts,hk->bthk", weights_BHTS, bias_3HK[2])
+        mixed_BTHE = torch.einsum("bhtd,hed->bthe", mixed_BHTD, weight_3HED[2])
+        mixed_BTHE += torch.einsum("bhts,he->bthe", weights_BHTS, bias_3HE[2])
         eager = self.attention.config._attn_implementation == "eager"
-        return self.output(mixed_BTHK.flatten(2)), weights_BHTS if eager else None
+        return self.output(mixed_BTHE.flatten(2)), weights_BHTS if eager else None
 
     def softmax(self, scores_BHTS: Tensor, mask: Tensor | None) -> Tensor:
         """Attention weights, at least in float32 inside; a row that sees nothing stays finite."""
@@ -247,10 +235,10 @@ class GPTNeoXReader(Reader):
         module: Any = self.attention.query_key_value
         _check_plain(module, nn.Linear)
         shape = (self.heads, 3, -1)
-        weight_3HKD = module.weight.unflatten(0, shape).transpose(0, 1)
+        weight_3HED = module.weight.unflatten(0, shape).transpose(0, 1)
         if module.bias is None:
-            return Projection(weight_3HKD, weight_3HKD.new_zeros(weight_3HKD.shape[:3]))
-        return Projection(weight_3HKD, module.bias.unflatten(0, shape).transpose(0, 1))
+            return Projection(weight_3HED, weight_3HED.new_zeros(weight_3HED.shape[:3]))
+        return Projection(weight_3HED, module.bias.unflatten(0, shape).transpose(0, 1))
 
     def output(self, mixed_BTD: Tensor) -> Tensor:
         return self.attention.dense(mixed_BTD)
@@ -269,17 +257,17 @@ class GPT2Reader(Reader):
     def projection(self) -> Projection:
         module: Any = self.attention.c_attn
         _check_plain(module, Conv1D)
-        weight_3HKD = module.weight.unflatten(1, (3, self.heads, -1)).permute(1, 2, 3, 0)
-        return Projection(weight_3HKD, module.bias.unflatten(0, (3, self.heads, -1)))
+        weight_3HED = module.weight.unflatten(1, (3, self.heads, -1)).permute(1, 2, 3, 0)
+        return Projection(weight_3HED, module.bias.unflatten(0, (3, self.heads, -1)))
 
     def output(self, mixed_BTD: Tensor) -> Tensor:
         return self.attention.resid_dropout(self.attention.c_proj(mixed_BTD))
 
 
-def rotated(heads_BHSK: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
+def rotated(heads_BHSE: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
     """Rotary positions on the first R dimensions."""
-    no_query = heads_BHSK[:, :0]  # the function turns queries and keys together
-    return apply_rotary_pos_emb(no_query, heads_BHSK, cos_BSR, sin_BSR)[1]
+    no_query = heads_BHSE[:, :0]  # the function turns queries and keys together
+    return apply_rotary_pos_emb(no_query, heads_BHSE, cos_BSR, sin_BSR)[1]
 
 
 def _check_plain(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -1,7 +1,4 @@
-"""The storage behind `InputCache`: one tensor of attention inputs per layer, growing by the token.
-
-Shape suffixes: B batch, T new tokens, S tokens kept, D model width.
-"""
+"""The storage behind `InputCache`: a tensor of attention inputs per layer, growing by the token."""
 
 from __future__ import annotations
 
@@ -62,10 +59,7 @@ class InputLayer(RowStateLayer):
             self._select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens.
-
-        Args:
-            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
+        """Forget the newest tokens, whose number is negative, as transformers' own layers take it.
 
         Raises:
             ValueError: it is positive.
@@ -80,14 +74,10 @@ class InputLayer(RowStateLayer):
 
 
 def input_layers(cache: Cache, layers: int) -> list[InputLayer]:
-    """The layers of a cache of inputs; an empty `DynamicCache` is turned into one.
+    """The layers of a cache of inputs; an empty `DynamicCache` becomes one of so many layers.
 
     The latter is what makes `generate` work without its knowing: the cache that it, or the model,
     has just made for keys and values gets layers for inputs before anything is in it.
-
-    Args:
-        cache: what the model was given or made.
-        layers: how many layers the model has.
 
     Raises:
         InputError: it is another kind of cache, or holds keys and values already.

@@ -26,9 +26,9 @@ from contextlm.models.dual_context.attention import (
     DualContextAttention,
     DualContextLayer,
     Past,
-    Views,
     Recent,
     SegmentAttention,
+    Views,
 )
 from contextlm.models.inputs import NewTokens
 

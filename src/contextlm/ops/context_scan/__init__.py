@@ -5,11 +5,8 @@ For every token t and every context layer l (DESIGN 1.2)::
     c'  = LN_l(c + GELU(W_l c + p_l[t]))        p_l[t] = W_e,l e_t + b_l, projected beforehand
     c_t = the last layer's c';  layer 0 starts from c_{t-1}, layer l from layer l-1 at the same t
 
-Backends: ``eager``, a loop over tokens, works everywhere and is the truth for the others;
-``numba``, one compiled loop for few rows on a CPU, and ``triton``, one kernel for a GPU, have no
-gradients.
-
-Shape suffixes: B batch, T tokens, L context layers, C context width.
+Backends: ``eager``, the loop over tokens in `naive`, works everywhere; ``numba``, one compiled loop
+for few rows on a CPU, and ``triton``, one kernel for a GPU, have no gradients.
 """
 
 from __future__ import annotations
@@ -18,44 +15,17 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from contextlm.ops.backends import AUTO, is_installed, requested_backend
+from contextlm.ops.context_scan.naive import context_step as context_step
 
 BACKENDS = ("eager", "numba", "triton")
 # Measured (docs/log.md): with more rows eager's matrix products catch up; shorter sequences do not
 # repay preparing the weights.
 _MOST_ROWS, _FEWEST_TOKENS = 8, 8
 _PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
-
-
-def context_step(
-    context_NC: Tensor,
-    projected_NC: Tensor,
-    weight_CC: Tensor,
-    norm_weight_C: Tensor,
-    norm_bias_C: Tensor,
-    eps: float = 1e-5,
-) -> Tensor:
-    """One context layer applied to N independent contexts.
-
-    Args:
-        context_NC: the contexts that go in.
-        projected_NC: the tokens' part, ``W_e e + b``.
-        weight_CC: the recurrent weight, ``[out, in]`` as in ``nn.Linear``.
-        norm_weight_C: scale of the layer norm.
-        norm_bias_C: shift of the layer norm.
-        eps: of the layer norm.
-
-    Returns:
-        The new contexts, ``[N, C]``.
-    """
-    update_NC = F.gelu(torch.addmm(projected_NC, context_NC, weight_CC.t()))
-    return F.layer_norm(
-        context_NC + update_NC, norm_weight_C.shape, norm_weight_C, norm_bias_C, eps
-    )
 
 
 def context_scan(
@@ -101,7 +71,7 @@ def context_scan(
     elif name == "triton":
         from contextlm.ops.context_scan.triton import context_scan_triton as run
     else:
-        run = _eager
+        from contextlm.ops.context_scan.naive import context_scan_naive as run
     return run(*per_layer, initial_BC, mask_BT=mask_BT, eps=eps)
 
 
@@ -134,28 +104,26 @@ def context_scan_backend(
     return name
 
 
-def _obstacle(name: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why a backend cannot take these tensors, or None."""
-    types, devices = {t.dtype for t in tensors}, {t.device.type for t in tensors}
+def _obstacle(name: str, tensors: Sequence[Tensor]) -> str:
+    """Why a backend cannot take these tensors; empty if it can."""
     if name == "eager":
-        return None
+        return ""
+    types, devices = {t.dtype for t in tensors}, {t.device.type for t in tensors}
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "has no gradients"
+    device = "cpu" if name == "numba" else "cuda"
+    if devices != {device}:
+        return f"is for {device.upper()} only"
+    if not is_installed(name):
+        return f"needs the package {name}"
     if name == "numba":
-        if devices != {"cpu"}:
-            return "is for the CPU only"
-        if len(types) > 1 or not types <= {torch.float32, torch.float64}:
-            return "takes float32 or float64, all tensors alike"
-        return None if is_installed("numba") else "needs the package numba"
-    if devices != {"cuda"}:
-        return "is for CUDA only"
-    if not is_installed("triton"):
-        return "needs the package triton"
+        fits = len(types) == 1 and types <= {torch.float32, torch.float64}
+        return "" if fits else "takes float32 or float64, all tensors alike"
     from contextlm.ops.context_scan.triton import is_supported
 
     layers, width = (len(tensors) - 1) // 4, tensors[-1].shape[-1]
     fits = is_supported(layers, width, functools.reduce(torch.promote_types, types))
-    return None if fits else "cannot hold these weights on chip"
+    return "" if fits else "cannot hold these weights on chip"
 
 
 def _observed(tensors: Sequence[Tensor]) -> bool:
@@ -171,30 +139,3 @@ def _observed(tensors: Sequence[Tensor]) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
     )
-
-
-def _eager(
-    projected_BTC: Sequence[Tensor],
-    weights_CC: Sequence[Tensor],
-    norm_weights_C: Sequence[Tensor],
-    norm_biases_C: Sequence[Tensor],
-    initial_BC: Tensor,
-    *,
-    mask_BT: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """The loop over tokens, layer by layer."""
-    steps = list(zip(*(p_BTC.unbind(1) for p_BTC in projected_BTC), strict=True))
-    kept = [None] * len(steps) if mask_BT is None else mask_BT.unsqueeze(-1).unbind(1)
-    layers = list(zip(weights_CC, norm_weights_C, norm_biases_C, strict=True))
-    outputs: list[list[Tensor]] = [[] for _ in layers]
-    state_BC = initial_BC
-    for projected_at_t, keep_B1 in zip(steps, kept, strict=True):
-        context_BC = state_BC
-        for outputs_l, p_BC, (w_CC, g_C, b_C) in zip(outputs, projected_at_t, layers, strict=True):
-            context_BC = context_step(context_BC, p_BC, w_CC, g_C, b_C, eps)
-            if keep_B1 is not None:
-                context_BC = torch.where(keep_B1, context_BC, state_BC)
-            outputs_l.append(context_BC)
-        state_BC = context_BC
-    return torch.stack([torch.stack(outputs_l, dim=1) for outputs_l in outputs])

@@ -4,9 +4,7 @@ In the eager loop a step of a few rows is a handful of calls into torch, which c
 arithmetic. Here a whole sequence is one call, and the recurrent weight stays in the processor's
 second-level cache from step to step: reading it from there is what limits the speed.
 
-Numba compiles it when it is first called for a type, and keeps the result on disk where it can.
-
-Shape suffixes: B batch, T tokens, L context layers, C context width (I in, O out).
+I and O are the dimensions of a C x C weight: in and out.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from contextlm.ops.compiled import compiled
+from contextlm.ops.backends import compiled
 
 # erf(x) = x P(x^2) / Q(x^2) up to |x| = 3.919, where erf is 1 to float32's rounding. Fitted for
 # this file by iteratively reweighted least squares in 40 digits: within 1.9e-8 exactly computed,
@@ -135,7 +133,7 @@ def context_scan_numba(
     mask_BT: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """As `context_scan`, for float32 or float64 on a CPU, in one thread, without gradients."""
+    """As `context_scan`, for tensors of one type, float32 or float64, on a CPU, in one thread."""
     projected_LBTC = _stacked(projected_BTC)
     _, batch, tokens, width = projected_LBTC.shape
     out_LBTC = torch.empty_like(projected_LBTC)

@@ -1,15 +1,11 @@
-"""The gated linear recurrence, one public op with several backends.
-
-For every token t and every channel::
+"""The gated linear recurrence of every channel, one public op with several backends::
 
     h_t = a_t h_{t-1} + b_t
 
-Backends: ``eager``, a loop over tokens, works everywhere and is the truth for the others;
-``numba``, one compiled loop for a CPU; ``parallel``, parallel in time, in plain torch, also under
-torch.compile; ``fla``, the kernels of flash-linear-attention on a GPU. All are differentiable,
-``eager`` and ``parallel`` more than once.
-
-Shape suffixes: B batch, T tokens, C channels.
+Backends: ``eager``, the loop over tokens in `naive`, works everywhere; ``numba``, one compiled loop
+for a CPU; ``parallel``, parallel in time, in plain torch, also under torch.compile; ``fla``, the
+kernels of flash-linear-attention on a GPU. All are differentiable, ``eager`` and ``parallel`` more
+than once.
 """
 
 from __future__ import annotations
@@ -67,6 +63,7 @@ def linear_scan(
         keep_BT1 = mask_BT.unsqueeze(-1)
         gates_BTC = torch.where(keep_BT1, gates_BTC, 1)
         inputs_BTC = torch.where(keep_BT1, inputs_BTC, 0)
+    # Imported when chosen: a compiler takes a while to load, and may be absent.
     if name == "numba":
         from contextlm.ops.linear_scan.numba import linear_scan_numba as run
     elif name == "parallel":
@@ -74,17 +71,12 @@ def linear_scan(
     elif name == "fla":
         from contextlm.ops.linear_scan.fla import linear_scan_fla as run
     else:
-        run = _eager
+        from contextlm.ops.linear_scan.naive import linear_scan_naive as run
     return run(gates_BTC, inputs_BTC, initial_BC.to(state_type)).to(result_type)
 
 
 def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str = AUTO) -> str:
-    """The backend that `linear_scan` takes.
-
-    Args:
-        gates_BTC: as given to `linear_scan`.
-        inputs_BTC: as given to `linear_scan`.
-        backend: what the call says.
+    """The backend that `linear_scan` takes for these arguments.
 
     Raises:
         ValueError: the backend is unknown, or does not fit the tensors.
@@ -93,54 +85,38 @@ def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str =
     name = _requested("linear_scan", backend, BACKENDS)
     if name == AUTO and gates_BTC.shape[1] < _FEWEST_TOKENS:
         return "eager"
-    obstacles = {"numba": _obstacle_to_numba(*tensors), "fla": _obstacle_to_fla(*tensors)}
+    obstacles = {kernel: _obstacle(kernel, *tensors) for kernel in ("numba", "fla")}
     if obstacles.get(name):
         raise ValueError(f"linear_scan backend {name!r} {obstacles[name]}")
     if name != AUTO:
         return name
-    fitting = [kernel for kernel, obstacle in obstacles.items() if not obstacle]
-    if fitting:
-        return fitting[0]
+    for kernel, obstacle in obstacles.items():
+        if not obstacle:
+            return kernel
     # A CPU gains nothing from more, but parallel, work; a trace of the loop is as long as the text.
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     return "eager" if on_cpu and not _traced(*tensors) else "parallel"
+
+
+def _obstacle(kernel: str, *tensors: Tensor) -> str:
+    """Why a kernel from outside torch cannot take these tensors; empty if it can."""
+    if _traced(*tensors):
+        return "cannot be traced"
+    device, package = ("cpu", "numba") if kernel == "numba" else ("cuda", "fla")
+    if any(tensor.device.type != device for tensor in tensors):
+        return "runs on a CPU only" if device == "cpu" else "runs on a CUDA device only"
+    if kernel == "fla" and _state_type(*tensors) != torch.float32:
+        return "computes in float32 only"
+    return "" if is_installed(package) else f"needs the package {package}"
 
 
 def _traced(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
 
 
-def _obstacle_to_numba(*tensors: Tensor) -> str:
-    """Why compiled code cannot take these tensors; empty if it can."""
-    if _traced(*tensors):
-        return "cannot be traced"
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "runs on a CPU only"
-    return "" if is_installed("numba") else "needs the package numba"
-
-
-def _obstacle_to_fla(*tensors: Tensor) -> str:
-    """Why flash-linear-attention's kernels cannot take these tensors; empty if they can."""
-    if _traced(*tensors):
-        return "cannot be traced"
-    if any(tensor.device.type != "cuda" for tensor in tensors):
-        return "runs on a CUDA device only"
-    if _state_type(*tensors) != torch.float32:
-        return "computes in float32 only"
-    return "" if is_installed("fla") else "needs the package flash-linear-attention"
-
-
 def _state_type(*tensors: Tensor) -> torch.dtype:
     """Float32, or float64 where that is given."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def _eager(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
-    """The plain loop; differentiable as often as wanted."""
-    states_BC = [initial_BC]
-    for gate_BC, input_BC in zip(gates_BTC.unbind(1), inputs_BTC.unbind(1), strict=True):
-        states_BC.append(torch.addcmul(input_BC, gate_BC, states_BC[-1]))
-    return torch.stack(states_BC[1:], dim=1)
 
 
 def _check_shapes(

@@ -2,8 +2,6 @@
 
 Written from its sources (fla.ops.hgrn, versions of 2025 and 2026: tensors ``[B, T, C]``), tested
 against a stand-in for the package, and not run on a GPU so far.
-
-Shape suffixes: B batch, T tokens, C channels.
 """
 
 from __future__ import annotations

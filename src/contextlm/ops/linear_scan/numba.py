@@ -3,10 +3,6 @@
 The loops do one multiplication and addition per number read, so memory is what limits them: all
 channels of a token lie side by side and are processed together, and everything else is fused into
 the one pass. Rows are shared out over torch's number of threads.
-
-Compiled by Numba when first called for a type, in seconds, and kept on disk for later processes.
-
-Shape suffixes: B batch, T tokens, C channels.
 """
 
 from __future__ import annotations
@@ -23,12 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contextlm.ops.compiled import compiled
+from contextlm.ops.backends import compiled
 
 # Fewer numbers than this are not worth handing to another thread.
 _NUMBERS_PER_THREAD = 2**16
-
-_Loop = Callable[..., None]
 
 # Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
 # they are called, and one function serves several.
@@ -74,7 +68,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="linear_scan")
 
 
-def _over_rows(loop: _Loop, *tensors: Tensor) -> None:
+def _over_rows(loop: Callable[..., None], *tensors: Tensor) -> None:
     """Run `loop` on tensors ``[B, ...]``, several rows at a time."""
     arrays = [tensor.detach().numpy() for tensor in tensors]
     rows = len(arrays[0])
@@ -101,18 +95,12 @@ class _LinearScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gates_BTC, states_BTC, initial_BC = ctx.saved_tensors
-        gradients = (
-            torch.empty_like(gates_BTC),
-            torch.empty_like(gates_BTC),
-            torch.empty_like(initial_BC),
-        )
+        dgates, dinputs = torch.empty_like(gates_BTC), torch.empty_like(gates_BTC)
+        gradients = (dgates, dinputs, torch.empty_like(initial_BC))
         _over_rows(_backward, gates_BTC, states_BTC, initial_BC, grad_BTC.contiguous(), *gradients)
         return gradients
 
 
 def linear_scan_numba(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
-    """As `linear_scan`, for tensors of one type, float32 or float64, on a CPU.
-
-    Differentiable once in each of them.
-    """
+    """As `linear_scan`, on a CPU, for tensors of float32 or float64; once differentiable."""
     return _LinearScan.apply(gates_BTC, inputs_BTC, initial_BC)

@@ -8,8 +8,6 @@ Two neighbouring steps are one step of the same kind::
 so that T steps become T / 2, whose states are every second state of the whole; the others take one
 more step each (the odd-even scan of Brent and Kung). About three multiplications per step, in
 2 log2 T rounds, and no division: gates may be 0.
-
-Shape suffixes: B batch, T tokens, C channels.
 """
 
 from __future__ import annotations

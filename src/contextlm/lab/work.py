@@ -1,0 +1,326 @@
+"""Doing a job: train and measure a contender, try a learning rate, or learn the embedding."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from contextlm.base import distribution
+from contextlm.base.errors import NotFiniteError
+from contextlm.base.files import atomic_folder, write_json
+from contextlm.base.progress import Progress
+from contextlm.data.synthetic import find_task
+from contextlm.data.windows import Windows
+from contextlm.evaluation.checkpoint import TrainingNote, write_trained
+from contextlm.evaluation.memory import PeakMemory, measure_cache
+from contextlm.evaluation.quality import (
+    Quality,
+    bits_per_byte,
+    evaluate_quality,
+    evaluator,
+    perplexity,
+    retrieval_accuracy,
+)
+from contextlm.evaluation.speed import measure_speed
+from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, stores_folder
+from contextlm.lab.embeddings import learn_embedding
+from contextlm.lab.jobs import Job, Planner, write_job
+from contextlm.lab.live import EpochWatcher, History
+from contextlm.lab.preparation import Entry, Prepared
+from contextlm.models.build import create_model
+from contextlm.results.facts import EmbeddingFacts, TuningFacts
+from contextlm.results.result import Result, StageMemory, Timings
+from contextlm.results.trials import Divergence, TrialResult
+from contextlm.training.next_token import train_next_token
+from contextlm.training.phase_one_state import PhaseOneState
+from contextlm.training.phase_two_state import PhaseTwo
+
+
+def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
+    """Do a job; its `result.json` is written last and says that it is done.
+
+    Where several processes share the job, all call this: rank 0 alone writes, and measures cache
+    and speed. A training whose loss stops being finite is a result too: the same again would end
+    the same way.
+
+    Args:
+        job: of the planner's, ready to be done.
+        planner: with all that the job reads.
+        run: the run folder.
+        progress: gets iterations and epochs.
+
+    Raises:
+        RunError: a fault while running, such as a full disk.
+    """
+    prepared = planner.prepared
+    if job.kind == "embedding":
+        assert prepared.learning_text is not None
+        settings, text = prepared.recipe.embedding, prepared.learning_text
+        learn_embedding(settings, text, prepared.device, run / job.working, progress)
+        return
+    if distribution.is_main():
+        write_job(run, job)
+    try:
+        if job.kind == "trial":
+            _try(job, prepared, run, progress)
+        else:
+            entry = prepared.entries[job.contender]
+            _run(job, prepared, entry, planner.tuning(run, entry), run, progress)
+    except NotFiniteError as error:
+        if distribution.world() > 1:
+            raise  # a loss of one process's own: the others are still at it
+        progress.line(f"diverged: {error}")
+        _write_divergence(job, prepared, run, str(error))
+    if distribution.is_main():
+        shutil.rmtree(run / job.working, ignore_errors=True)
+        store = prepared.recipe.context_store
+        if store is not None and not store.keep and not planner.left(run, job.seed):
+            shutil.rmtree(run / stores_folder(job.seed), ignore_errors=True)  # they are large
+
+
+def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> None:
+    if job.kind == "trial":
+        assert job.rate is not None
+        trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=None)
+        write_json(run / job.folder / "result.json", trial.model_dump())
+        return
+    entry = prepared.entries[job.contender]
+    divergence = Divergence(
+        recipe=prepared.recipe.name,
+        scale=prepared.recipe.scale,
+        contender=job.contender,
+        architecture=entry.config.model_type,
+        baseline=entry.contender.baseline,
+        seed=job.seed,
+        job=job.identity,
+        setting=job.setting,
+        diverged=reason,
+    )
+    write_json(run / job.folder / "result.json", divergence.model_dump())
+
+
+def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
+    """Train on the first part of the windows and keep nothing but the best loss and the history."""
+    assert job.rate is not None
+    entry = _with_rate(_on_first_part(prepared, job.contender), job.rate)
+    stages: list[StageMemory] = []
+    model, _ = _new_model(job, prepared, entry, run, progress)
+    trained = _train(job, prepared, entry, model, run, progress, stages)
+    loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
+    trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
+    if distribution.is_main():
+        write_json(run / job.folder / "result.json", trial.model_dump())
+
+
+def _on_first_part(prepared: Prepared, contender: str) -> Entry:
+    """The contender with the share of windows, and of warm-up, that tuning tries rates on.
+
+    No fewer windows than make a batch, where an incomplete one is dropped.
+    """
+    entry, tuning = prepared.entries[contender], prepared.recipe.tuning
+    assert tuning is not None
+    assert isinstance(entry.train, Windows)  # a recipe with tuning has no lines
+    fewest = entry.training.batch_size if entry.training.drop_last else 1
+    wanted = max(fewest, round(tuning.share * len(entry.train)))
+    warmup = round(tuning.share * entry.training.warmup)
+    return replace(
+        entry,
+        train=entry.train.first(min(len(entry.train), wanted)),
+        training=entry.training.model_copy(update={"warmup": warmup}),
+    )
+
+
+def _with_rate(entry: Entry, rate: float) -> Entry:
+    training = entry.training.model_copy(update={"learning_rate": rate})
+    return replace(entry, training=training)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What training left, beside the model itself."""
+
+    phase2: PhaseTwo
+    contexts: Contexts
+
+
+def _run(
+    job: Job,
+    prepared: Prepared,
+    entry: Entry,
+    tuning: TuningFacts | None,
+    run: Path,
+    progress: Progress,
+) -> None:
+    """Train the contender, save its checkpoint, measure it, and write what came of it."""
+    started = time.perf_counter()
+    recipe, device, folder = prepared.recipe, prepared.device, run / job.folder
+    if tuning is not None:
+        entry = _with_rate(entry, tuning.chosen)
+    peak = PeakMemory(device)
+    stages = [stage_memory("data loaded", device)]
+    model, embedding = _new_model(job, prepared, entry, run, progress)
+    stages.append(stage_memory("model initialised", device))
+    trained = _train(job, prepared, entry, model, run, progress, stages)
+    # Before anything is measured: a fault in a measurement must not cost the weights.
+    offset = recipe.target_offset_of(entry.contender)
+    if distribution.is_main():
+        note = TrainingNote(
+            target_offset=offset,
+            unit=recipe.unit,
+            stream=trained.contexts.store is not None,
+            sequence_length=recipe.sequence_length,
+        )
+        _save_checkpoint(model, prepared, note, folder / "checkpoint")
+    progress.update("measuring quality, cache and speed")
+    measured = time.perf_counter()
+    size = recipe.evaluation.batch_size
+    validation = evaluate_quality(model, trained.contexts.validation, size, device)
+    again = _first(trained.contexts.train, recipe.evaluation.train_samples)
+    train = evaluate_quality(model, again, size, device)
+    task = find_task(recipe.corpus)
+    retrieval = []
+    if task is not None:
+        retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
+    if not distribution.is_main():
+        return
+    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
+    now = time.perf_counter()
+    epochs = trained.phase2.epochs
+    seconds = [epoch.seconds for epoch in epochs]
+    timings = Timings(
+        phase1_seconds=trained.contexts.phase1_seconds,
+        store_seconds=trained.contexts.store_seconds,
+        stages=stages,
+        epoch_seconds=seconds,
+        evaluation_seconds=now - measured,
+        total_seconds=now - started,
+        training_tokens_per_second=entry.windows_per_epoch
+        * recipe.sequence_length
+        / median(seconds),
+        prefill_tokens_per_second=speed.prefill_tokens_per_second,
+        decode_tokens_per_second=speed.decode_tokens_per_second,
+        speed_tokens=speed.tokens,
+        peak_host_bytes=peak.host_bytes(),
+        peak_accelerator_bytes=peak.accelerator_bytes(),
+    )
+    best = epochs[trained.phase2.best_epoch - 1]
+    result = Result(
+        recipe=recipe.name,
+        scale=recipe.scale,
+        contender=job.contender,
+        architecture=model.config.model_type,
+        baseline=entry.contender.baseline,
+        seed=job.seed,
+        job=job.identity,
+        setting=job.setting,
+        target_offset=offset,
+        precision=entry.precision,
+        corpus=prepared.facts,
+        parameters_total=sum(p.numel() for p in model.parameters()),
+        parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        validation_loss=validation.loss,
+        validation_ppl=validation.ppl,
+        bits_per_byte=_bits_per_byte(validation, prepared, offset),
+        accuracy=validation.accuracy,
+        train_ppl_running=perplexity(best.train_loss),
+        train_ppl=train.ppl,
+        train_ppl_windows=len(again),
+        retrieval=retrieval,
+        best_epoch=trained.phase2.best_epoch,
+        epochs=len(epochs),
+        learning_rate=entry.training.learning_rate,
+        tuning=tuning,
+        phase1=trained.contexts.phase1,
+        embedding=embedding,
+        store=trained.contexts.store,
+        cache=cache,
+        cache_dtype=str(model.dtype).removeprefix("torch."),
+        reported=entry.contender.reported,
+        reported_epochs=dict(entry.contender.reported_epochs),
+    )
+    write_json(folder / "timings.json", timings.model_dump())
+    write_json(folder / "result.json", result.model_dump())
+
+
+def _new_model(
+    job: Job, prepared: Prepared, entry: Entry, run: Path, progress: Progress
+) -> tuple[PreTrainedModel, EmbeddingFacts]:
+    """The contender's model with the recipe's embedding, and where that comes from."""
+    model = create_model(entry.config, job.seed)
+    embedding = prepared.embedding
+    if prepared.learning_text is not None:
+        settings, text = prepared.recipe.embedding, prepared.learning_text
+        # Learned before, by a job of its own; only a machine with another cache learns it again.
+        place = run / job.working / "embedding"
+        embedding = learn_embedding(settings, text, prepared.device, place, progress)
+    facts = EmbeddingFacts(source="random")
+    if embedding is not None:
+        facts = embedding.facts
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(embedding.weight_VD)
+    frozen = not model.get_input_embeddings().weight.requires_grad
+    return model.to(prepared.device), facts.model_copy(update={"frozen": frozen})
+
+
+def _train(
+    job: Job,
+    prepared: Prepared,
+    entry: Entry,
+    model: PreTrainedModel,
+    run: Path,
+    progress: Progress,
+    stages: list[StageMemory],
+) -> _Trained:
+    """Phase 1, the context store and phase 2, as far as the contender has them."""
+    history = History(run / job.folder / "history.jsonl")
+    working = run / job.working
+    alone = distribution.world() == 1  # several processes keep nothing to resume from
+    state = PhaseOneState(working / "phase1", progress.line) if alone else None
+    contexts = make_contexts(job, prepared, entry, model, run, history, progress, stages, state)
+    size = prepared.recipe.evaluation.batch_size
+    phase2 = train_next_token(
+        model,
+        contexts.train,
+        entry.training,
+        evaluator(contexts.validation, size, prepared.device),
+        seed=job.seed,
+        device=prepared.device,
+        precision=entry.precision,
+        folder=working / "phase2",
+        watcher=EpochWatcher(progress, history),
+        tell=progress.line,
+    )
+    stages.append(stage_memory("trained", prepared.device))
+    return _Trained(phase2, contexts)
+
+
+def _save_checkpoint(
+    model: PreTrainedModel, prepared: Prepared, note: TrainingNote, at: Path
+) -> None:
+    """Weights, configuration, tokenizer and a note on training, in a folder that appears whole."""
+    # For padded batches; not in the configuration, where it would freeze an embedding at zero.
+    model.generation_config.pad_token_id = prepared.tokenizer.pad_token_id
+    with atomic_folder(at) as partial:
+        model.save_pretrained(partial)
+        prepared.tokenizer.save_pretrained(partial)
+        write_trained(partial, note)
+
+
+def _bits_per_byte(validation: Quality, prepared: Prepared, target_offset: int) -> float | None:
+    if target_offset > 1 or prepared.validation_bytes is None:
+        return None
+    tokens = prepared.facts.validation_tokens
+    return bits_per_byte(validation.loss, tokens, prepared.validation_bytes)
+
+
+def _first(windows: Text, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+    """The first `count` windows, or all."""
+    return Subset(windows, range(min(count or len(windows), len(windows))))

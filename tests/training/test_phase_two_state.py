@@ -1,0 +1,155 @@
+"""Phase 2 resumes to the bit, whenever its process was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+
+import pytest
+import torch
+from test_next_token import CPU, NEOX, VOCABULARY, Watcher, make_windows
+from torch import nn
+
+from contextlm.base.errors import NotFiniteError
+from contextlm.models.build import build_config, create_model
+from contextlm.recipe.settings import TrainingSettings
+from contextlm.training import phase_two_state
+from contextlm.training.checkpoints import Checkpoints
+from contextlm.training.next_token import train_next_token
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may handle it."""
+
+
+class KillingWatcher(Watcher):
+    """Calls a function at one step."""
+
+    def __init__(self, step: int, what):
+        super().__init__()
+        self.step, self.what = step, what
+
+    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+        super().on_step(step, loss, learning_rate)
+        if step == self.step:
+            self.what()
+
+
+DROPPING = {**NEOX, "attention_dropout": 0.1, "hidden_dropout": 0.1}
+RESUMED = TrainingSettings(
+    batch_size=4, accumulation=2, epochs=4, learning_rate=1e-2, patience=2, schedule="cosine"
+)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def resumable(folder, watcher=None, settings=RESUMED):
+    """12 windows make 3 steps an epoch. The second of four epochs is the best, the last is left."""
+    model = create_model(build_config(DROPPING, VOCABULARY), 0)
+    script = {3: 3.0, 6: 2.0, 9: 2.5, 12: 2.6}
+    told: list[str] = []
+
+    def evaluate(model: nn.Module):
+        # By a count of steps, which a resumed run has not made itself.
+        return {"loss": script[3 * (len(watcher.epochs) + 1)], "accuracy": 0.5}
+
+    watcher = watcher or Watcher()
+    outcome = train_next_token(
+        model, make_windows(), settings, evaluate, seed=0, device=CPU, precision="float32",
+        folder=folder, watcher=watcher, tell=told.append,
+    )  # fmt: skip
+    epochs = [dataclasses.replace(epoch, seconds=0) for epoch in outcome.epochs]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert watcher.losses == outcome.losses  # all are told, those before a kill too
+    return (epochs, outcome.best_epoch, outcome.losses, weights), told
+
+
+def same(one, other) -> bool:
+    return one[:3] == other[:3] and torch.equal(one[3], other[3])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return resumable(tmp_path_factory.mktemp("whole"))[0]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 12])
+def test_a_killed_training_ends_bitwise_as_it_would_have(
+    tmp_path, monkeypatch, whole, step, inside
+):
+    """Weights, epochs, stopping rule; inside epochs too, whose running loss is carried over."""
+    monkeypatch.setattr(phase_two_state, "SAVE_SECONDS", 0.0 if inside else 600.0)
+    with pytest.raises(Killed):
+        resumable(tmp_path, KillingWatcher(step, kill))
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    saved = step - 1 if inside else (step - 1) // 3 * 3
+    assert told == ([f"resuming from {tmp_path / f'step-{saved}'}"] if saved else [])
+
+
+def test_a_finished_training_is_told_again_and_not_trained_again(tmp_path, monkeypatch, whole):
+    resumable(tmp_path)
+    monkeypatch.setattr("contextlm.training.next_token._Stepper.take", None)
+    watcher = Watcher()
+    again, _ = resumable(tmp_path, watcher)
+    assert same(again, whole)
+    assert watcher.best == [True, True, False, False]
+
+
+def test_checkpoints_of_another_training_are_not_used(tmp_path, whole):
+    resumable(tmp_path, settings=RESUMED.model_copy(update={"learning_rate": 1e-3}))
+    again, told = resumable(tmp_path)
+    assert same(again, whole)
+    assert told == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole):
+    with pytest.raises(Killed):
+        resumable(tmp_path, KillingWatcher(8, kill))
+    file = tmp_path / "step-6" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    assert str(file) in told[0]
+    assert told[1] == f"resuming from {tmp_path / 'step-3'}"
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_writes_a_checkpoint_first(tmp_path, whole, number):
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, KillingWatcher(4, lambda: os.kill(os.getpid(), number)))
+    resumed, told = resumable(tmp_path)
+    assert same(resumed, whole)
+    assert told[-1] == f"resuming from {tmp_path / 'step-4'}"
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
+    def spoil(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.fill_(math.nan)
+
+    losses = iter([1.0])
+
+    def evaluate(model: nn.Module):
+        return {"loss": next(losses), "accuracy": 0.5}
+
+    model = create_model(build_config(NEOX, VOCABULARY), 0)
+    with pytest.raises(NotFiniteError, match="training loss is nan at step 6") as caught:
+        train_next_token(
+            model, make_windows(), RESUMED, evaluate, seed=0, device=CPU, precision="float32",
+            folder=tmp_path, watcher=KillingWatcher(5, lambda: spoil(model)),
+        )  # fmt: skip
+    assert caught.value.__notes__ == [f"the last good checkpoint is {tmp_path / 'step-3'}"]
+    assert Checkpoints(tmp_path, "step").whole() == [3]
+
+
+def test_nothing_is_pickled(tmp_path, whole):
+    resumable(tmp_path)
+    names = {path.name for path in (tmp_path / "step-12").iterdir()}
+    assert names == {"state.safetensors", "record.json", "manifest.json"}
