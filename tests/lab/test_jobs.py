@@ -13,7 +13,7 @@ from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
 from contextlm.lab.preparation import prepare
 from contextlm.lab.work import _on_first_part
 from contextlm.recipe.loading import load_recipe
-from contextlm.results.trials import TrialResult
+from contextlm.results.result import TrialResult
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Rows of a report: merged over runs, compared with their baseline, grouped by what may be ranked."""
+"""Rows of a report: merged over runs, compared with their baseline, grouped where ranked."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
 from contextlm.recipe.settings import TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
-from contextlm.results.result import read_outcome
-from contextlm.results.trials import read_divergence, read_trial
+from contextlm.results.result import read_outcome, read_trial
 
 JOB_FILE = "job.json"
 WORKING = "_working"  # in a run folder; no contender can be named so
@@ -126,8 +125,7 @@ class Planner:
             if not (run / job.folder / "result.json").exists():
                 return False
             try:
-                if read_divergence(run / job.folder) is None:
-                    read_outcome(run, job.contender, job.seed)
+                read_outcome(run, job.contender, job.seed)
             except InputError:
                 return False
             self._done.add(job)

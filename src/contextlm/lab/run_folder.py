@@ -49,7 +49,7 @@ def mark_unfinished(run: Path) -> None:
 
 def finish(run: Path) -> None:
     """Mark a run as finished and remove what it might have resumed from."""
-    (run / WORKING / _STATE).unlink()
+    (run / WORKING / _STATE).unlink(missing_ok=True)
     shutil.rmtree(run / WORKING, ignore_errors=True)
 
 

@@ -302,12 +302,11 @@ def _complete(runs: Runs, folder: Path, progress: Progress, workers: int | None)
             return
         for run, _ in runs:
             found = read_run(run)
-            if found.outcomes:
-                write_report([found], run)
+            write_report([found], run)
             finish(run)
-            if not found.outcomes:
-                why = found.diverged[0].diverged
-                raise NotFiniteError(f"every training diverged, the first: {why}")
+            reasons = [outcome.result.diverged for outcome in found.outcomes]
+            if all(reasons):
+                raise NotFiniteError(f"every training diverged, the first: {reasons[0]}")
         if points_of(folder):
             report_grid(folder)
 

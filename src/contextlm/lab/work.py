@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -36,8 +37,7 @@ from contextlm.lab.live import EpochWatcher, History
 from contextlm.lab.preparation import Entry, Prepared
 from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
-from contextlm.results.result import Result, StageMemory, Timings
-from contextlm.results.trials import Divergence, TrialResult
+from contextlm.results.result import Result, StageMemory, Timings, TrialResult
 from contextlm.training.next_token import train_next_token
 from contextlm.training.phase_one_state import PhaseOneState
 from contextlm.training.phase_two_state import PhaseTwo
@@ -86,24 +86,69 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
 
 
 def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> None:
+    """The result of a training that did not stay finite."""
+    folder = run / job.folder
     if job.kind == "trial":
         assert job.rate is not None
         trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=None)
-        write_json(run / job.folder / "result.json", trial.model_dump())
+        write_json(folder / "result.json", trial.model_dump())
         return
     entry = prepared.entries[job.contender]
-    divergence = Divergence(
-        recipe=prepared.recipe.name,
-        scale=prepared.recipe.scale,
+    nothing = Quality(loss=math.inf, accuracy=0.0, tokens=0)
+    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(
+        update={"diverged": reason}
+    )
+    timings = Timings(
+        phase1_seconds=None,
+        epoch_seconds=[],
+        evaluation_seconds=0.0,
+        total_seconds=0.0,
+        training_tokens_per_second=math.nan,
+        prefill_tokens_per_second=math.nan,
+        decode_tokens_per_second=math.nan,
+        speed_tokens=0,
+        peak_host_bytes=0,
+        peak_accelerator_bytes=None,
+    )
+    (folder / "history.jsonl").touch()
+    write_json(folder / "timings.json", timings.model_dump())
+    write_json(folder / "result.json", result.model_dump())
+
+
+def _result(
+    job: Job, prepared: Prepared, entry: Entry, model: PreTrainedModel, validation: Quality
+) -> Result:
+    """What a result says of any training, with nothing measured but the validation loss."""
+    recipe, contender = prepared.recipe, entry.contender
+    return Result(
+        recipe=recipe.name,
+        scale=recipe.scale,
         contender=job.contender,
-        architecture=entry.config.model_type,
-        baseline=entry.contender.baseline,
+        architecture=model.config.model_type,
+        baseline=contender.baseline,
         seed=job.seed,
         job=job.identity,
         setting=job.setting,
-        diverged=reason,
+        target_offset=recipe.target_offset_of(contender),
+        precision=entry.precision,
+        corpus=prepared.facts,
+        parameters_total=sum(p.numel() for p in model.parameters()),
+        parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        validation_loss=validation.loss,
+        validation_ppl=math.inf if math.isinf(validation.loss) else validation.ppl,
+        bits_per_byte=None,
+        accuracy=validation.accuracy,
+        train_ppl_running=math.inf,
+        train_ppl=math.inf,
+        best_epoch=0,
+        epochs=0,
+        learning_rate=entry.training.learning_rate,
+        phase1=None,
+        cache=[],
+        cache_dtype=str(model.dtype).removeprefix("torch."),
+        reported=contender.reported,
+        reported_epochs=dict(contender.reported_epochs),
     )
-    write_json(run / job.folder / "result.json", divergence.model_dump())
 
 
 def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
@@ -212,40 +257,21 @@ def _run(
         peak_accelerator_bytes=peak.accelerator_bytes(),
     )
     best = epochs[trained.phase2.best_epoch - 1]
-    result = Result(
-        recipe=recipe.name,
-        scale=recipe.scale,
-        contender=job.contender,
-        architecture=model.config.model_type,
-        baseline=entry.contender.baseline,
-        seed=job.seed,
-        job=job.identity,
-        setting=job.setting,
-        target_offset=offset,
-        precision=entry.precision,
-        corpus=prepared.facts,
-        parameters_total=sum(p.numel() for p in model.parameters()),
-        parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        validation_loss=validation.loss,
-        validation_ppl=validation.ppl,
-        bits_per_byte=_bits_per_byte(validation, prepared, offset),
-        accuracy=validation.accuracy,
-        train_ppl_running=perplexity(best.train_loss),
-        train_ppl=train.ppl,
-        train_ppl_windows=len(again),
-        retrieval=retrieval,
-        best_epoch=trained.phase2.best_epoch,
-        epochs=len(epochs),
-        learning_rate=entry.training.learning_rate,
-        tuning=tuning,
-        phase1=trained.contexts.phase1,
-        embedding=embedding,
-        store=trained.contexts.store,
-        cache=cache,
-        cache_dtype=str(model.dtype).removeprefix("torch."),
-        reported=entry.contender.reported,
-        reported_epochs=dict(entry.contender.reported_epochs),
-    )
+    measured_too = {
+        "bits_per_byte": _bits_per_byte(validation, prepared, offset),
+        "train_ppl_running": perplexity(best.train_loss),
+        "train_ppl": train.ppl,
+        "train_ppl_windows": len(again),
+        "retrieval": retrieval,
+        "best_epoch": trained.phase2.best_epoch,
+        "epochs": len(epochs),
+        "tuning": tuning,
+        "phase1": trained.contexts.phase1,
+        "embedding": embedding,
+        "store": trained.contexts.store,
+        "cache": cache,
+    }
+    result = _result(job, prepared, entry, model, validation).model_copy(update=measured_too)
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
 

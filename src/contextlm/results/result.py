@@ -31,7 +31,6 @@ from contextlm.results.facts import (
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
-from contextlm.results.trials import Divergence, read_divergence
 
 RESULT_VERSION: Literal[1] = 1
 
@@ -45,6 +44,8 @@ class Result(Record):
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
     empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
     same without the seed: results of one setting are seeds of one experiment, in whichever runs.
+    `diverged` says what happened where training did not stay finite: then losses are infinite, and
+    nothing was measured.
     """
 
     version: Literal[1] = RESULT_VERSION
@@ -80,6 +81,19 @@ class Result(Record):
     reported_epochs: dict[str, list[Finite | None]] = {}
     job: str | None = None
     setting: str | None = None
+    diverged: str | None = None
+
+
+class TrialResult(Record):
+    """One learning rate tried by the job of that identity.
+
+    The loss is the best epoch's in nats a token, None where training diverged.
+    """
+
+    version: Literal[1] = 1
+    job: str
+    learning_rate: Figure
+    validation_loss: Figure | None
 
 
 class StageMemory(Record):
@@ -161,12 +175,10 @@ class Run(Record):
     recipe: dict[str, Any]
     environment: dict[str, Any]
     outcomes: list[Outcome]
-    diverged: list[Divergence] = []
 
     def missing_seeds(self) -> dict[str, list[int]]:
         """The recipe's seeds without a result, by contender; contenders that lack none left out."""
         done = {(o.result.contender, o.result.seed) for o in self.outcomes}
-        done |= {(d.contender, d.seed) for d in self.diverged}
         seeds = self.recipe.get("seeds", [0])
         names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
         missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
@@ -211,23 +223,21 @@ def read_run(folder: Path) -> Run:
     """
     recipe = read_recipe(folder)
     environment = read_mapping(folder, folder / "environment.json")
-    outcomes, diverged = [], []
-    for contender in recipe["contenders"]:
-        for seed in recipe.get("seeds", [0]):
-            place = seed_folder(folder, contender["name"], seed)
-            if is_file(place / "result.json"):
-                divergence = read_divergence(place)
-                if divergence is None:
-                    outcomes.append(read_outcome(folder, contender["name"], seed))
-                else:
-                    diverged.append(divergence)
-    return Run(
-        folder=folder,
-        recipe=recipe,
-        environment=environment,
-        outcomes=outcomes,
-        diverged=diverged,
-    )
+    outcomes = [
+        read_outcome(folder, contender["name"], seed)
+        for contender in recipe["contenders"]
+        for seed in recipe.get("seeds", [0])
+        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
+    ]
+    return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
+
+
+def read_trial(folder: Path) -> TrialResult | None:
+    """The trial whose folder it is; None where there is none, or a damaged one."""
+    try:
+        return TrialResult.model_validate_json((folder / "result.json").read_text("utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
 
 
 R = TypeVar("R", bound=Record)
