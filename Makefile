@@ -11,9 +11,9 @@ WORKERS ?= 2
 TIMES ?= 20
 
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-SOURCES := src tests
+SOURCES := src tests results
 
-.PHONY: help demo test fuzz survive lint format clean
+.PHONY: help demo test fuzz survive results lint format clean
 
 help:
 	@echo "make demo     train and compare small models in a few minutes, and write a report"
@@ -22,6 +22,7 @@ help:
 	@echo "make survive  kill a run 20 times, resume it, and compare it with an undisturbed one"
 	@echo "              (some minutes; ARGS=\"--kills 3\" for fewer)"
 	@echo "make fuzz     give the command line many times as much bad input, and list what it says"
+	@echo "make results  make the tables and plots in results/ again from results/runs.csv"
 	@echo "make lint     check style, format and types"
 	@echo "make format   put the code into the common format"
 	@echo "make clean    remove the virtual environment and all caches; runs/ stays"
@@ -41,6 +42,9 @@ fuzz: $(VENV)/.installed-dev
 
 survive: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/survive.py $(ARGS)
+
+results: $(VENV)/.installed
+	$(BIN)/python results/make.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -1,0 +1,273 @@
+"""Makes the tables, figures and plots in this folder again, all from two files.
+
+    python results/make.py                         make them again
+    python results/make.py add QUESTION RUN...     take in the rows of finished run folders first
+
+`runs.csv` has a row for each contender, seed and budget (`contextlm.report.frame`), and in
+`question` the words that tables ask for; a run that serves two questions is one row with two.
+`benchmarks.csv` has the ratios that ``contextlm bench`` printed. In a page, what stands between
+``<!-- make KIND ARGUMENTS -->`` and ``<!-- made -->`` is made by the function `KIND` below.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from contextlm.report import numbers, tables
+from contextlm.report.charts import frontier_figure, styles
+from contextlm.report.contenders import Contender
+from contextlm.report.frame import csv_frame, seed_frame
+from contextlm.report.sheet import Column, make_table, markdown_table
+from contextlm.report.statistics import corrected, difference
+from contextlm.results.result import read_run
+
+NOT_FIGURES = ["run", "question", "scale"]
+MARKS = re.compile(r"<!-- make (\w+) ?(.*?) -->\n?(.*?)\n?<!-- made -->", re.DOTALL)
+# Of a document's figures: label, the column of the measured one, and how both are written.
+REPORTED = {
+    "val_ppl": ("validation PPL", "validation_ppl", numbers.perplexity),
+    "accuracy": ("accuracy", "accuracy", numbers.percent),
+    "best_epoch": ("best epoch", "best_epoch", tables.whole),
+    "train_val_gap": ("validation / train PPL", "gap", lambda v: numbers.decimal(v, 2)),
+    "phase1_iterations": ("phase-1 iterations", "phase1_iterations", tables.whole),
+    "phase1_converged": ("phase-1 convergence", "phase1_converged", numbers.percent),
+    "effective_rank_train": ("rank, training", "rank_share_train", numbers.percent),
+    "effective_rank_val": ("rank, validation", "rank_share_validation", numbers.percent),
+    "parameters": ("parameters", "parameters", numbers.count),
+}
+
+
+class Results:
+    """The rows of both files, and what pages say of them."""
+
+    def __init__(self, folder: Path):
+        self.runs = pd.read_csv(folder / "runs.csv").assign(
+            gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
+            rank_share_train=lambda rows: rows.rank_train / rows.context_dim,
+            rank_share_validation=lambda rows: rows.rank_validation / rows.context_dim,
+        )
+        self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
+        self.rows = cache(self._rows)
+
+    def _rows(self, question: str) -> list[Contender]:
+        """The contenders that answer a question, each compared with its baseline."""
+        seeds = self.runs[[question in words.split() for words in self.runs.question]]
+        if seeds.empty:
+            raise SystemExit(f"results/runs.csv has no rows for {question!r}")
+        plain = [Contender(str(n), rows, ()) for n, rows in seeds.groupby("contender", sort=False)]
+        rows: list[Contender] = []
+        for row in plain:
+            alike = [
+                one for one in plain if one.value("target_offset") == row.value("target_offset")
+            ]
+            # A pair with another target has no marked baseline: it is the first of the pair.
+            base = next((one for one in alike if one.value("baseline")), alike[0])
+            column = "accuracy" if row.task else "validation_loss"
+            pair = (one.seeds.set_index("seed")[column] for one in (row, base))
+            rows.append(
+                row if row is base else replace(row, reference=base, difference=difference(*pair))
+            )
+        told = iter(corrected([row.difference for row in rows if row.difference]))
+        return [replace(row, difference=next(told)) if row.difference else row for row in rows]
+
+    def row(self, question: str, contender: str) -> Contender:
+        """One contender of a question."""
+        return next(row for row in self.rows(question) if row.name == contender)
+
+    def value(self, figure: str, question: str, contender: str) -> str:
+        """One figure: ppl, change, interval or answers."""
+        row = self.row(question, contender)
+        if figure == "answers":
+            return numbers.with_deviation(row.stat("accuracy"), numbers.percent)
+        show = {
+            "ppl": tables.ppl_text,
+            "change": tables.difference_text,
+            "interval": tables.interval_text,
+        }
+        return show[figure](row)
+
+    def comparison(self, question: str) -> str:
+        """All contenders of a question against their baseline."""
+        rows = self.rows(question)
+        length = max(n for n in rows[0].cache_lengths if n <= 2048)
+        size = f"cache_bytes_{length}"
+        columns = [
+            tables.CONTENDER,
+            *([tables.mean("right answers", "accuracy", numbers.percent)] if rows[0].task else []),
+            Column("validation PPL", tables.ppl_text),
+            Column("vs baseline", tables.difference_text),
+            Column("95% interval", tables.interval_text),
+            Column("verdict", tables.verdict_text, "text"),
+            tables.shared(f"cache at {numbers.count(length)} tokens", size, numbers.human_bytes),
+            tables.change("cache vs baseline", size),
+            tables.shared("parameters", "parameters", numbers.count),
+            tables.shared("rate", "learning_rate", "{:g}".format),
+            Column[Contender]("seeds", lambda row: str(len(row.seeds))),
+        ]
+        return markdown_table(make_table("", columns, rows))
+
+    def answers(self, question: str) -> str:
+        """Right answers by level."""
+        table = tables.retrieval_table(self.rows(question))
+        return "" if table is None else markdown_table(table)
+
+    def reported(self, question: str) -> str:
+        """A document's figures beside the measured ones."""
+        cells = [
+            (row, key) for row in self.rows(question) for key in REPORTED
+            if row.value(f"reported_{key}") is not None
+        ]  # fmt: skip
+        columns: list[Column[tuple[Contender, str]]] = [
+            Column("contender", lambda pair: pair[0].name, "text"),
+            Column("figure", lambda pair: REPORTED[pair[1]][0], "text"),
+            Column("document", lambda pair: _given(pair[0].value(f"reported_{pair[1]}"), pair[1])),
+            Column("this run", lambda pair: _found(pair[0], *REPORTED[pair[1]][1:])),
+        ]
+        return markdown_table(make_table("", columns, cells))
+
+    def budgets(self, *questions: str) -> str:
+        """Perplexity of attention and the hybrid, a row a question."""
+        pairs = [
+            (self.row(question, "mha"), self.row(question, "hybrid")) for question in questions
+        ]
+        columns: list[Column[tuple[Contender, Contender]]] = [
+            Column("training tokens", lambda pair: numbers.count(pair[0].value("train_tokens"))),
+            Column("mha, at rate", lambda pair: f"{pair[0].value('learning_rate'):g}"),
+            Column("mha", lambda pair: tables.ppl_text(pair[0])),
+            Column("hybrid, at rate", lambda pair: f"{pair[1].value('learning_rate'):g}"),
+            Column("hybrid", lambda pair: tables.ppl_text(pair[1])),
+            Column("difference", lambda pair: tables.difference_text(pair[1])),
+            Column("95% interval", lambda pair: tables.interval_text(pair[1])),
+            Column("seeds", lambda pair: str(len(pair[1].seeds))),
+        ]
+        return markdown_table(make_table("", columns, pairs))
+
+    def ratios(self, question: str) -> str:
+        """What one benchmark printed, beside its targets; one that was missed says so."""
+        lines = self.benchmarks[self.benchmarks.question == question]
+        cells = {(line.model, line.baseline, line.figure): line for line in lines.itertuples()}
+        columns: list[Column[tuple[str, str]]] = [
+            Column("model", lambda pair: pair[0], "text"),
+            Column("baseline", lambda pair: pair[1] or numbers.ABSENT, "text"),
+            *(
+                Column(figure, lambda pair, figure=figure: _ratio(cells.get((*pair, figure))))
+                for figure in lines.figure.unique()
+            ),
+        ]
+        pairs = dict.fromkeys((model, baseline) for model, baseline, _ in cells)
+        return markdown_table(make_table("", columns, pairs))
+
+
+def _given(value: float, key: str) -> str:
+    return numbers.percent(value) if REPORTED[key][2] is numbers.percent else numbers.plain(value)
+
+
+def _found(row: Contender, column: str, show: tables.Show) -> str:
+    text = numbers.with_deviation(row.stat(column), show)
+    return text.removesuffix(" ± 0")
+
+
+def _ratio(line: object) -> str:
+    if line is None:
+        return numbers.ABSENT
+    measured, target = float(line.measured), line.target  # type: ignore[attr-defined]
+    shown = numbers.count(measured) if measured >= 1000 else f"{measured:.3g}"
+    if not target:
+        return shown
+    sign, limit = target.split()
+    met = measured >= float(limit) if sign == ">=" else measured <= float(limit)
+    return (
+        f"{shown} ({'' if met else 'missed: '}{'at least' if sign == '>=' else 'at most'} {limit})"
+    )
+
+
+def plots(results: Results, folder: Path) -> None:
+    """Perplexity against bytes and against tokens, and right answers by difficulty."""
+    folder.mkdir(exist_ok=True)
+    save(frontier_figure(results.rows("frontier")), folder / "frontier.svg")
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", xlabel="million training tokens", ylabel="validation PPL"
+    )
+    tuned, same = ("half", "frontier", "double"), ("one-rate", "double-one-rate")
+    for questions, label, line in ((tuned, "tuned", "-"), (same, "0.004 for both", "--")):
+        for name, style in zip(("mha", "hybrid"), styles(2), strict=True):
+            rows = pd.concat([results.row(question, name).seeds for question in questions])
+            ppl = rows.groupby("train_tokens").validation_ppl.mean()
+            look = {"color": style.colour, "marker": style.marker, "linestyle": line}
+            axes.plot(ppl.index / 1e6, ppl, **look, label=f"{name}, {label}")
+    axes.set_xticks([0.75, 1.5, 3], ["0.75", "1.5", "3"])
+    axes.set_xticks([], minor=True)
+    axes.legend()
+    save(figure, folder / "budgets.svg")
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    asked = ("recall", "needles")
+    looks = dict(zip([row.name for row in results.rows(asked[0])], styles(5), strict=True))
+    for axes, question in zip(figure.subplots(1, 2, sharey=True), asked, strict=True):
+        rows = results.rows(question)
+        for row in rows:
+            look = {"color": looks[row.name].colour, "marker": looks[row.name].marker}
+            shares = [100 * row.value(level) for level in row.levels]
+            levels = [level.split("_")[1] for level in row.levels]
+            axes.plot(levels, shares, **look, alpha=0.8, label=row.name)
+        axes.set(title=question, xlabel=rows[0].levels[0].split("_")[2])
+    figure.axes[0].set_ylabel("right answers, %")
+    figure.axes[0].legend(fontsize="small")
+    save(figure, folder / "retrieval.svg")
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a plot, the same bytes each time."""
+    with mpl.rc_context({"svg.hashsalt": "contextlm", "svg.fonttype": "none"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
+def make(folder: Path) -> None:
+    """Make every page and plot of a folder again."""
+    results = Results(folder)
+
+    def made(mark: re.Match[str]) -> str:
+        kind, words = mark.groups()[:2]
+        text = getattr(results, kind)(*words.split())
+        around = "\n" if text.endswith("\n") else ""
+        return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
+
+    for page in sorted(folder.glob("*.md")):
+        page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
+    plots(results, folder / "plots")
+
+
+def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFrame:
+    """The rows of both; one that is there already gets `question` as one more word."""
+    new = new.assign(question=question, budget=new.train_tokens * new.epoch_limit)
+    both = pd.concat([old, new], ignore_index=True)
+    figures = [name for name in both if name not in NOT_FIGURES]
+    words = both.groupby(figures, dropna=False, sort=False).question.transform(
+        lambda asked: " ".join(dict.fromkeys(" ".join(asked).split()))
+    )
+    return both.assign(question=words).drop_duplicates(figures)
+
+
+def add(folder: Path, question: str, runs: list[Path]) -> None:
+    """Take the seeds of finished run folders into `runs.csv`, as rows that answer `question`."""
+    file = folder / "runs.csv"
+    old = pd.read_csv(file, dtype_backend="numpy_nullable")
+    frame = taken_in(old, csv_frame(seed_frame([read_run(run) for run in runs])), question)
+    frame.to_csv(file, index=False, lineterminator="\n")
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    if sys.argv[1:2] == ["add"]:
+        add(here, sys.argv[2], [Path(name) for name in sys.argv[3:]])
+    make(here)
