@@ -39,64 +39,6 @@ def test_loss_equals_the_definition():
     assert oacd_loss(contexts).item() == pytest.approx(expected, abs=1e-12)
 
 
-def naive_iterations(block, table, tokens, settings, seed, count):
-    """The same protocol with one product per token and autograd through everything."""
-    total = len(tokens)
-    contexts = torch.empty(total, CONTEXT).normal_(
-        0.0, 0.01, generator=batch_generator(seed, 1, 0, CPU)
-    )
-    optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
-    rows = [(0.0, None)]
-    for number in range(2, count + 1):
-        new, losses = contexts.clone(), []
-        starts = list(range(0, total, settings.batch_size))
-        for batch, start in enumerate(starts):
-            end = min(start + settings.batch_size, total)
-            noise = torch.empty(end - start, CONTEXT).normal_(
-                generator=batch_generator(seed, number, batch, CPU)
-            )
-            outputs = []
-            for i in range(start, end):
-                fed = contexts[i - 1] if i else torch.zeros(CONTEXT)
-                context = fed + settings.noise * noise[i - start]
-                for layer in block.layers:
-                    joined = torch.cat([context, table[tokens[i].item()]])
-                    update = F.gelu(F.linear(joined, layer.weight, layer.bias))
-                    context = layer.norm(context + update)
-                outputs.append(context)
-            outputs = torch.stack(outputs)
-            losses.append(oacd_loss(outputs, settings.mean_weight))
-            new[start:end] = outputs.detach()
-        optimizer.zero_grad()
-        torch.stack(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
-        optimizer.step()
-        moved = ((new - contexts) ** 2).mean(1)
-        rows.append(
-            ((moved < settings.threshold).float().mean().item(), torch.stack(losses).mean().item())
-        )
-        contexts = new
-    return contexts, rows
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_iterations_equal_the_naive_form(layers):
-    settings = PhaseOneSettings(batch_size=17, max_iterations=5, threshold=0.3, stop_at=1.0)
-    block, table, tokens = make(layers)
-    fast = train_context_block(block, lambda ids: table[ids], tokens, settings, seed=4, device=CPU)
-    naive_block, _, _ = make(layers)
-    contexts, rows = naive_iterations(naive_block, table, tokens, settings, 4, 5)
-    torch.testing.assert_close(fast.contexts_PC, contexts, rtol=1e-4, atol=1e-5)
-    for a, b in zip(block.parameters(), naive_block.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert [i.number for i in fast.iterations] == [1, 2, 3, 4, 5]
-    for iteration, (converged, loss) in zip(fast.iterations, rows, strict=True):
-        assert iteration.converged == pytest.approx(converged, abs=1e-6)
-        if loss is not None:
-            assert iteration.loss == pytest.approx(loss, abs=1e-5)
-    assert fast.iterations[0].loss is None
-
-
 @pytest.fixture
 def doubles():
     """Contexts and noise in float64 too."""

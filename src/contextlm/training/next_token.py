@@ -355,7 +355,9 @@ def _micro_batches(
     shares = [_share(whole) for whole in wholes]
     loader = DataLoader(
         windows,
-        batch_sampler=[share or whole[:1] for share, whole in zip(shares, wholes, strict=True)],
+        batch_sampler=[
+            list(share or whole[:1]) for share, whole in zip(shares, wholes, strict=True)
+        ],
         pin_memory=device.type == "cuda",
     )
     return (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from contextlm.training.checkpoints import (
     Checkpoints,
+    Groups,
     Tell,
     optimizer_tensors,
     restore_optimizer,
@@ -88,7 +89,7 @@ class PhaseOneState:
         started = time.monotonic()
         if started < self._due and not last:
             return
-        groups = {
+        groups: Groups = {
             "contexts": {"all": contexts_PC},
             "block": dict(block.named_parameters()),
             "optimizer": optimizer_tensors(optimizer),

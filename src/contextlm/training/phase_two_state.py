@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into the parameters of these names."""
     for name, parameter in model.named_parameters():
         if name in weights:
