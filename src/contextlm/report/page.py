@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from contextlm.base.errors import InputError
 from contextlm.base.files import atomic_open, is_folder, write_text
@@ -153,7 +153,8 @@ def _escape_unless_marked(value: object) -> object:
 def _yaml(value: dict[str, Any]) -> Markup:
     """A mapping as text between ``<pre>`` marks, which Markdown and HTML both show as it is."""
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
-    return Markup("<pre>{}</pre>").format(visible(text))
+    shown = escape(visible(text)).replace("[", Markup("&#91;"))  # no link even to careless readers
+    return Markup("<pre>") + shown + Markup("</pre>")
 
 
 def _data_uri(picture: bytes) -> str:
