@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 
 from contextlm.base.errors import InputError
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}  # from file systems that know none
+# From file systems that know none.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextmanager
@@ -32,14 +33,14 @@ def locked(file: Path, what: str) -> Iterator[None]:
     if os.name == "nt":
         yield
         return
-    lock = FileLock(file, timeout=0)
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)  # a soft one outlives its process
     try:
         lock.acquire()
         file.write_text(f"{os.getpid()}\n")
     except Timeout:
         raise InputError(f"{what}: {_holder(file)} is at work on it") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
     try:
         yield

@@ -115,10 +115,11 @@ def _with_absolute_paths(recipe: Recipe, full: Mapping[str, Any]) -> Recipe:
     for key, value in recipe.written.items():
         if values.get(key) == absolute.get(key) == read.get(key) is not None:
             written[key] = value
-    if "embedding.path" in absolute:
-        path = absolute.pop("embedding.path")
-        absolute["embedding"] = recipe.embedding.model_copy(update={"path": path})
-    return recipe.model_copy(update={**absolute, "written": written})
+    path = absolute.pop("embedding.path", recipe.embedding.path)
+    embedding_settings = recipe.embedding.model_copy(update={"path": path})
+    return recipe.model_copy(
+        update={**absolute, "embedding": embedding_settings, "written": written}
+    )
 
 
 def _absolute(key: str, value: str) -> str:
