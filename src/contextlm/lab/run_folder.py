@@ -91,9 +91,11 @@ def held(run: Path) -> Iterator[None]:
     (run / WORKING).mkdir(exist_ok=True)
     with locked(run / WORKING / _LOCK, str(run)):
         remove_parts(run)
-        yield
-    if not is_unfinished(run):
-        shutil.rmtree(run / WORKING, ignore_errors=True)
+        try:
+            yield
+        finally:
+            if not is_unfinished(run):
+                shutil.rmtree(run / WORKING, ignore_errors=True)
 
 
 def points_of(folder: Path) -> list[Path]:
