@@ -154,18 +154,19 @@ def _result(
 def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
     """Train on the first part of the windows and keep nothing but the best loss and the history."""
     assert job.rate is not None
-    entry = _with_rate(_on_first_part(prepared, job.contender), job.rate)
+    part = first_part(prepared, job.contender)
+    entry = _with_rate(part.entries[job.contender], job.rate)
     stages: list[StageMemory] = []
-    model, _ = _new_model(job, prepared, entry, run, progress)
-    trained = _train(job, prepared, entry, model, run, progress, stages)
+    model, _ = _new_model(job, part, entry, run, progress)
+    trained = _train(job, part, entry, model, run, progress, stages)
     loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
     trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
     if distribution.is_main():
         write_json(run / job.folder / "result.json", trial.model_dump())
 
 
-def _on_first_part(prepared: Prepared, contender: str) -> Entry:
-    """The contender with the share of windows, and of warm-up, that tuning tries rates on.
+def first_part(prepared: Prepared, contender: str) -> Prepared:
+    """A contender with the share of the text, and of warm-up, that tuning tries rates on.
 
     No fewer windows than make a batch, where an incomplete one is dropped.
     """
@@ -174,12 +175,11 @@ def _on_first_part(prepared: Prepared, contender: str) -> Entry:
     assert isinstance(entry.train, Windows)  # a recipe with tuning has no lines
     fewest = entry.training.batch_size if entry.training.drop_last else 1
     wanted = max(fewest, round(tuning.share * len(entry.train)))
+    train = entry.train.first(min(len(entry.train), wanted))
     warmup = round(tuning.share * entry.training.warmup)
-    return replace(
-        entry,
-        train=entry.train.first(min(len(entry.train), wanted)),
-        training=entry.training.model_copy(update={"warmup": warmup}),
-    )
+    training = entry.training.model_copy(update={"warmup": warmup})
+    part = replace(entry, train=train, training=training)
+    return replace(prepared, entries={contender: part}, stream=train.stream())
 
 
 def _with_rate(entry: Entry, rate: float) -> Entry:
