@@ -67,17 +67,20 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         return
     if distribution.is_main():
         write_job(run, job)
+    entry = prepared.entries[job.contender]
+    tuning = planner.tuning(run, entry) if job.kind == "contender" else None
+    if tuning is not None:
+        entry = _with_rate(entry, tuning.chosen)
     try:
         if job.kind == "trial":
             _try(job, prepared, run, progress)
         else:
-            entry = prepared.entries[job.contender]
-            _run(job, prepared, entry, planner.tuning(run, entry), run, progress)
+            _run(job, prepared, entry, tuning, run, progress)
     except NotFiniteError as error:
         if distribution.world() > 1:
             raise  # a loss of one process's own: the others are still at it
         progress.line(f"diverged: {error}")
-        _write_divergence(job, prepared, run, str(error))
+        _write_divergence(job, prepared, entry, tuning, run, str(error))
     if distribution.is_main():
         shutil.rmtree(run / job.working, ignore_errors=True)
         store = prepared.recipe.context_store
@@ -85,7 +88,14 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
             shutil.rmtree(run / stores_folder(job.seed), ignore_errors=True)  # they are large
 
 
-def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> None:
+def _write_divergence(
+    job: Job,
+    prepared: Prepared,
+    entry: Entry,
+    tuning: TuningFacts | None,
+    run: Path,
+    reason: str,
+) -> None:
     """The result of a training that did not stay finite."""
     folder = run / job.folder
     if job.kind == "trial":
@@ -93,11 +103,9 @@ def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> N
         trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=None)
         write_json(folder / "result.json", trial.model_dump())
         return
-    entry = prepared.entries[job.contender]
     nothing = Quality(loss=math.inf, accuracy=0.0, tokens=0)
-    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(
-        update={"diverged": reason}
-    )
+    told = {"diverged": reason, "tuning": tuning}
+    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(update=told)
     timings = Timings(
         phase1_seconds=None,
         epoch_seconds=[],
@@ -206,8 +214,6 @@ def _run(
     """Train the contender, save its checkpoint, measure it, and write what came of it."""
     started = time.perf_counter()
     recipe, device, folder = prepared.recipe, prepared.device, run / job.folder
-    if tuning is not None:
-        entry = _with_rate(entry, tuning.chosen)
     peak = PeakMemory(device)
     stages = [stage_memory("data loaded", device)]
     model, embedding = _new_model(job, prepared, entry, run, progress)
