@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from contextlm.base.errors import InputError, RunError
+from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
 from contextlm.lab.preparation import prepare
@@ -47,7 +47,10 @@ def test_the_identity_is_that_of_all_that_decides_the_figures(toy):
         ("contenders.ours.model.context_dim=16", "model.context_dim", [False, True]),
         ("contenders.ours.phase1.noise=0.05", "phase1.noise", [False, True]),
         ("contenders.ours.target_offset=2", "target_offset", [False, True]),
-        ("evaluation.speed_tokens=9", "evaluation.speed_tokens", [True, True]),
+        ("evaluation.cache_lengths=[8]", "evaluation.cache_lengths", [True, True]),
+        ("evaluation.speed_tokens=9", None, [False, False]),
+        ("stride=16", None, [False, False]),
+        ("training.weight_decay=0.01", None, [False, False]),
         ("samples.train=25", "train_samples", [True, True]),
         ("question=Another?", None, [False, False]),
         ("contenders.ours.reported={val_ppl: 3.0}", None, [False, False]),
@@ -136,7 +139,7 @@ def test_a_rate_that_diverges_is_passed_over(toy, tmp_path):
     assert facts.chosen == 0.002
     assert not facts.at_an_end
     assert [trial.validation_loss for trial in facts.trials] == [1000, 500, None]
-    with pytest.raises(RunError, match="base: training broke down at every rate"):
+    with pytest.raises(NotFiniteError, match="training diverged at every learning rate"):
         tuned(toy, tmp_path / "other", lambda rate: None)
 
 

@@ -313,6 +313,32 @@ def test_a_run_in_which_all_diverge_fails(tmp_path):
     assert list(tmp_path.rglob("checkpoint-*")) == []
 
 
+def test_a_contender_that_diverges_at_every_rate_of_tuning_does_not_end_the_others(toy, tmp_path):
+    rate = "contenders.ours.training.clip=null"
+    tuning = "tuning={learning_rates: [1e30, 1e31], share: 0.5, extensions: 0}"
+    both = load_recipe(toy, overrides=[tuning, rate, "contenders.base=null", BASELINE])
+    with pytest.raises(RunError, match=r"every training diverged.*at every learning rate"):
+        run(both, tmp_path, **QUIETLY)
+    (outcome,) = read_run(tmp_path / "toy-001").outcomes
+    assert "every learning rate of tuning" in outcome.result.diverged
+
+
+def test_what_is_trained_on_does_not_depend_on_the_other_contenders(toy):
+    """49 windows for the token after next, 50 for the next: the text is the same."""
+    limits = ["tokens={train: 801, validation: 321}", "samples=null", "documents=null"]
+    ahead = [*limits, "target_offset=2"]
+    alone = prepare(load_recipe(toy, overrides=ahead), CPU)
+    mixed = [*ahead, "contenders.ours.target_offset=1"]
+    beside = prepare(load_recipe(toy, overrides=mixed), CPU)
+    assert [len(entry.train) for entry in alone.entries.values()] == [49, 49]
+    assert [len(entry.train) for entry in beside.entries.values()] == [49, 50]
+    assert alone.fingerprint == beside.fingerprint
+    assert len(alone.stream) == 801
+
+
+BASELINE = "contenders.ours.baseline=true"
+
+
 def test_a_finished_run_gets_a_contender_and_seeds_more(toy, tmp_path):
     """Only what is missing is trained; the late contender is compared with the same baseline."""
     two = load_recipe(toy)

@@ -226,9 +226,10 @@ def sweep(
     points = _points(recipe, scale, overrides, grid, seeds)
     default = f"runs/sweep-{points[0].recipe.name}"
     place = writable_folder(default if out is None else out, "--out")
-    if not place.exists():
+    from contextlm.lab.run_folder import POINTS
+
+    if not (place / POINTS).exists():
         from contextlm.base.files import write_json
-        from contextlm.lab.run_folder import POINTS
 
         write_json(place / POINTS, {})
     from contextlm.lab import running

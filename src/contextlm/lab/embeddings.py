@@ -116,7 +116,7 @@ def load_pretrained(
         raise InputError(f"{where}: no model can be loaded from it: {reason}") from None
     parameter = model.get_input_embeddings().weight
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter}
-    if names <= set(notes["missing_keys"]):  # transformers would go on with a random one
+    if names <= set(notes["missing_keys"]):  # transformers would take a random one
         raise InputError(f"{where}: its weights hold no token embedding")
     weight_VD = parameter.detach().float()
     if weight_VD.shape[0] < vocab_size or weight_VD.shape[1] != width:
@@ -215,7 +215,7 @@ def learn_embedding(
 
 def is_learned(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> bool:
     """Whether `learn_embedding` has been here before with the same arguments."""
-    return _file(settings, text, device).exists()
+    return _read(_file(settings, text, device)) is not None
 
 
 def _file(settings: EmbeddingSettings, text: LearningText, device: torch.device) -> Path:

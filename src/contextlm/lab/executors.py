@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,14 +23,24 @@ EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
 Runs = Sequence[tuple[Path, Planner]]
 
 
-class Executor(Protocol):
-    """Does jobs that are ready, and says how many it could not do."""
+class Executor(AbstractContextManager["Executor"], Protocol):
+    """Does jobs that are ready."""
 
     failed: dict[str, str]
-    """Why, by the job's title, of those that failed."""
+    """What went wrong with jobs that could not be done, by their titles."""
 
     def advance(self, runs: Runs) -> bool:
         """Do some of what is ready in the runs; False when nothing is left to do."""
+
+
+def new_executor(workers: int | None, progress: Progress) -> Executor:
+    """This process, or so many workers of Ray.
+
+    Raises:
+        InputError: Ray is not installed, or a launcher started several processes.
+        RunError: nothing answers at RAY_ADDRESS.
+    """
+    return Here(progress) if workers is None else RayWorkers(workers, progress)
 
 
 def carry_out(runs: Runs, executor: Executor) -> None:
@@ -40,6 +51,12 @@ def carry_out(runs: Runs, executor: Executor) -> None:
     """
     while executor.advance(runs):
         pass
+    left = [job.title for run, planner in runs for job in planner.left(run)]
+    if left and not executor.failed:
+        raise RunError(
+            f"{left[0]}: cannot be done: what it needs was made where this machine does not see it "
+            "(CONTEXTLM_CACHE and the run folder must be shared)"
+        )
     if executor.failed:
         first, reason = next(iter(executor.failed.items()))
         count = len(executor.failed)
@@ -47,7 +64,7 @@ def carry_out(runs: Runs, executor: Executor) -> None:
         raise RunError(f"{jobs}: {first}: {reason}; --resume does again what failed")
 
 
-class Here(AbstractContextManager["Here"]):
+class Here(Executor):
     """This process, or the several that a launcher started, which share each job.
 
     Args:
@@ -109,7 +126,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class RayWorkers(AbstractContextManager["RayWorkers"]):
+class RayWorkers(Executor):
     """Workers of Ray: N on this machine, or those of the cluster that RAY_ADDRESS names.
 
     On this machine each worker gets an equal share of the cores. On a cluster a job takes one core,
@@ -121,8 +138,7 @@ class RayWorkers(AbstractContextManager["RayWorkers"]):
         progress: gets a line for each job that ends.
 
     Raises:
-        InputError: Ray is not installed, or several processes were started by a launcher.
-        RunError: Ray cannot be started or reached.
+        InputError, RunError: as for `new_executor`.
     """
 
     def __init__(self, workers: int, progress: Progress):
@@ -130,6 +146,7 @@ class RayWorkers(AbstractContextManager["RayWorkers"]):
             raise InputError(EXTRA)
         if "LOCAL_RANK" in os.environ:
             raise InputError("--workers: either workers do the jobs, or a launcher's processes")
+        _check_cluster(os.environ.get("RAY_ADDRESS", ""))
         self.workers = workers
         self.progress = progress
         self.failed: dict[str, str] = {}
@@ -205,6 +222,16 @@ def _planner(recipe: str, device: str) -> Planner:
     from contextlm.recipe.schema import Recipe
 
     return Planner(prepare(Recipe.model_validate_json(recipe), torch.device(device)))
+
+
+def _check_cluster(address: str) -> None:
+    """Ray itself would try for minutes, and say so in many lines."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RunError(f"RAY_ADDRESS {address}: Ray cannot be reached: {error}") from None
 
 
 def _start_ray(workers: int) -> int:

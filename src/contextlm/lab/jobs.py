@@ -1,9 +1,10 @@
 """Jobs: what a comparison needs done, and what of it can be done now (DESIGN 4).
 
 A job is a value. It carries everything that decides its figures, and its identity is the hash of
-that; executing it leaves one folder with a whole `result.json`, and `job.json` beside it says what
-the job was. Resuming a run, extending one and spreading it over workers all follow from this: the
-planner is asked again and again what is not done yet, and looks into the run folder to answer.
+that. Doing it leaves one folder with a whole `result.json` and `job.json`, which says what the job
+was; an embedding is kept in the cache instead, for all runs. Resuming a run, extending one and
+spreading it over workers all follow from this: the planner is asked again and again what is not
+done yet, and looks into the run folder to answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from contextlm.base.errors import InputError, RunError
+from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
@@ -103,13 +104,10 @@ class Planner:
             for entry in prepared.entries.values()
         ]
         self._done: set[Job] = set()
+        self._learned = False
 
     def ready(self, run: Path) -> list[Job]:
-        """The jobs that are not done and wait for no other, in order; none when all are done.
-
-        Raises:
-            RunError: training broke down at every learning rate of a contender.
-        """
+        """The jobs that are not done and wait for no other, in order; none when all are done."""
         if not self._embedding_is_learned():
             return [self._embedding_job()]
         ready: list[Job] = []
@@ -137,11 +135,17 @@ class Planner:
         return [job for job in jobs if not self.is_done(run, job)]
 
     def tuning(self, run: Path, entry: Entry) -> TuningFacts | None:
-        """The trials of a contender's learning rate; None if the recipe wants none."""
+        """The trials of a contender's learning rate; None if the recipe wants none.
+
+        Raises:
+            NotFiniteError: training diverged at every rate.
+        """
         settings = self.prepared.recipe.tuning
         if settings is None:
             return None
         known, _ = self._trials(run, entry, settings)
+        if all(trial.validation_loss is None for trial in known.values()):
+            raise NotFiniteError("training diverged at every learning rate of tuning")
         trials = [known[rate] for rate in sorted(known)]
         return TuningFacts(share=settings.share, seed=settings.seed, trials=trials)
 
@@ -150,10 +154,7 @@ class Planner:
         settings = self.prepared.recipe.tuning
         if settings is None:
             return []
-        known, missing = self._trials(run, entry, settings)
-        if not missing and all(trial.validation_loss is None for trial in known.values()):
-            raise RunError(f"{entry.contender.name}: training broke down at every rate of tuning")
-        return missing
+        return self._trials(run, entry, settings)[1]
 
     def _trials(
         self, run: Path, entry: Entry, settings: TuningSettings
@@ -183,21 +184,24 @@ class Planner:
         return known, []
 
     def _embedding_is_learned(self) -> bool:
-        prepared = self.prepared
-        if prepared.learning_text is None:
-            return True
-        return is_learned(prepared.recipe.embedding, prepared.learning_text, prepared.device)
+        if not self._learned:
+            text, device = self.prepared.learning_text, self.prepared.device
+            settings = self.prepared.recipe.embedding
+            self._learned = text is None or is_learned(settings, text, device)
+        return self._learned
 
     def _embedding_job(self) -> Job:
         settings = self.prepared.recipe.embedding
-        described = _canonical(_embedding_decides(settings))
+        text = self.prepared.fingerprint["embedding_text"]
+        described = _canonical({**_embedding_decides(settings), "text": text})
         return Job("embedding", "", settings.seed, described)
 
 
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    decides["evaluation"] = recipe.evaluation.model_dump(mode="json")
+    # A result holds no speeds.
+    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude={"speed_tokens"})
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")
@@ -223,7 +227,7 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
         "data": dict(prepared.fingerprint),
         "unit": recipe.unit,
         "sequence_length": recipe.sequence_length,
-        "stride": recipe.stride,
+        "stride": recipe.stride or recipe.sequence_length,
         "target_offset": recipe.target_offset_of(contender),
         "train_samples": len(entry.train),
         "validation_samples": len(entry.validation),
@@ -232,7 +236,11 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
         "phase1": contender.phase1 and contender.phase1.model_dump(mode="json"),
         "context_store": store and store.model_dump(mode="json", exclude={"keep"}),
         "embedding": _embedding_decides(recipe.embedding),
-        "training": {**entry.training.model_dump(mode="json"), "precision": entry.precision},
+        "training": {
+            **entry.training.model_dump(mode="json"),
+            "precision": entry.precision,
+            "weight_decay": entry.training.decay_rate(),
+        },
     }
 
 

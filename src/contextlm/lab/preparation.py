@@ -165,28 +165,35 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         )
         _check_batches(entries[name])
     first = entries[recipe.contenders[0].name]
+    stream, validation_stream = (
+        _stream(recipe, store, split, samples)
+        for store, split, samples in zip(
+            stores, ("train", "validation"), (first.train, first.validation), strict=True
+        )
+    )
     repeated, shared = repeated_documents(*stores)
     facts = CorpusFacts(
         name=corpus.name,
         tokenizer=recipe.written.get("tokenizer", recipe.tokenizer),
         vocab_size=vocab_size,
-        train_tokens=first.train.tokens_covered,
-        validation_tokens=first.validation.tokens_covered,
+        train_tokens=len(stream),
+        validation_tokens=len(validation_stream),
         train_windows=len(first.train),
         validation_windows=len(first.validation),
         sequence_length=recipe.sequence_length,
         repeated_documents=repeated,
         validation_documents_in_training=shared,
-        unigram_ppl=unigram_perplexity(first.train.stream(), first.validation.stream(), vocab_size),
+        unigram_ppl=unigram_perplexity(stream, validation_stream, vocab_size),
     )
-    exact = recipe.unit == "windows" and stores[1].facts.keeps_text
-    stream, validation_stream = _longest(train), _longest(validation)
+    windows = recipe.unit == "windows"
+    exact = windows and stores[1].facts.keeps_text
     learning = stream if recipe.embedding.tokens is None else stores[0].tokens
     embedding, text = _embedding(recipe, entries, tokenizer, learning, validation_stream)
     fingerprint = {
         "tokenizer": tokenizer_hash(tokenizer),
-        "training_text": _sha256(stream),
-        "validation_text": _sha256(validation_stream),
+        # Samples of lines and answers may leave out what stands between them.
+        "training_text": _sha256(stream) if windows else stores[0].facts.sha256,
+        "validation_text": _sha256(validation_stream) if windows else stores[1].facts.sha256,
     }
     if text is not None:
         fingerprint["embedding_text"] = _sha256(text.train)
@@ -230,9 +237,14 @@ def _embedding(
     return None, check_learning_text(recipe.embedding, LearningText(tokens, validation, *shape))
 
 
-def _longest(samples: Mapping[str, Samples]) -> np.ndarray:
-    """The text behind all contenders' samples; another target offset may take a window less."""
-    return max(samples.values(), key=lambda s: s.tokens_covered).stream()
+def _stream(recipe: Recipe, store: TokenStore, split: str, samples: Samples) -> np.ndarray:
+    """The text behind the samples of a split, whichever contenders there are.
+
+    Windows count as if they predicted the next token; another target offset may take one less.
+    """
+    if recipe.unit != "windows":
+        return samples.stream()
+    return _cut(recipe, store, split, target_offset=1).stream()
 
 
 def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) -> bool:
@@ -358,6 +370,23 @@ def _windows(
     A recipe with a context store treats the text as one stream: the incomplete last window counts,
     and a model that reads tokens before a window gets them.
     """
+    streams = recipe.context_store is not None
+    windows = {}
+    for contender in recipe.contenders:
+        decoder = checked[contender.name].meta.base_model if streams else None
+        windows[contender.name] = _cut(
+            recipe,
+            store,
+            split,
+            target_offset=recipe.target_offset_of(contender),
+            history=getattr(decoder, "history_tokens", 0),
+        )
+    return windows
+
+
+def _cut(
+    recipe: Recipe, store: TokenStore, split: str, *, target_offset: int, history: int = 0
+) -> Windows:
     tokens = store.tokens
     limit = getattr(recipe.tokens, split, None)
     if limit is not None:
@@ -366,22 +395,16 @@ def _windows(
                 f"tokens.{split}: {limit} asked for, but corpus {recipe.corpus!r} has {len(tokens)}"
             )
         tokens = tokens[:limit]
-    streams = recipe.context_store is not None
-
-    def cut(contender: Contender) -> Windows:
-        decoder = checked[contender.name].meta.base_model if streams else None
-        return Windows(
-            tokens,
-            recipe.sequence_length,
-            recipe.stride,
-            recipe.target_offset_of(contender),
-            getattr(recipe.samples, split, None),
-            history=getattr(decoder, "history_tokens", 0),
-            fill=streams,
-            name=f"corpus {recipe.corpus!r} ({split})",
-        )
-
-    return {contender.name: cut(contender) for contender in recipe.contenders}
+    return Windows(
+        tokens,
+        recipe.sequence_length,
+        recipe.stride,
+        target_offset,
+        getattr(recipe.samples, split, None),
+        history=history,
+        fill=recipe.context_store is not None,
+        name=f"corpus {recipe.corpus!r} ({split})",
+    )
 
 
 def _sha256(values: np.ndarray) -> str:

@@ -21,7 +21,7 @@ from contextlm.base.errors import InputError, NotFiniteError, is_out_of_memory
 from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress, SilentProgress
 from contextlm.lab.environment import describe_environment, note_changes
-from contextlm.lab.executors import Here, RayWorkers, carry_out
+from contextlm.lab.executors import Executor, Runs, carry_out, new_executor
 from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner, check_job, write_job
 from contextlm.lab.preparation import prepare
@@ -41,8 +41,6 @@ from contextlm.report.grid import GridPoint, write_grid
 from contextlm.report.page import write_report
 from contextlm.results.result import read_run
 from contextlm.training.next_token import check_processes
-
-Runs = list[tuple[Path, Planner]]
 
 
 def run(
@@ -89,6 +87,7 @@ def run_points(
         RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
+        executor = new_executor(workers, progress)
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
@@ -98,8 +97,8 @@ def run_points(
 
         folder = _shared_folder(lambda: new_folder(out, folder_name(points), fill))
         runs = [(folder / name, planner) for name, planner in planners.items()]
-        with _held([run for run, _ in runs]):
-            _complete(runs, folder, progress, workers)
+        with _held({folder, *(run for run, _ in runs)}):
+            _complete(runs, folder, executor)
     return folder
 
 
@@ -166,8 +165,10 @@ def _extend(
     points: Sequence[Point] = (),
 ) -> Path:
     with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
+        executor = new_executor(workers, progress)
+        stack.enter_context(_held({folder}))
         known = [run for run in recipes if (run / "recipe.yaml").is_file()]
-        stack.enter_context(_held(known))
+        stack.enter_context(_held(set(known) - {folder}))
         runs = []
         for run, recipe in recipes.items():
             wanted = recipe
@@ -179,6 +180,7 @@ def _extend(
                 for job in planner.jobs if run in known else ():
                     check_job(run, job)
             environment = describe_environment(own_device)
+            _note_points(folder, points)
             for run, planner in runs:
                 if run in known:
                     _add_to(run, planner, environment, progress)
@@ -186,8 +188,7 @@ def _extend(
                     with atomic_folder(run) as new:
                         write_run(new, planner, environment)
                     stack.enter_context(held(run))
-            _note_points(folder, points)
-        _complete(runs, folder, progress, workers)
+        _complete(runs, folder, executor)
     return folder
 
 
@@ -317,22 +318,24 @@ def _add_to(run: Path, planner: Planner, environment: dict[str, Any], progress: 
         write_job(run, job)
 
 
-def _complete(runs: Runs, folder: Path, progress: Progress, workers: int | None) -> None:
+def _complete(runs: Runs, folder: Path, executor: Executor) -> None:
     """Do whatever of the runs is not done yet, then write their reports."""
     with _noting(folder):
-        with Here(progress) if workers is None else RayWorkers(workers, progress) as executor:
+        with executor:
             carry_out(runs, executor)
         if not distribution.is_main():
             return
+        outcomes = []
         for run, _ in runs:
             found = read_run(run)
+            outcomes += found.outcomes
             write_report([found], run)
             finish(run)
-            reasons = [outcome.result.diverged for outcome in found.outcomes]
-            if all(reasons):
-                raise NotFiniteError(f"every training diverged, the first: {reasons[0]}")
         if points_of(folder):
             report_grid(folder)
+        reasons = [outcome.result.diverged for outcome in outcomes]
+        if all(reasons):
+            raise NotFiniteError(f"every training diverged, the first: {reasons[0]}")
 
 
 @contextmanager

@@ -67,18 +67,18 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         return
     if distribution.is_main():
         write_job(run, job)
-    entry = prepared.entries[job.contender]
-    tuning = planner.tuning(run, entry) if job.kind == "contender" else None
-    if tuning is not None:
-        entry = _with_rate(entry, tuning.chosen)
+    entry, tuning = prepared.entries[job.contender], None
     try:
         if job.kind == "trial":
             _try(job, prepared, run, progress)
         else:
+            tuning = planner.tuning(run, entry)
+            if tuning is not None:
+                entry = _with_rate(entry, tuning.chosen)
             _run(job, prepared, entry, tuning, run, progress)
     except NotFiniteError as error:
         if distribution.world() > 1:
-            raise  # a loss of one process's own: the others are still at it
+            raise  # where rank 0 works alone, in phase 1, the others hear only that it failed
         progress.line(f"diverged: {error}")
         _write_divergence(job, prepared, entry, tuning, run, str(error))
     if distribution.is_main():
