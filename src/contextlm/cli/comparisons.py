@@ -81,8 +81,8 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray: on this machine, or on the cluster that RAY_ADDRESS "
-        "names.",
+        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, or "
+        "on the cluster that RAY_ADDRESS names.",
     ),
 ]
 
@@ -99,22 +99,8 @@ def run(
     ] = None,
     scale: Scale = None,
     overrides: Overrides = None,
-    grid: Grid = None,
-    out: Annotated[
-        str,
-        typer.Option(metavar="FOLDER", help="Where the new, numbered run folder goes."),
-    ] = "runs",
     seeds: Seeds = None,
-    device: Device = "auto",
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            show_default=False,
-            help="Add the contenders and seeds that this run (or, with --grid, this grid) lacks, "
-            "instead of starting a new one. What it holds must be the same.",
-        ),
-    ] = None,
+    grid: Grid = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -124,7 +110,21 @@ def run(
             "newest of all.",
         ),
     ] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            show_default=False,
+            help="Add the contenders and seeds that this run (or, with --grid, this grid) lacks, "
+            "instead of starting a new one. It keeps those it has, which must not have changed.",
+        ),
+    ] = None,
     workers: Workers = None,
+    device: Device = "auto",
+    out: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="Where the new, numbered run folder goes."),
+    ] = "runs",
     dry_run: Annotated[
         bool,
         typer.Option(
