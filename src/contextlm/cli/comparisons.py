@@ -81,8 +81,8 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, or "
-        "on the cluster that RAY_ADDRESS names.",
+        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, "
+        "or on the cluster that RAY_ADDRESS names.",
     ),
 ]
 
