@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_an_error_gives_the_terminal_back(
         interrupted(RichProgress(screen), during_a_bar=during_a_bar)
     shown = screen.getvalue()
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
+
+
+def test_work_goes_on_when_the_reader_has_left() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as log, RichProgress(log) as progress:
+        work(progress)
+        work(progress)
 
 
 def test_silence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TextIO
@@ -58,6 +59,14 @@ class SilentProgress:
         return nullcontext(_SilentBar())
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Fall silent where the reader has left; rich's own answer is to end the process."""
+        self.quiet = True
+        # What is buffered would fail again when Python flushes the file at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class RichProgress(AbstractContextManager["RichProgress"]):
     """Headings and lines on `file` (stderr); on a terminal also remarks and nested bars.
 
@@ -65,7 +74,7 @@ class RichProgress(AbstractContextManager["RichProgress"]):
     """
 
     def __init__(self, file: TextIO | None = None):
-        self._console = Console(file=file, stderr=file is None, highlight=False)
+        self._console = _Console(file=file, stderr=file is None, highlight=False)
         # A terminal has room for one live display: either a remark, or the bars of nested blocks.
         self._remark: Status | None = None
         self._bars: bars.Progress | None = None
