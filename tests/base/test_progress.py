@@ -37,12 +37,6 @@ def test_a_log_file_gets_whole_lines_only() -> None:
     assert log.getvalue() == "\nbase, seed 0\nepoch 1  loss [1.5]  *\ndone\n"
 
 
-def test_a_long_line_is_not_broken() -> None:
-    log = io.StringIO()
-    RichProgress(log).line("x" * 500)
-    assert log.getvalue() == "x" * 500 + "\n"
-
-
 def test_a_terminal_gets_lines_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")

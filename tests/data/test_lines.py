@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +80,6 @@ def test_samples_takes_the_first(lines: list[list[int]], length: int, data: st.D
     assert samples.tokens_covered == len(scored)
 
 
-def test_a_line_that_just_fits_and_one_that_does_not() -> None:
-    fits, spills = made([[5, 6, 7]], 4), made([[5, 6, 7, 8]], 4)
-    assert len(fits) == 1
-    assert fits[0]["input_ids"].tolist() == [BEGIN, 5, 6, 7]
-    assert fits[0]["labels"].tolist() == [5, 6, 7, END]
-    assert len(spills) == 2
-    assert spills[0]["labels"].tolist() == [5, 6, 7, 8]
-    assert spills[1]["input_ids"].tolist() == [8, PAD, PAD, PAD]
-    assert spills[1]["labels"].tolist() == [END, IGNORED, IGNORED, IGNORED]
-
-
 def test_items_are_int64_copies_and_indexing_is_a_sequences() -> None:
     tokens, offsets = stored([[65_535, 7], [9]])
     samples = Lines(tokens, offsets, 3, begin=BEGIN, pad=PAD)
@@ -162,25 +150,13 @@ def test_every_line_goes_to_one_side() -> None:
         assert {line for line in side if not line.startswith("held")} <= squeezed
 
 
-def test_lines_have_a_fingerprint_of_their_own_and_are_read_late() -> None:
-    def never() -> Any:
-        raise AssertionError("read")
-
-    corpus = replace(make_corpus(["a"]), read=never)
-    lines = line_corpus(corpus, 0.2)
-    assert lines.name == "small, lines split 80/20"
-    assert lines.append_end_of_text
-    assert lines.fingerprint == line_corpus(corpus, 0.2).fingerprint != corpus.fingerprint
-    assert line_corpus(corpus, 0.1).fingerprint != lines.fingerprint
-    other = replace(corpus, fingerprint="other")
-    assert line_corpus(other, 0.2).fingerprint != lines.fingerprint
-
-
 def test_another_share_and_given_splits() -> None:
     corpus = make_corpus(["\n".join(f"line {n}" for n in range(20_000))], ["held\n\nout"])
     for share in (0.1, 0.005):
         held_out = len(line_corpus(corpus, share).validation)
         assert abs(held_out / 20_000 - share) < 0.3 * share
+    assert line_corpus(corpus, 0.1).fingerprint == line_corpus(corpus, 0.1).fingerprint
+    assert line_corpus(corpus, 0.1).fingerprint != line_corpus(corpus, 0.2).fingerprint
     given = line_corpus(corpus, None)
     assert (len(given.train), list(given.validation)) == (20_000, ["held", "out"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
 import rich.progress as bars
@@ -41,22 +41,6 @@ class Progress(Protocol):
 class _SilentBar:
     def advance(self, n: int = 1, text: str | None = None) -> None:
         pass
-
-
-class SilentProgress:
-    """Shows nothing."""
-
-    def stage(self, title: str) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        pass
-
-    def update(self, text: str) -> None:
-        pass
-
-    def bar(self, total: int, description: str) -> AbstractContextManager[Bar]:
-        return nullcontext(_SilentBar())
 
 
 class _Console(Console):
@@ -132,6 +116,14 @@ class RichProgress(AbstractContextManager["RichProgress"]):
         if self._remark is not None:
             self._remark.stop()
             self._remark = None
+
+
+class SilentProgress(RichProgress):
+    """Shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console(quiet=True, force_terminal=False)
 
 
 class _RichBar:
