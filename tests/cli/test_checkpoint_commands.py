@@ -221,7 +221,7 @@ def test_eval_shows_what_was_measured(
         "PPL": "123.5",
         "loss": "4.8159",
         "bits per byte": "2.346",
-        "accuracy": "1.8 %",
+        "accuracy": "1.8%",
         "cache at 128 tokens": "2.0 KB (4.0 KB resident)",
         "decode tokens/s, 512 tokens": "67.9",
     }

@@ -90,7 +90,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         ["--version"],
         *(
             [name, "--help"]
-            for name in ("run", "sweep", "params", "report", "eval", "generate", "list")
+            for name in ("run", "params", "report", "eval", "generate", "list")
         ),
         ["list", "recipes"],
         ["list", "corpora"],
@@ -120,7 +120,7 @@ finally:
 
 
 def test_every_command_explains_itself_with_an_example(command: Command) -> None:
-    for name in ("run", "sweep", "params", "report", "eval", "generate", "list"):
+    for name in ("run", "params", "report", "eval", "generate", "list"):
         shown = command(name, "-h")
         assert shown.code == 0
         assert f"contextlm {name}" in shown.out.partition("Examples:")[2]
@@ -133,10 +133,10 @@ def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> No
 
     known = set(builtin_recipes())
     names = {c.name for name in known for c in load_recipe(name).contenders}
-    for name in ("run", "sweep", "params", "report", "eval", "generate"):
+    for name in ("run", "params", "report", "eval", "generate"):
         shown = command(name, "-h").out
         assert (
-            set(re.findall(r"contextlm (?:run|sweep|params) ([a-z][a-z-]*)(?![\w.-])", shown))
+            set(re.findall(r"contextlm (?:run|params) ([a-z][a-z-]*)(?![\w.-])", shown))
             <= known
         )
         assert set(re.findall(r"runs/([a-z-]+)-\d+", shown)) <= known
