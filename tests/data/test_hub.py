@@ -15,7 +15,7 @@ def test_a_hub_that_is_away_or_not_wanted_is_known_at_once(monkeypatch: pytest.M
             if "down" in url:
                 raise ConnectionError
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for url in ("https://hub.up", "https://hub.down"):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -197,23 +196,6 @@ def test_lines_from_recipe_to_report(tmp_path: Path) -> None:
                 logits = model(sample["input_ids"][real][None]).logits[0]
             losses += F.cross_entropy(logits, sample["labels"][real], reduction="none").tolist()
         assert result.validation_loss == pytest.approx(np.mean(losses), abs=1e-5)
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_lossy_tokenizer_of_any_class_has_no_bits_per_byte(tmp_path: Path) -> None:
-    from tokenizers import normalizers
-
-    notes = tmp_path / "notes.txt"
-    notes.write_text("Some Words of a Text, " * 200)
-    text = [f"corpus=text:{notes}", "unit=windows", "samples={train: 8, validation: 2}"]
-    text.append("documents=null")
-    tokenizer: Any = load_tokenizer("bpe:300", load_corpus(f"text:{notes}"), tmp_path)
-    for normalizer, loses in ((normalizers.NFC(), False), (normalizers.Lowercase(), True)):
-        tokenizer.backend_tokenizer.normalizer = normalizer
-        tokenizer.save_pretrained(tmp_path / "saved")
-        folder = f"tokenizer={tmp_path / 'saved'}"
-        prepared = prepare(load_recipe("new-llm", scale="smoke", overrides=[*text, folder]))
-        assert (prepared.validation_bytes is None) == loses
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -58,7 +58,7 @@ class RichProgress(AbstractContextManager["RichProgress"]):
     """
 
     def __init__(self, file: TextIO | None = None):
-        self._console = _Console(file=file, stderr=file is None, highlight=False)
+        self._console: Console = _Console(file=file, stderr=file is None, highlight=False)
         # A terminal has room for one live display: either a remark, or the bars of nested blocks.
         self._remark: Status | None = None
         self._bars: bars.Progress | None = None

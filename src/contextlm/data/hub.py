@@ -19,8 +19,7 @@ def hub_reachable() -> bool:
     The libraries retry for most of a minute before they give up on a machine without a network;
     this takes a moment.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         return False
