@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from contextlm.base.errors import InputError
 from contextlm.data.corpus import Corpus, line_corpus
 from contextlm.data.samples import Lines
-from contextlm.data.token_store import build_token_store
-from contextlm.data.tokenizers import load_tokenizer, start_of_text
 from contextlm.data.windows import IGNORED
 from contextlm.evaluation.quality import evaluate_quality
 
@@ -159,23 +154,3 @@ def test_another_share_and_given_splits() -> None:
     assert line_corpus(corpus, 0.1).fingerprint != line_corpus(corpus, 0.2).fingerprint
     given = line_corpus(corpus, None)
     assert (len(given.train), list(given.validation)) == (20_000, ["held", "out"])
-
-
-@pytest.mark.parametrize("spec", ["word:40", "bpe:300"])
-def test_from_a_corpus_to_samples(tmp_path: Path, spec: str) -> None:
-    text = [f"the cat {i} sat\n on the mat {i}\n" for i in range(60)]
-    corpus = line_corpus(make_corpus(text, append_end_of_text=False), 0.2)
-    tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
-    store = build_token_store(corpus, "validation", tokenizer, tmp_path)
-    begin = start_of_text(tokenizer)
-    assert begin == (2 if spec == "word:40" else tokenizer.eos_token_id)
-    samples = Lines(
-        store.tokens, store.document_offsets, 64, begin=begin, pad=tokenizer.pad_token_id
-    )
-    assert len(samples) == len(corpus.validation)
-    for line, sample in zip(corpus.validation, samples, strict=True):
-        words = tokenizer(line, add_special_tokens=False)["input_ids"]
-        real = sample["labels"] != IGNORED
-        assert sample["labels"][real].tolist() == [*words, tokenizer.eos_token_id]
-        assert sample["input_ids"][real].tolist() == [begin, *words]
-        assert (sample["input_ids"][~real] == tokenizer.pad_token_id).all()
