@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from contextlm.lab.plan import ContenderPlan, ParameterCount, Plan
 
 from contextlm.base.device import resolve_device
-from contextlm.base.errors import InputError, RunError
+from contextlm.base.errors import InputError
 from contextlm.cli import app
 from contextlm.cli.comparisons import read_seeds
-from contextlm.cli.output import duration, plain, print_comparison, print_json
+from contextlm.cli.output import plain, print_comparison, print_json
 from contextlm.cli.shell import execute
-from contextlm.recipe.schema import Recipe
+from contextlm.lab.estimate import RecipeCost
 
 RECIPE = """
 name: toy
 question: Does it work?
+corpus: text:notes.txt
 tokenizer: bpe:300
+sequence_length: 8
+samples: {train: 4, validation: 2}
+training: {epochs: 1}
+evaluation: {cache_lengths: [8], speed_tokens: 8}
 contenders:
   - {name: base, baseline: true, model: {type: gpt2, n_embd: 16, n_layer: 1, n_head: 2}}
 scales: {smoke: {seeds: [0]}}
@@ -56,6 +59,16 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
+    Path("notes.txt").write_text("some words of a text\n" * 60)
+    path = tmp_path / "toy.yaml"
+    path.write_text(RECIPE, "utf-8")
+    return path
+
+
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     def run(*arguments: str | Path) -> Outcome:
         code = execute(app, [str(argument) for argument in arguments])
@@ -65,24 +78,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
-    path = tmp_path / "toy.yaml"
-    path.write_text(RECIPE, "utf-8")
-    return path
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put a function in the place of one that a command imports when it runs."""
-
-    def replace(module: str, **functions: Any) -> None:
-        for name, function in functions.items():
-            monkeypatch.setattr(f"{module}.{name}", function)
-
-    return replace
-
-
 # --- help, version, start ---------------------------------------------------------------------
 
 
@@ -90,13 +85,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     "arguments",
     [
         [],
-        ["--help"],
-        ["-h"],
         ["--version"],
-        *(
-            [name, "--help"]
-            for name in ("run", "sweep", "params", "report", "eval", "generate", "list")
-        ),
+        ["run", "--help"],
+        ["eval", "--help"],
         ["list", "recipes"],
         ["list", "corpora"],
     ],
@@ -124,13 +115,8 @@ finally:
     assert done.stderr == "heavy: []\n"
 
 
-def test_no_arguments_print_the_help(command: Command) -> None:
-    assert command() == command("--help") == command("-h") == command("--debug")
-    assert "Usage: contextlm" in command().out
-
-
 def test_every_command_explains_itself_with_an_example(command: Command) -> None:
-    for name in ("run", "sweep", "params", "report", "eval", "generate", "list"):
+    for name in ("run", "params", "report", "eval", "generate", "list"):
         shown = command(name, "-h")
         assert shown.code == 0
         assert f"contextlm {name}" in shown.out.partition("Examples:")[2]
@@ -138,22 +124,14 @@ def test_every_command_explains_itself_with_an_example(command: Command) -> None
         assert not re.search(r"<(bool|list|float|str|path)", shown.out)
 
 
-def test_the_main_help_names_the_variables_of_the_environment(command: Command) -> None:
-    (line,) = [line for line in command("--help").out.splitlines() if "CONTEXTLM_DATA" in line]
-    assert "CONTEXTLM_CACHE" in line
-
-
 def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> None:
     from contextlm.recipe.loading import builtin_recipes, load_recipe
 
     known = set(builtin_recipes())
     names = {c.name for name in known for c in load_recipe(name).contenders}
-    for name in ("run", "sweep", "params", "report", "eval", "generate"):
+    for name in ("run", "params", "report", "eval", "generate"):
         shown = command(name, "-h").out
-        assert (
-            set(re.findall(r"contextlm (?:run|sweep|params) ([a-z][a-z-]*)(?![\w.-])", shown))
-            <= known
-        )
+        assert set(re.findall(r"contextlm (?:run|params) ([a-z][a-z-]*)(?![\w.-])", shown)) <= known
         assert set(re.findall(r"runs/([a-z-]+)-\d+", shown)) <= known
         assert set(re.findall(r"runs/demo-001/([a-z-]+)/", shown)) <= names
 
@@ -168,14 +146,11 @@ def test_examples_name_recipes_and_contenders_that_exist(command: Command) -> No
         (["run", "demo", "--scle", "x"], ["--scle", "--scale"]),
         (["--vrsion"], ["--vrsion", "--version"]),
         (["run"], ["RECIPE"]),
-        (["run", "demo", "more"], ["more"]),
-        (["run", "demo", "--scale"], ["--scale"]),
         (["run", "no-such"], ["unknown recipe 'no-such'"]),
         (["generate", "x", "--max-new-tokens", "many"], ["--max-new-tokens"]),
         (["generate", "x", "--top-p", "2"], ["--top-p"]),
         (["generate", "x", "y", "--top-p", "nan"], ["--top-p"]),
         (["generate", "x", "y", "--temperature", "nan"], ["--temperature"]),
-        (["generate", "x", "y", "--temperature", "inf"], ["--temperature"]),
         (["generate", "x", "y", "--temperature", "1e-300"], ["--temperature"]),
         (["generate", "x", "y", "--seed", "9" * 30], ["--seed"]),
         (["generate"], ["CHECKPOINT"]),
@@ -205,57 +180,51 @@ def test_bad_seeds(text: str) -> None:
         read_seeds(text)
 
 
-# --- run, params -----------------------------------------------------------------------------
+# --- run, report, params, list ----------------------------------------------------------------
 
 
-def test_run_passes_everything_on_and_prints_one_json_object(
-    command: Command, stand_in: Any, recipe_file: Path, tmp_path: Path
+def test_runs_and_their_reports_are_one_json_object(
+    command: Command, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
-
-    def run(recipe: Recipe, out: Path, *, device: str, progress: Any) -> Path:
-        seen.update(recipe=recipe, out=out, device=device)
-        progress.stage("base, seed 4")
-        progress.line("epoch 1")
-        return out / "toy-001"
-
-    stand_in("contextlm.lab.experiment", run=run)
-    folder = tmp_path / "somewhere"
-    stand_in(
-        "contextlm.results.result",
-        read_run=lambda path: SimpleNamespace(folder=path, outcomes=[]),
-    )
-    stand_in(
-        "contextlm.report.contenders",
-        contenders=lambda runs: runs,
-        row_facts=lambda row: {"ppl": float("nan")},
-    )
-    done = command(
-        *("run", recipe_file, "--scale", "smoke", "--set", "sequence_length=16"),
-        *(
-            "--set",
-            "training.epochs=2",
-            "--seeds",
-            "4,",
-            "--out",
-            folder,
-            "--device",
-            "cpu",
-            "--json",
-        ),
-    )
-    assert done.code == 0
-    assert done.out.count("\n") == 1
+    options = ("--scale", "smoke", "--set", "training.learning_rate=2e-3", "--seeds", "4,")
+    done = command("run", recipe_file, *options, "--out", "runs", "--device", "cpu", "--json")
+    assert (done.code, done.out.count("\n")) == (0, 1)
+    assert "base, seed 4" in done.err
     printed = json.loads(done.out)
-    assert printed["run"] == str(folder / "toy-001")
-    assert printed["runs"] == [printed["run"]]
-    assert printed["report"]["report.html"] == str(folder / "toy-001" / "report.html")
-    assert printed["rows"] == [{"ppl": None}]
-    assert done.err == "\nbase, seed 4\nepoch 1\n"
-    recipe = seen["recipe"]
-    assert (recipe.scale, recipe.seeds) == ("smoke", [4])
-    assert (recipe.sequence_length, recipe.training.epochs) == (16, 2)
-    assert (seen["out"], seen["device"]) == (folder, "cpu")
+    run = Path(printed["run"])
+    assert run == Path("runs", "toy-001")
+    assert printed["runs"] == [str(run)]
+    assert Path(printed["report"]["report.html"]).is_file()
+    (result,) = printed["results"]
+    assert (result["contender"], result["seed"]) == ("base", 4)
+    table = command("report", run).out
+    assert f"report.html: {run / 'report.html'}" in table
+    other = run.with_name("toy-002")
+    shutil.copytree(run, other)
+    both = json.loads(command("report", run, other, "--json").out)
+    assert both["runs"] == [str(run), str(other)]
+    assert len(both["results"]) == 2
+    assert (tmp_path / "runs" / "report" / "report.md").is_file()
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
+    command("report", run, "--out", "elsewhere", "--open")
+    assert opened == [(tmp_path / "elsewhere" / "report.html").as_uri()]
+    assert "named twice" in command("report", run, run / "." / "").error
+    (run / "base" / "seed-4" / "result.json").unlink()
+    assert str(run) in command("report", run).error
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    command: Command, recipe_file: Path
+) -> None:
+    arguments = ("run", recipe_file, "--dry-run", "--device", "cpu", "--out", "runs")
+    cost = RecipeCost.model_validate_json(command(*arguments, "--json").out)
+    shown = command(*arguments)
+    assert shown.code == 0
+    for text in (f"{cost.train_tokens:,} training", f"{cost.contenders[0].total:,}", "FLOPs"):
+        assert text in shown.out
+    assert "training time in all, roughly" in shown.out
+    assert not Path("runs").exists()
 
 
 def test_an_out_that_cannot_be_written_is_refused(
@@ -284,158 +253,19 @@ def test_a_cache_that_cannot_be_used_is_told_before_the_corpus_is_read(
     assert done.error == f"CONTEXTLM_CACHE: {recipe_file}: not a folder"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("the loss is not finite")])
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_run_that_ends_early_says_where_its_folder_is(
-    capsys: pytest.CaptureFixture[str],
-    stand_in: Any,
-    recipe_file: Path,
-    tmp_path: Path,
-    error: BaseException,
-    finished: bool,
-) -> None:
-    def run_contender(recipe: Recipe, contender: Any, seed: int, prepared: Any, place: Path, *rest):
-        if finished:
-            place.mkdir(parents=True)
-            (place / "result.json").write_text("{}")
-        raise type(error)(*error.args)
-
-    stand_in(
-        "contextlm.lab.experiment",
-        prepare=lambda recipe: SimpleNamespace(learning_text=None),
-        describe_environment=lambda device, seeds: {"device": str(device)},
-        data_fingerprint=lambda prepared: {},
-        run_contender=run_contender,
-    )
-    out = tmp_path / "runs"
-    code = execute(app, ["run", str(recipe_file), "--out", str(out), "--device", "cpu"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    said = "what finished is in" if finished else "nothing had finished in"
-    folder = out / "toy-001"
-    assert last.endswith(f"; {said} {folder}; to go on: contextlm run --resume {folder}")
-    what = {130: "contextlm: interrupted;", 1: "contextlm: error: the loss is not finite;"}
-    assert last.startswith(what[code])
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(
-    command: Command, stand_in: Any, recipe_file: Path, tmp_path: Path
-) -> None:
-    plan = Plan(
-        name="toy",
-        scale="full",
-        corpus="pydocs",
-        tokenizer="bpe:300",
-        train_tokens=12345,
-        validation_tokens=678,
-        contenders=[
-            ContenderPlan(
-                name="base",
-                total=1000000,
-                trainable=900000,
-                trainable_phase2=800000,
-                tokens_per_epoch=12288,
-                epochs=3,
-                seeds=2,
-                tuning_trials=3,
-                flops=1.25e15,
-                seconds_estimate=7300.0,
-                memory_bytes_estimate=3 * 2**20,
-            )
-        ],
-    )
-    stand_in("contextlm.lab.plan", dry_run=lambda recipe, device: plan)
-    out = tmp_path / "runs"
-    shown = command("run", recipe_file, "--dry-run", "--out", out)
-    assert shown.code == 0
-    for figure in ("base", "1,000,000", "800,000", "12,345", "1.2e15", "2.0 h", "3.0 MB"):
-        assert figure in shown.out
-    assert "training time, roughly" in shown.out
-    assert "of it 3 learning rates a contender on a part of the text" in shown.out
-    assert "weights, optimiser, logits" in shown.out
-    assert "at most" not in shown.out
-    assert shown.out.endswith("phase 1, data preparation and measuring come on top\n")
-    shown = command("run", recipe_file, "--dry-run", "--json", "--out", out)
-    assert Plan.model_validate_json(shown.out) == plan
-    assert not out.exists()
-
-
 def test_params_counts_on_the_real_modules(command: Command, recipe_file: Path) -> None:
     done = command("params", recipe_file, "--json")
     (counts,) = json.loads(done.out)["contenders"]
-    assert set(counts) == {"name", "total", "trainable", "trainable_phase2"}
     embedding = 16 * (300 + 1024)
     block = 2 * 32 + (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16)
     assert counts["total"] == counts["trainable"] == embedding + block + 32
     assert f"{counts['total']:,}" in command("params", recipe_file).out
 
 
-def test_params_shows_what_each_phase_trains(
-    command: Command, stand_in: Any, recipe_file: Path
-) -> None:
-    count = ParameterCount(name="base", total=5000, trainable=4000, trainable_phase2=3000)
-    stand_in("contextlm.lab.plan", count_parameters=lambda recipe: [count])
-    out = command("params", recipe_file).out
-    assert all(figure in out for figure in ("5,000", "4,000", "3,000"))
-
-
 def test_a_fault_in_the_model_names_the_contender(command: Command, recipe_file: Path) -> None:
     done = command("params", recipe_file, "--set", "contenders.base.model.n_hed=3")
     assert done.code == 2
     assert "n_hed" in done.error
-
-
-# --- report, list ------------------------------------------------------------------------------
-
-
-def test_report_of_several_runs_goes_beside_them(
-    command: Command, stand_in: Any, tmp_path: Path
-) -> None:
-    written: list[Any] = []
-
-    def write_report(runs: list[Any], folder: Path) -> dict[str, Path]:
-        written.append((len(runs), folder))
-        return {"report.html": folder / "report.html"}
-
-    outcome = SimpleNamespace(result=SimpleNamespace(model_dump=lambda: {"seed": 3}))
-    stand_in(
-        "contextlm.results.result",
-        read_run=lambda path: SimpleNamespace(folder=path, outcomes=[outcome]),
-    )
-    stand_in("contextlm.report.page", write_report=write_report)
-    stand_in("contextlm.report.contenders", contenders=lambda runs: [], row_facts=None)
-    opened: list[str] = []
-    stand_in("webbrowser", open=lambda url: bool(opened.append(url)) or True)
-    runs = [tmp_path / "runs" / "a-001", tmp_path / "runs" / "b-001"]
-    for run in runs:
-        run.mkdir(parents=True)
-        (run / "recipe.yaml").write_text(RECIPE, "utf-8")
-    done = command("report", *runs, "--json")
-    assert json.loads(done.out)["runs"] == [str(run) for run in runs]
-    assert json.loads(done.out)["results"] == [{"seed": 3}, {"seed": 3}]
-    command("report", runs[0], "--json", "--open")
-    command("report", *runs, "--out", tmp_path / "both", "--json")
-    assert written == [
-        (2, tmp_path / "runs" / "report"),
-        (1, runs[0]),
-        (2, tmp_path / "both"),
-    ]
-    assert opened == [(runs[0] / "report.html").as_uri()]
-
-
-def test_report_without_results_says_so(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(RECIPE, "utf-8")
-    (tmp_path / "environment.json").write_text("{}", "utf-8")
-    done = command("report", tmp_path)
-    assert done.code == 2
-    assert str(tmp_path) in done.error
-
-
-def test_report_wants_run_folders_each_once(command: Command, tmp_path: Path) -> None:
-    assert command("report", "nope").error == "nope: not a run folder"
-    (tmp_path / "recipe.yaml").write_text(RECIPE, "utf-8")
-    done = command("report", tmp_path, tmp_path / "." / "")
-    assert done.code == 2
-    assert "named twice" in done.error
 
 
 def test_list(command: Command) -> None:
@@ -487,36 +317,18 @@ def test_json_is_valid_for_every_reader(capsys: pytest.CaptureFixture[str]) -> N
     assert plain(float("-inf")) is None
 
 
-def test_a_wide_table_is_turned_on_a_narrow_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [60, 110])
+def test_on_a_narrow_terminal_no_name_and_no_figure_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    columns = ["contender", *(f"a long heading {n}" for n in range(9))]
-    print_comparison(columns, [["base", *"123456789"]])
-    assert len(capsys.readouterr().out.strip().splitlines()) == 3
+    """Headings are broken; where that is not enough, the table is turned and shown in parts."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
-    print_comparison(columns, [["base", *"123456789"]])
-    turned = capsys.readouterr().out
-    assert "a long heading 8" in turned
-    assert max(map(len, turned.splitlines())) <= 60
-
-
-def test_in_a_narrow_table_names_break_at_hyphens_and_figures_never(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERM", "dumb")  # else headings are set bold
-    columns = ["contender", *(f"weights, optimiser, logits {n}" for n in range(5))]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    headings = ["contender", *(f"weights, optimiser, logits {n}" for n in range(5))]
     names = [f"context-{kind}-projected" for kind in ("pythia", "hybrid", "wider", "b", "c", "d")]
     rows = [[name, *(f"1,234,567,{m}{n}9" for n in range(5))] for m, name in enumerate(names)]
-    print_comparison(columns, rows)
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
-    assert all(figure in shown for row in rows for figure in row[1:])
-    words = set(shown.replace("─", " ").split())
-    assert {"context-", "pythia-", "hybrid-", "projected", "contender"} <= words
-
-
-def test_durations_read_well() -> None:
-    assert [duration(s) for s in (0.4, 89, 600, 7200)] == ["< 1 s", "89 s", "10 min", "2.0 h"]
+    print_comparison(headings, rows)
+    shown = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert {cell for row in rows for cell in row} <= set(shown.split())
+    assert shown.count("contender") == (1 if columns == 110 else 4)

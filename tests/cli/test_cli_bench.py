@@ -42,12 +42,6 @@ def test_every_question_answers(question, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_question_they_are_listed(capsys):
-    assert execute(app, ["bench"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in QUESTIONS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [

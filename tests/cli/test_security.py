@@ -210,18 +210,6 @@ def test_where_a_rule_forbids_it_it_is_refused(
     assert error.count("\n") == 1
 
 
-def test_a_scale_and_a_folder_may_not_be_called_so_either(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert execute(app, ["run", "poisoned.yaml", "--scale", EVIL]) == 2
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace("name: base", f"name: {EVIL}"))
-    assert execute(app, ["report", str(copy)]) == 2
-    assert "contenders.0.name" in capsys.readouterr().err
-
-
 def test_nothing_calls_out_unless_a_hub_is_named(
     run: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,6 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), 1, "out of memory"),
         (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: CUDA out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
-        (EOFError("ran out"), 1, "EOFError: ran out (use --debug for the traceback)"),
         (KeyError("gone"), 1, "KeyError: 'gone' (use --debug for the traceback)"),
     ],
 )
@@ -86,12 +85,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     assert shown.endswith("contextlm: error: no such thing\n")
 
 
-def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_being_stopped_is_one_line_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(failing(KeyboardInterrupt()), ["fail"]) == 130
     assert capsys.readouterr().err == "contextlm: interrupted\n"
-
-
-def test_sigterm_is_one_line_and_143(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(failing(Terminated()), ["fail"]) == 143
     assert capsys.readouterr().err == "contextlm: terminated\n"
 
@@ -137,7 +133,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert done.stderr == "contextlm: error: No space left on device\n"
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list", "recipes"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["list", "recipes"]])
 def test_a_reader_that_has_left_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -149,11 +145,10 @@ def test_a_reader_that_has_left_is_no_error(arguments: list[str]) -> None:
     assert done.returncode in (0, 1)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
-@pytest.mark.parametrize("arguments", ["list recipes", "list recipes --json"])
-def test_closed_streams_are_no_error(closed: str, arguments: str) -> None:
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams_are_no_error(closed: str) -> None:
     done = subprocess.run(
-        f"'{SCRIPT}' {arguments} {closed}",
+        f"'{SCRIPT}' list recipes {closed}",
         shell=True,
         capture_output=True,
         text=True,
@@ -163,14 +158,7 @@ def test_closed_streams_are_no_error(closed: str, arguments: str) -> None:
     assert bool(done.stdout) == (">&- " not in f"{closed} ".replace("2>&-", ""))
 
 
-def test_what_is_meant_for_a_closed_stderr_does_not_go_to_stdout() -> None:
-    done = subprocess.run(
-        f"'{SCRIPT}' list nothing 2>&-", shell=True, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
-
-
-@pytest.mark.parametrize("encoding", ["cp932", "cp437", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["cp932", "ascii", "utf-8"])
 def test_any_encoding_of_stdout_will_do(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     """Tables lose what cannot be said, JSON nothing."""
     names = {"name": "größer 漢字 ✓ 🐍", "also": "—"}

@@ -15,7 +15,6 @@ from contextlm.data.tokenizers import load_tokenizer
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on a network, nor on what is set on the machine that runs it."""
     monkeypatch.setattr("contextlm.data.hub.hub_reachable", lambda: False)
-    monkeypatch.setattr("contextlm.data.hub.BACK_OFF_SECONDS", 0.0)
     monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
     monkeypatch.delenv("CONTEXTLM_CACHE", raising=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -61,16 +60,6 @@ def test_copies_are_on_one_side(texts: list[str], copies: int, share: float) -> 
     if len({*map(document_key, texts)}) > 1 and sorted(train + validation) == sorted(texts):
         assert not {*map(document_key, train)} & {*map(document_key, validation)}
         assert [t for t in texts if t in train] == train
-
-
-def test_a_jsonl_three_times_over_has_no_document_on_both_sides(tmp_path: Path) -> None:
-    documents = [json.dumps({"text": f"document {n} of sixty"}) for n in range(60)]
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n".join(documents * 3))
-    corpus = load_corpus(f"jsonl:{file}")
-    assert len(corpus.train) + len(corpus.validation) == 180
-    assert len(corpus.validation) == 9
-    assert not set(corpus.train) & set(corpus.validation)
 
 
 def test_one_document_alone_and_its_copies_are_cut() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -19,8 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from contextlm.base.errors import InputError
 from contextlm.data.corpus import Corpus, line_corpus
 from contextlm.data.samples import Lines
-from contextlm.data.token_store import build_token_store
-from contextlm.data.tokenizers import load_tokenizer, start_of_text
 from contextlm.data.windows import IGNORED
 from contextlm.evaluation.quality import evaluate_quality
 
@@ -79,17 +73,6 @@ def test_samples_takes_the_first(lines: list[list[int]], length: int, data: st.D
     scored = [target for _, targets in expected[:count] for target in targets]
     assert samples.stream().tolist() == scored
     assert samples.tokens_covered == len(scored)
-
-
-def test_a_line_that_just_fits_and_one_that_does_not() -> None:
-    fits, spills = made([[5, 6, 7]], 4), made([[5, 6, 7, 8]], 4)
-    assert len(fits) == 1
-    assert fits[0]["input_ids"].tolist() == [BEGIN, 5, 6, 7]
-    assert fits[0]["labels"].tolist() == [5, 6, 7, END]
-    assert len(spills) == 2
-    assert spills[0]["labels"].tolist() == [5, 6, 7, 8]
-    assert spills[1]["input_ids"].tolist() == [8, PAD, PAD, PAD]
-    assert spills[1]["labels"].tolist() == [END, IGNORED, IGNORED, IGNORED]
 
 
 def test_items_are_int64_copies_and_indexing_is_a_sequences() -> None:
@@ -162,44 +145,12 @@ def test_every_line_goes_to_one_side() -> None:
         assert {line for line in side if not line.startswith("held")} <= squeezed
 
 
-def test_lines_have_a_fingerprint_of_their_own_and_are_read_late() -> None:
-    def never() -> Any:
-        raise AssertionError("read")
-
-    corpus = replace(make_corpus(["a"]), read=never)
-    lines = line_corpus(corpus, 0.2)
-    assert lines.name == "small, lines split 80/20"
-    assert lines.append_end_of_text
-    assert lines.fingerprint == line_corpus(corpus, 0.2).fingerprint != corpus.fingerprint
-    assert line_corpus(corpus, 0.1).fingerprint != lines.fingerprint
-    other = replace(corpus, fingerprint="other")
-    assert line_corpus(other, 0.2).fingerprint != lines.fingerprint
-
-
 def test_another_share_and_given_splits() -> None:
     corpus = make_corpus(["\n".join(f"line {n}" for n in range(20_000))], ["held\n\nout"])
     for share in (0.1, 0.005):
         held_out = len(line_corpus(corpus, share).validation)
         assert abs(held_out / 20_000 - share) < 0.3 * share
+    assert line_corpus(corpus, 0.1).fingerprint == line_corpus(corpus, 0.1).fingerprint
+    assert line_corpus(corpus, 0.1).fingerprint != line_corpus(corpus, 0.2).fingerprint
     given = line_corpus(corpus, None)
     assert (len(given.train), list(given.validation)) == (20_000, ["held", "out"])
-
-
-@pytest.mark.parametrize("spec", ["word:40", "bpe:300"])
-def test_from_a_corpus_to_samples(tmp_path: Path, spec: str) -> None:
-    text = [f"the cat {i} sat\n on the mat {i}\n" for i in range(60)]
-    corpus = line_corpus(make_corpus(text, append_end_of_text=False), 0.2)
-    tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
-    store = build_token_store(corpus, "validation", tokenizer, tmp_path)
-    begin = start_of_text(tokenizer)
-    assert begin == (2 if spec == "word:40" else tokenizer.eos_token_id)
-    samples = Lines(
-        store.tokens, store.document_offsets, 64, begin=begin, pad=tokenizer.pad_token_id
-    )
-    assert len(samples) == len(corpus.validation)
-    for line, sample in zip(corpus.validation, samples, strict=True):
-        words = tokenizer(line, add_special_tokens=False)["input_ids"]
-        real = sample["labels"] != IGNORED
-        assert sample["labels"][real].tolist() == [*words, tokenizer.eos_token_id]
-        assert sample["input_ids"][real].tolist() == [begin, *words]
-        assert (sample["input_ids"][~real] == tokenizer.pad_token_id).all()

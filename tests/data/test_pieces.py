@@ -47,10 +47,6 @@ def test_random_texts(tokenizer: Any) -> None:
         assert len(parts) > 2
 
 
-def test_no_text_has_no_pieces(tokenizer: Any) -> None:
-    assert list(pieces(tokenizer, [], 10)) == list(pieces(tokenizer, [""], 10)) == []
-
-
 def test_a_text_without_borders_is_cut_where_it_must_be(tokenizer: Any) -> None:
     blocks = ["w" * 100] * 50
     assert list(pieces(tokenizer, blocks, 300)) == ["w" * 5000]

@@ -119,12 +119,6 @@ def test_the_order_of_the_file_system_does_not_matter(
     assert corpus.fingerprint == again.fingerprint
 
 
-def test_the_fingerprint_follows_the_sources(stdlib: Path) -> None:
-    before = read_pydocs(stdlib, MODULES).fingerprint
-    (stdlib / "beta.py").write_text("'''Changed.'''\n", encoding="utf-8")
-    assert read_pydocs(stdlib, MODULES).fingerprint != before
-
-
 def test_a_share_is_held_out_and_nothing_is_read_before(stdlib: Path) -> None:
     whole = read_pydocs(stdlib, MODULES, share=0.0)
     assert (len(whole.train), len(whole.validation)) == (105, 0)

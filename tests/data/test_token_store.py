@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from contextlm.base.errors import InputError
 from contextlm.data import token_store
 from contextlm.data.corpus import Corpus
 from contextlm.data.pieces import pieces
-from contextlm.data.token_store import (
-    TokenStore,
-    build_token_store,
-    cache_folder,
-    repeated_documents,
-)
+from contextlm.data.token_store import build_token_store, cache_folder, repeated_documents
 from contextlm.data.tokenizers import encode, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -55,13 +49,6 @@ def test_a_store_holds_the_documents_in_order(
     assert store.name == "small"
     with pytest.raises(ValueError, match="read-only"):
         store.tokens[0] = 1
-
-
-def test_the_splits_do_not_mix(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:
-    train = build_token_store(corpus, "train", tokenizer, tmp_path)
-    validation = build_token_store(corpus, "validation", tokenizer, tmp_path)
-    assert train.path != validation.path
-    assert tokenizer.decode(validation.tokens[:-1].tolist()) == "held out"
 
 
 def test_byte_count(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:
@@ -142,48 +129,24 @@ def test_changed_inputs_give_another_store(corpus: Corpus, tokenizer: Any, tmp_p
     assert len({tuple(ids) for ids in results}) == 4
 
 
-def flip_a_bit(binary: Path, sidecar: Path) -> None:
-    data = bytearray(binary.read_bytes())
-    data[3] ^= 1
-    binary.write_bytes(data)
-
-
-def edit(key: str, value: Any) -> Any:
-    def damage(binary: Path, sidecar: Path) -> None:
-        facts = json.loads(sidecar.read_text("utf-8"))
-        sidecar.write_text(json.dumps({**facts, key: value}), "utf-8")
-
-    return damage
-
-
-DAMAGE = {
-    "a flipped bit": flip_a_bit,
-    "a truncated token file": lambda b, s: b.write_bytes(b.read_bytes()[:-2]),
-    "an empty token file": lambda b, s: b.write_bytes(b""),
-    "no token file": lambda b, s: b.unlink(),
-    "no sidecar": lambda b, s: s.unlink(),
-    "a truncated sidecar": lambda b, s: s.write_text(s.read_text("utf-8")[:40], "utf-8"),
-    "a sidecar of another form": lambda b, s: s.write_text("[]", "utf-8"),
-    "an unknown key": edit("surprise", 1),
-    "another fingerprint": edit("corpus_fingerprint", "0"),
-    "another format": edit("format", 0),
-    "other offsets": edit("document_offsets", [0, 1]),
-    "another count": edit("tokens", 3),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("damage", ["a flipped bit", "no token file", "half a sidecar"])
 def test_a_damaged_store_is_made_anew(
-    corpus: Corpus, tokenizer: Any, tmp_path: Path, damage: Any
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, damage: str
 ) -> None:
     folder = tmp_path / "store"
     facts = build_token_store(corpus, "train", tokenizer, folder).facts
-    before = [path.read_bytes() for path in files(folder)]
-    damage(*files(folder))
+    binary, sidecar = files(folder)
+    before = [binary.read_bytes(), sidecar.read_bytes()]
+    if damage == "a flipped bit":
+        binary.write_bytes(bytes([before[0][0] ^ 1]) + before[0][1:])
+    elif damage == "no token file":
+        binary.unlink()
+    else:
+        sidecar.write_bytes(before[1][:40])
     store = build_token_store(corpus, "train", tokenizer, folder)
     assert store.tokens.tolist() == expected_ids(corpus, tokenizer)
     assert store.facts == facts
-    assert [path.read_bytes() for path in files(folder)] == before
+    assert [binary.read_bytes(), sidecar.read_bytes()] == before
 
 
 def test_an_interrupted_build_leaves_nothing(
@@ -217,19 +180,6 @@ def test_batches_and_pieces_change_nothing(
     assert len(list(pieces(tokenizer, [long], 40))) > 3
 
 
-def test_the_sidecar_holds_no_more_than_facts(
-    corpus: Corpus, tokenizer: Any, tmp_path: Path
-) -> None:
-    store = build_token_store(corpus, "train", tokenizer, tmp_path / "store")
-    binary, sidecar = files(tmp_path / "store")
-    facts = json.loads(sidecar.read_text("utf-8"))
-    assert facts["corpus"] == "small"
-    assert facts["document_bytes"] == [len(text.encode()) for text in corpus.train]
-    assert binary.stat().st_size == 2 * len(store), "ids only"
-    reopened = TokenStore(binary, token_store.Facts(**facts))
-    assert reopened.tokens.tolist() == store.tokens.tolist()
-
-
 def test_repeated_documents_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     corpus = make_corpus(["a b", "A  b\n", "c", "c", "d"], ["c", "e", "d ", "e"])
     stores = [build_token_store(corpus, split, tokenizer, tmp_path) for split in SPLITS]
@@ -246,32 +196,13 @@ def test_whether_tokens_keep_the_text_is_found_out_by_decoding(tmp_path: Path, s
     tokenizer: Any = load_tokenizer(spec, corpus, tmp_path)
     store = build_token_store(corpus, "validation", tokenizer, tmp_path)
     assert store.facts.keeps_text == (spec == "bpe:300")
-    # Others of the same class that lose something: case, accents, characters.
-    for normalizer in (
-        *(normalizers.Lowercase(), normalizers.Replace("(", ""), normalizers.Strip()),
-        normalizers.Replace("w", "v"),
-    ):
+    # Others of the same class that lose something: case, characters.
+    for normalizer in (normalizers.Lowercase(), normalizers.Replace("(", "")):
         tokenizer.backend_tokenizer.normalizer = normalizer
         assert not build_token_store(corpus, "validation", tokenizer, tmp_path).facts.keeps_text
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     store = build_token_store(corpus, "validation", tokenizer, tmp_path)
     assert store.facts.keeps_text == (spec == "bpe:300"), "what changes nothing here loses nothing"
-
-
-def test_a_sample_of_many_documents_is_decoded(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-
-    def noted(tokenizer: Any, texts: list[str], ids: Any) -> bool:
-        seen.extend(texts)
-        return True
-
-    monkeypatch.setattr(token_store, "keeps_text", noted)
-    monkeypatch.setattr(token_store, "_CHECKED_CHARACTERS", 20)
-    texts = [f"text {n:02}" for n in range(40)]
-    build_token_store(make_corpus(texts), "train", tokenizer, tmp_path)
-    assert seen == [*texts[:3], texts[16], texts[32]]
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -280,23 +211,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert not cache_folder().exists()
     monkeypatch.setenv("CONTEXTLM_CACHE", "")
     assert cache_folder() == Path.home() / ".cache" / "contextlm"
-
-
-def test_a_cache_that_cannot_be_written_names_the_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*file: not a folder"):
-        cache_folder()
     monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*file: not a folder"):
-        cache_folder()
-
-    def refuse(dir: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "new"))
-    with pytest.raises(InputError, match=r"CONTEXTLM_CACHE: .*new: cannot .* Permission denied"):
         cache_folder()

@@ -84,23 +84,12 @@ def test_bpe_learns_from_the_train_documents_only(tmp_path: Path) -> None:
     assert "xyz" not in vocabulary
 
 
-def test_bpe_is_the_same_each_time(corpus: Corpus) -> None:
-    first, second = (train_bpe(corpus.train, 290).to_str() for _ in range(2))
-    assert first == second
-
-
 def test_an_endless_word_is_learnt_from_in_parts(tmp_path: Path) -> None:
     corpus = make_corpus(["ab" * 100_000, " " * 5000])
     tokenizer = load_tokenizer("bpe:270", corpus, tmp_path)
     assert "abab" in tokenizer.get_vocab()
     ids = encode(tokenizer, corpus.train)
     assert [tokenizer.decode(row) for row in ids] == list(corpus.train)
-
-
-def test_the_end_of_text_also_begins_and_pads(tokenizer: Any) -> None:
-    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END_OF_TEXT
-    assert tokenizer.eos_token_id == 0
-    assert tokenizer.is_fast
 
 
 def words_of(text: str) -> list[str]:
@@ -264,17 +253,10 @@ def test_without_a_network_one_line_says_what_to_do(
         ("bpe:256", "at least 257"),
         ("bpe:999999999", "at most 1,000,000"),
         ("bep:512", "did you mean 'bpe:512'"),
-        ("bpe:", "whole number"),
         ("bpe", "whole number"),
         ("word:4", "at least 5 (padding, unknown, beginning, end and one word)"),
-        ("word:1000001", "at most 1,000,000"),
         ("word", "expected word:SIZE with a whole number, e.g. word:1000"),
-        ("wrod:1000", "did you mean 'word:1000'"),
-        ("words:50", "did you mean 'word:50'"),
-        ("bpe:-5", "whole number"),
-        ("bpe:4k", "whole number"),
         ("bpe:٣٠٠", "whole number"),
-        ("bpe:" + "9" * 5000, "whole number"),
         ("gtp2", "did you mean 'gpt2'"),
         ("no/such/folder", "no such folder"),
         ("", "unknown tokenizer"),
@@ -302,9 +284,8 @@ def test_a_bad_folder_is_named(tokenizer: Any, corpus: Corpus, tmp_path: Path) -
     assert "holds no tokenizer.json" in problem()
     assert known_vocab_size(str(folder)) is None
     file = folder / "tokenizer.json"
-    for text in ("{", "[]", '{"model": 1}'):
-        file.write_text(text, "utf-8")
-        assert "not a tokenizer" in problem()
+    file.write_text('{"model": 1}', "utf-8")
+    assert "not a tokenizer" in problem()
     state = tokenizer.backend_tokenizer.to_str().replace(END_OF_TEXT, "<other>")
     file.write_text(state, "utf-8")
     assert "has no end-of-text entry" in problem()
@@ -312,15 +293,6 @@ def test_a_bad_folder_is_named(tokenizer: Any, corpus: Corpus, tmp_path: Path) -
     file.unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Nonesuch"}))
     assert "cannot be loaded" in problem()
-
-
-def test_known_sizes_need_nothing_loaded() -> None:
-    assert [known_vocab_size(spec) for spec in ("gpt2", "pythia", "bpe:4096", "word:9")] == [
-        50257,
-        50277,
-        4096,
-        9,
-    ]
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "false"), ("0", "0"), ("true", "true")])

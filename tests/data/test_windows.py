@@ -21,8 +21,8 @@ def naive(tokens: list[int], length: int, stride: int, offset: int) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize("count", [2, 63, 100, 129, 130, 257, 1000])
-@pytest.mark.parametrize("length", [1, 7, 63, 128])
+@pytest.mark.parametrize("count", [2, 63, 129, 130, 1000])
+@pytest.mark.parametrize("length", [1, 7, 128])
 @pytest.mark.parametrize("stride", [1, 5, None, 129])
 @pytest.mark.parametrize("offset", [1, 2])
 def test_windows_equal_the_naive_loop(
@@ -39,23 +39,6 @@ def test_windows_equal_the_naive_loop(
     assert len(windows) == len(expected)
     assert windows.tokens_covered == (len(expected) - 1) * (stride or length) + length + 1
     assert windows.stream().tolist() == tokens[: windows.tokens_covered].tolist()
-
-
-def test_items_are_int64_copies_of_large_ids() -> None:
-    tokens = np.array([0, 65_535, 7, 65_534], dtype=np.uint16)
-    item = Windows(tokens, 3)[0]
-    assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
-    assert item["labels"].tolist() == [65_535, 7, 65_534]
-    item["input_ids"][0] = 5
-    assert tokens[0] == 0
-
-
-def test_samples_of_129_tokens_do_not_overlap() -> None:
-    windows = Windows(np.arange(129 * 5, dtype=np.uint32), 128, stride=129)
-    assert len(windows) == 5
-    assert windows.tokens_covered == 129 * 5
-    assert [int(window["input_ids"][0]) for window in windows] == [0, 129, 258, 387, 516]
-    assert [int(window["labels"][-1]) for window in windows] == [128, 257, 386, 515, 644]
 
 
 def test_samples_limits_the_windows_and_what_they_cover() -> None:
@@ -88,13 +71,7 @@ def test_indexing_is_a_sequences() -> None:
             windows[index]
 
 
-def test_a_data_loader_stacks_them() -> None:
-    batch = next(iter(DataLoader(Windows(np.arange(100), 8), batch_size=4)))
-    assert batch["input_ids"].shape == batch["labels"].shape == (4, 8)
-    assert torch.equal(batch["labels"], batch["input_ids"] + 1)
-
-
-@pytest.mark.parametrize("count", [5, 63, 100, 130, 131])
+@pytest.mark.parametrize("count", [5, 63, 131])
 @pytest.mark.parametrize("length", [1, 7, 63])
 @pytest.mark.parametrize("stride", [5, None])
 @pytest.mark.parametrize("offset", [1, 2])
@@ -115,14 +92,6 @@ def test_filled_windows_keep_every_start_with_a_target(
     )
     whole = (len(expected) - 1) * (stride or length) + length + 1
     assert windows.tokens_covered == min(whole, count) == len(windows.stream())
-
-
-def test_filled_windows_count_every_target_of_the_stream_once() -> None:
-    tokens = np.arange(1, 24, dtype=np.uint16)
-    windows = Windows(tokens, 7, fill=True)
-    labels = [label for window in windows for label in window["labels"].tolist()]
-    assert [label for label in labels if label != IGNORED] == list(range(2, 24))
-    assert windows.tokens_covered == 23
 
 
 def test_a_filled_window_needs_one_target() -> None:
@@ -164,11 +133,3 @@ def test_a_model_scores_the_window_and_not_its_history() -> None:
     # The last so many inputs are those that the labels belong to.
     assert torch.equal(inputs["input_ids"][:, -6:] + 1, labels)
     assert "labels" in batch
-
-
-def test_without_history_all_logits_are_asked_for_and_other_entries_pass_through() -> None:
-    batch = next(iter(DataLoader(Windows(np.arange(40), 6), batch_size=2)))
-    batch["contexts"] = torch.zeros(2, 7, 3)
-    inputs, labels = model_inputs(batch)
-    assert set(inputs) == {"input_ids", "contexts"}
-    assert labels.shape == inputs["input_ids"].shape == (2, 6)

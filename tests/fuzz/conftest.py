@@ -1,15 +1,14 @@
-"""Folders for the fuzz tests, a run to damage, and the list of messages that they provoked."""
+"""Folders for the fuzz tests, and a run to damage."""
 
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attempts import MESSAGES, RECIPE, WORDS
+from attempts import RECIPE, WORDS
 from typer.main import get_command
 
 from contextlm.cli import app
@@ -64,12 +63,3 @@ def checkpoint(place: Path, trained: Path) -> Iterator[Path]:
     shutil.copytree(trained / "base" / "seed-0" / "checkpoint", folder)
     yield folder
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _list_of_messages() -> Iterator[None]:
-    yield
-    listed = os.environ.get("CONTEXTLM_FUZZ_MESSAGES")
-    if listed:
-        with Path(listed).open("a", encoding="utf-8") as stream:
-            stream.writelines(f"{count}\t{text}\n" for text, count in sorted(MESSAGES.items()))

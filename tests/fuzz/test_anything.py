@@ -58,7 +58,6 @@ ODD_YAML = st.sampled_from(
         *("\ufeff", "\x07", "\x85", "--- 1\n--- 2", "a #b", "#"),
     ]
 )
-BYTES = st.binary(max_size=12) | ODD_YAML.map(str.encode)
 WORD = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [
         *("", "-", "--", "-x", "--no-such", "=", "\x00", "\x1b[2J", "\udcff", "x" * 5000),
@@ -203,12 +202,6 @@ def run_recipe(place: Path, trained: Path, tree: Any) -> None:
     assert "recipe.yaml" in done.message
 
 
-def run_damaged(place: Path, trained: Path, damage: tuple[int, int, bytes]) -> None:
-    start, length, text = damage
-    data = RECIPE.encode()
-    run_recipe(place, trained, data[:start] + text + data[start + length :])
-
-
 def run_override(place: Path, trained: Path, override: str) -> None:
     attempt("run", write(place, RECIPE.encode()), override, *NOWHERE, place=place, fine=False)
 
@@ -278,9 +271,6 @@ KINDS = {
         40, VALUE | st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6), run_recipe
     ),
     "mutated recipe": Kind(60, mutated(), run_recipe),
-    "damaged recipe": Kind(
-        40, st.tuples(st.integers(0, len(RECIPE)), st.integers(0, 40), BYTES), run_damaged
-    ),
     "override": Kind(60, overrides(), run_override),
     "model": Kind(
         15, st.tuples(st.integers(0, 1), st.sampled_from(MODEL_KEYS), MODEL_VALUE), count_model

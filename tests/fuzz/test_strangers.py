@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from attempts import RECIPE, WORDS, Attempt, attempt, check, contents
+from attempts import RECIPE, WORDS, Attempt, attempt
 
 WEIGHTS = "model.safetensors"
 
@@ -178,39 +176,3 @@ def test_a_pipe_in_a_folder_is_passed_over_and_names_may_be_bytes(place: Path) -
         (folder / f"{number}.txt").write_text(WORDS + str(number))
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text(WORDS)
     assert planned(place, f"corpus=text:{folder}").code == 0
-
-
-def test_places_that_are_no_text(place: Path) -> None:
-    (place / "empty").mkdir()
-    for corpus in (
-        *("text:no-such", "text:~nobody-x/notes", "text:/dev/zero", "text:empty", "text:"),
-        *("jsonl:.", "txt:recipe.yaml", "x" * 5000, "text:" + "x" * 5000, "wikitext-4", "''", "[]"),
-    ):
-        planned(place, f"corpus={corpus}", fine=False)
-
-
-BAD = {
-    "deep": (["run", "bad.yaml"], "a: " + "[" * 1000),
-    "twice": (["run", "bad.yaml"], RECIPE + "name: again\n"),
-    "code": (["run", "bad.yaml"], "a: !!python/object/apply:os.system ['touch PWNED']\n"),
-    "device": (["run", "/dev/zero"], ""),
-    "bytes in a name": (["run", "caf\udce9.yaml"], ""),
-    "no text": (["generate", "x", "\udcff"], ""),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_the_console_script_refuses_too(tmp_path: Path, name: str) -> None:
-    arguments, text = BAD[name]
-    (tmp_path / "bad.yaml").write_text(text)
-    before = contents(tmp_path)
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "contextlm"), *map(os.fsencode, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        timeout=120,
-        cwd=tmp_path,
-    )
-    check(Attempt(done.returncode, done.stdout.decode(), done.stderr.decode()), fine=False)
-    assert contents(tmp_path) == before

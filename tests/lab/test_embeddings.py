@@ -53,7 +53,6 @@ def shared_cache(tmp_path_factory):
 def alone(shared_cache, monkeypatch):
     """No hub, and a cache of our own."""
     monkeypatch.setattr("contextlm.data.hub.hub_reachable", lambda: False)
-    monkeypatch.setattr("contextlm.data.hub.BACK_OFF_SECONDS", 0.0)
     monkeypatch.setenv("CONTEXTLM_CACHE", str(shared_cache))
     monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
 

@@ -121,10 +121,6 @@ def test_target_offset_falls_back_to_the_recipes(recipe_file: Path) -> None:
     assert [recipe.target_offset_of(contender) for contender in recipe.contenders] == [2, 1]
 
 
-def test_seeds_replace_the_recipes(recipe_file: Path) -> None:
-    assert load_recipe(str(recipe_file), seeds=[7]).seeds == [7]
-
-
 def test_scales_are_listed(recipe_file: Path) -> None:
     assert recipe_scales(str(recipe_file)) == ["small", "smoke", "alone", "more", "full"]
 
@@ -134,50 +130,32 @@ def test_scales_are_listed(recipe_file: Path) -> None:
     [
         ("trainig.epochs=2", ["'trainig'", "'training'"]),
         ("training.lerning_rate=1", ["'training.lerning_rate'", "'training.learning_rate'"]),
-        ("contenders.ours.phase1.nois=1", ["'contenders.ours.phase1.nois'", "phase1.noise'"]),
         ("contenders.ours.modle.x=1", ["'contenders.ours.modle'", "'contenders.ours.model'"]),
-        ("contenders.ours.training.epoch=2", ["'contenders.ours.training.epoch'", "epochs'"]),
         ("contenders.our.model.x=1", ["'our'", "'ours'"]),
         ("contenders.ours=3", ["contenders.ours", "mapping"]),
-        ("contenders=[]", ["contenders", "mapping"]),
-        ("contenders.ours.name=3", ["contenders", "name", "string"]),
         ("contenders.ours.name=base", ["'base'", "twice"]),
         ("contenders.ours.baseline=true", ["exactly one", "baseline"]),
-        ("contenders.base.baseline=false", ["exactly one", "baseline"]),
         ("contenders.base.model.type=3", ["contenders.base", "type"]),
-        ("contenders.ours.training.epochs=0", ["contenders.ours.training.epochs", "got 0"]),
         ("training.epochs=true", ["training.epochs", "integer", "got True"]),
         ("training.learning_rate=.inf", ["training.learning_rate", "finite"]),
-        ("training.optimizer=sgd", ["training.optimizer", "'adamw'", "got 'sgd'"]),
         ("training.betas=[0.9, 1.5]", ["training.betas.1", "less than 1"]),
-        ("seeds=[]", ["seeds", "at least 1"]),
         ("seeds=[1, 1]", ["seeds", "twice"]),
-        ("seeds=[-1]", ["seeds.0", "got -1"]),
-        ("sequence_length=0", ["sequence_length", "got 0"]),
         ("name=a/b", ["name", "'a/b'"]),
         ("scale=smoke", ["scale", "--scale"]),
         ("nokey", ["'nokey'", "key=value"]),
-        ("=3", ["'=3'", "key=value"]),
-        ("a..b=3", ["'a..b=3'", "key=value"]),
         ("corpus=[", ["--set 'corpus=['", "YAML"]),
         ("sequence_length=064", ["--set", "'064'", "such as 64"]),
-        ("training.epochs=2:08", ["'2:08' could be read as several numbers"]),
         *[
             (f"validation={v}", ["validation: expected a share"])
             for v in ("0.0", "1", "-1", "notes")
         ],
-        ("validation=true", ["validation: expected a share between 0 and 1, text:PATH or jsonl:"]),
         ("learning_rate=1", ["'learning_rate'", "did you mean 'training.learning_rate'?"]),
-        ("cache_lengths=[1]", ["did you mean 'evaluation.cache_lengths'?"]),
         ("max_iterations=3", ["did you mean 'contenders.NAME.phase1.max_iterations'?"]),
         ("contenders.ours.epochs=3", ["did you mean 'contenders.ours.training.epochs'?"]),
-        ("contenders.ours.noise=3", ["did you mean 'contenders.ours.phase1.noise'?"]),
         ("corpus=text:", ["corpus: expected text:PATH, PATH is missing"]),
         ("corpus=jsonl: x", ["corpus: expected jsonl:PATH, no space may follow the colon"]),
-        ("training=3", ["training: expected a mapping, got 3"]),
         ("contenders.ours.phase1=x", ["contenders.ours.phase1: expected a mapping, got 'x'"]),
         ("contenders.a b={model: {type: gpt2}}", ["only letters, digits, '-' and '_' are allowed"]),
-        ("name=a b", ["only letters, digits, '.', '-' and '_' are allowed", "got 'a b'"]),
         ("contenders.ours.model.x=!!binary aGk=", ["contenders.ours.model.x", "JSON"]),
     ],
 )
@@ -185,14 +163,6 @@ def test_a_wrong_value_is_named(recipe_file: Path, override: str, culprits: list
     message = problem(recipe_file, override)
     for culprit in culprits:
         assert culprit in message
-
-
-@pytest.mark.parametrize("text", ["corpus=[", "x={a: b: c}", "x=\x00", "x='a", "x=*b", "x=%"])
-def test_yaml_errors_are_in_our_words(recipe_file: Path, text: str) -> None:
-    message = problem(recipe_file, text)
-    assert "not valid YAML" in message
-    assert "unicode string" not in message
-    assert "^" not in message
 
 
 def test_a_missing_file_or_a_folder_is_said_to_be_one(tmp_path: Path, recipe_file: Path) -> None:
@@ -216,15 +186,11 @@ def test_an_unknown_recipe_is_named() -> None:
     ("old", "new", "culprit"),
     [
         ("  - name: ours", "  - nam: ours", "entry 2 needs a 'name'"),
-        ("  - name: ours", "  - name: 3", "entry 2 needs a 'name'"),
         ("  - name: ours", "  - name: base", "'base' is named twice"),
         ("name: toy", "name: toy\nname: toy2", "'name' stands twice"),
         ("name: toy", "name: toy\nscale: small", "'scale' cannot be set"),
         ("scales:\n", "scales:\n  full: {}\n", "'full' is the recipe's top level"),
-        ("scales:\n", "scales:\n  3: {}\n", "scales: expected a mapping"),
-        ("  small: {", "  small: [{", "not valid YAML"),
         ("tokenizer: bpe:256\n", "", "tokenizer: field required"),
-        ("name: toy", 'name: "\\ud800"', "surrogate"),
         ("sequence_length: 32", "sequence_length: '32'", "sequence_length"),
     ],
 )
@@ -234,14 +200,7 @@ def test_a_malformed_file_is_named(recipe_file: Path, old: str, new: str, culpri
     assert recipe_file.name in message
 
 
-def test_a_scale_that_is_no_mapping(recipe_file: Path) -> None:
-    changed(recipe_file, "alone: {contenders: {ours: null}}", "alone: 3")
-    assert "scale 'alone'" in problem(recipe_file, scale="alone")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "- a\n", "3", "text", "1: 2", "[[[[", "a: *b", "\tx", "---\n---"]
-)
+@pytest.mark.parametrize("text", ["", "- a\n", "text", "1: 2", "[[[["])
 def test_what_is_no_mapping_is_no_recipe(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text, "utf-8")
@@ -320,14 +279,6 @@ def test_a_recipe_knows_where_it_departs_from_its_top_level(scale, overrides, de
     assert load_recipe(str(file)) == recipe
     again = load_recipe(str(file), overrides=["training.epochs=3"])
     assert again.departs_from_full == sorted([*departures, "training.epochs"])
-
-
-def test_departures_that_are_no_list_are_refused(tmp_path):
-    file = tmp_path / "recipe.yaml"
-    text = dump_recipe(load_recipe("context-kv"))
-    file.write_text(text.replace("departs_from_full: []", "departs_from_full: 3"), "utf-8")
-    with pytest.raises(InputError, match="departs_from_full: expected a list"):
-        load_recipe(str(file))
 
 
 def test_an_older_resolved_recipe_does_not_know_its_departures(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from contextlm.data.tokenizers import load_tokenizer, vocab_entries
 from contextlm.data.windows import IGNORED
 from contextlm.evaluation.checkpoint import load_checkpoint
 from contextlm.evaluation.measure import evaluate_checkpoint
-from contextlm.lab.estimate import count_parameters, dry_run
+from contextlm.lab.estimate import count_parameters
 from contextlm.lab.preparation import Prepared
 from contextlm.lab.preparation import prepare as prepare_on
 from contextlm.lab.running import run
@@ -93,68 +92,6 @@ def test_every_contender_of_every_scale_builds(name: str, scale: str) -> None:
         assert limit is None or recipe.sequence_length <= limit, contender.name
 
 
-def changed(name: str, *overrides: str, scale: str = "full") -> Recipe:
-    """The recipe with overrides; its contenders build."""
-    recipe = load_recipe(name, scale=scale, overrides=overrides)
-    assert count_parameters(recipe)
-    return recipe
-
-
-def model_of(recipe: Recipe, name: str) -> dict[str, Any]:
-    return next(contender.model for contender in recipe.contenders if contender.name == name)
-
-
-@pytest.mark.parametrize("documents", [100, 1000, 2000])
-def test_context_kv_on_other_amounts_of_text(documents: int) -> None:
-    recipe = changed("context-kv", f"documents.train={documents}")
-    assert recipe.documents is not None
-    assert (recipe.documents.train, recipe.documents.validation) == (documents, 20)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("interval", 50), ("interval", 100), ("max_contexts", 64), ("attention_dropout", 0.3)],
-)
-def test_context_kv_with_another_field(key: str, value: float) -> None:
-    recipe = changed("context-kv", f"contenders.context-kv.model.{key}={value}")
-    assert model_of(recipe, "context-kv")[key] == value
-    assert model_of(recipe, "context-kv")["memory"] == "contexts"
-    assert any(
-        contender.model.get(key) == value
-        for contender in load_recipe("context-kv", scale="next").contenders
-    )
-
-
-def test_context_kv_with_more_weight_decay() -> None:
-    assert changed("context-kv", "training.weight_decay=0.1").training.weight_decay == 0.1
-    recipe = load_recipe("context-kv", scale="next")
-    decays = [recipe.training_of(contender).weight_decay for contender in recipe.contenders]
-    assert sorted(set(decays)) == [0.01, 0.1]
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_context_mode_with_more_layers(layers: int) -> None:
-    overrides = [
-        f"contenders.{name}.model.num_hidden_layers={layers}"
-        for name in ("final-only", "layerwise")
-    ]
-    recipe = changed("context-mode", *overrides)
-    built = [meta_model(build_config(c.model, 50257)) for c in recipe.contenders]
-    assert [model.config.num_hidden_layers for model in built] == [layers, layers]
-
-
-@pytest.mark.parametrize("length", [512, 1024])
-def test_dca_on_longer_sequences(length: int) -> None:
-    overrides = [
-        *(f"contenders.{name}.model.n_positions=1024" for name in ("gpt2", "gpt2-offset-2")),
-        *(f"contenders.{name}.model.num_positions=1024" for name in ("dca", "dca-offset-2")),
-    ]
-    assert changed("dca", f"sequence_length={length}", *overrides).sequence_length == length
-    recipe = load_recipe("dca", scale=f"long-{length}")
-    assert recipe.sequence_length == length
-    assert {"gpt2", "dca", "gpt2-5-layers", "dca-integrated"} <= {c.name for c in recipe.contenders}
-
-
 def test_dca_at_equal_sizes() -> None:
     counts = {c.name: c.total for c in count_parameters(load_recipe("dca", scale="fair"))}
     assert set(counts) == {
@@ -162,25 +99,6 @@ def test_dca_at_equal_sizes() -> None:
     }
     assert abs(counts["gpt2-5-layers"] / counts["dca"] - 1) < 0.02
     assert abs(counts["dca-3-layers"] / counts["gpt2"] - 1) < 0.02
-
-
-def test_context_pythia_next() -> None:
-    recipe = load_recipe("context-pythia", scale="next")
-    named = {contender.name: contender for contender in recipe.contenders}
-    assert model_of(recipe, "context-384")["context_dim"] == 384
-    assert model_of(recipe, "context-304")["context_dim"] == 304
-    assert model_of(recipe, "context-300-projected")["context_dim"] == 300
-    assert model_of(recipe, "context-2-layers")["context_layers"] == 2
-    strict = named["converged-95"].phase1
-    assert strict is not None
-    assert (strict.stop_at, strict.noise, strict.max_iterations) == (0.95, 0.05, 100)
-    more = changed(
-        "context-pythia",
-        "samples={train: 45000, validation: 5000}",
-        "documents={train: 9000, validation: 1000}",
-    )
-    assert more.samples is not None
-    assert more.samples.train + more.samples.validation == 50_000
 
 
 def test_new_llm_is_the_documents_setting() -> None:
@@ -193,16 +111,6 @@ def test_new_llm_is_the_documents_setting() -> None:
     epochs = {c.name: recipe.training_of(c).epochs for c in recipe.contenders}
     assert epochs.pop("new-llm-large-150-epochs") == 150
     assert set(epochs.values()) == {50}
-
-
-def test_new_llm_next() -> None:
-    recipe = load_recipe("new-llm", scale="next")
-    gated = [c.model for c in recipe.contenders if c.model.get("update") == "gated"]
-    assert len(gated) == 3
-    assert [c.name for c in recipe.contenders][:2] == ["transformer", "new-llm"]
-    assert (gated[1]["num_contexts"], gated[1]["context_dim"]) == (2, 128)
-    unbounded = build_config(gated[2], 1000)
-    assert (unbounded.positions, unbounded.max_position_embeddings) == ("none", None)
 
 
 @pytest.mark.parametrize(
@@ -264,12 +172,6 @@ def test_lines_are_prepared(tokenizer: str) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_dry_run_of_lines() -> None:
-    plan = dry_run(load_recipe("new-llm", scale="smoke"), device="cpu")
-    assert plan.contenders[0].tokens_per_epoch == 48 * 16
-
-
-@pytest.mark.usefixtures("own_cache")
 def test_lines_from_recipe_to_report(tmp_path: Path) -> None:
     left_out = ("new-llm-wide-context", "new-llm-large", "new-llm-large-150-epochs")
     overrides = [f"contenders.{name}=null" for name in left_out]
@@ -294,35 +196,6 @@ def test_lines_from_recipe_to_report(tmp_path: Path) -> None:
                 logits = model(sample["input_ids"][real][None]).logits[0]
             losses += F.cross_entropy(logits, sample["labels"][real], reduction="none").tolist()
         assert result.validation_loss == pytest.approx(np.mean(losses), abs=1e-5)
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_bits_per_byte_needs_windows_and_all_words() -> None:
-    windows = ["unit=windows", "samples={train: 8, validation: 4}"]
-    words = prepare(load_recipe("new-llm", scale="smoke", overrides=windows))
-    assert words.validation_bytes is None
-    pieces = prepare(
-        load_recipe("new-llm", scale="smoke", overrides=[*windows, "tokenizer=bpe:300"])
-    )
-    assert pieces.validation_bytes is not None
-    assert pieces.validation_bytes > 0
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_lossy_tokenizer_of_any_class_has_no_bits_per_byte(tmp_path: Path) -> None:
-    from tokenizers import normalizers
-
-    notes = tmp_path / "notes.txt"
-    notes.write_text("Some Words of a Text, " * 200)
-    text = [f"corpus=text:{notes}", "unit=windows", "samples={train: 8, validation: 2}"]
-    text.append("documents=null")
-    tokenizer: Any = load_tokenizer("bpe:300", load_corpus(f"text:{notes}"), tmp_path)
-    for normalizer, loses in ((normalizers.NFC(), False), (normalizers.Lowercase(), True)):
-        tokenizer.backend_tokenizer.normalizer = normalizer
-        tokenizer.save_pretrained(tmp_path / "saved")
-        folder = f"tokenizer={tmp_path / 'saved'}"
-        prepared = prepare(load_recipe("new-llm", scale="smoke", overrides=[*text, folder]))
-        assert (prepared.validation_bytes is None) == loses
 
 
 @pytest.mark.usefixtures("own_cache")

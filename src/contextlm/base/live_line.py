@@ -22,17 +22,17 @@ class LiveLine(AbstractContextManager["LiveLine"]):
 
     Args:
         status: where the line goes, such as stderr.
-        text: what `write` writes to, such as stdout. Where both are terminals they are taken for
-            the same one, and the line stands below the text.
+        text: what `write` writes to, such as stdout; None: nowhere. Where both are terminals they
+            are taken for the same one, and the line stands below the text.
     """
 
-    def __init__(self, status: TextIO | None, text: TextIO | None) -> None:
+    def __init__(self, status: TextIO, text: TextIO | None) -> None:
         self._text = text
         self._live: Live | None = None
         self._unfinished: str | None = None  # row of the text, where the line stands below it
         self._said = ""
         self._next = 0.0
-        if status is not None and status.isatty():
+        if status.isatty():
             if text is not None and text.isatty():
                 status, self._unfinished = text, ""
             console = Console(file=status, force_terminal=True, highlight=False)

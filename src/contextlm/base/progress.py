@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
 import rich.progress as bars
@@ -42,20 +43,12 @@ class _SilentBar:
         pass
 
 
-class SilentProgress:
-    """Shows nothing."""
-
-    def stage(self, title: str) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        pass
-
-    def update(self, text: str) -> None:
-        pass
-
-    def bar(self, total: int, description: str) -> AbstractContextManager[Bar]:
-        return nullcontext(_SilentBar())
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Fall silent where the reader has left; rich's own answer is to end the process."""
+        self.quiet = True
+        # What is buffered would fail again when Python flushes the file at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class RichProgress(AbstractContextManager["RichProgress"]):
@@ -65,7 +58,7 @@ class RichProgress(AbstractContextManager["RichProgress"]):
     """
 
     def __init__(self, file: TextIO | None = None):
-        self._console = Console(file=file, stderr=file is None, highlight=False)
+        self._console: Console = _Console(file=file, stderr=file is None, highlight=False)
         # A terminal has room for one live display: either a remark, or the bars of nested blocks.
         self._remark: Status | None = None
         self._bars: bars.Progress | None = None
@@ -123,6 +116,14 @@ class RichProgress(AbstractContextManager["RichProgress"]):
         if self._remark is not None:
             self._remark.stop()
             self._remark = None
+
+
+class SilentProgress(RichProgress):
+    """Shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console(quiet=True, force_terminal=False)
 
 
 class _RichBar:

@@ -40,16 +40,6 @@ _OTHER_BOOL = re.compile(r"^(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
 # numbers of thousands of digits, and for documents nested deeper than Python's stack.
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
-# PyYAML's words, and such as help who does not know its insides.
-_CLEARER = {
-    "could not determine a constructor for the tag": "only plain values are allowed, not the tag",
-    "found unhashable key": "a key must be text, not a list or a mapping",
-    "but found another document": "more than one document",
-    "mapping values are not allowed here": (
-        "a colon and a space may not stand here; a text that holds them needs quotes"
-    ),
-}
-
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the differences that the module names."""
@@ -177,10 +167,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problem = " ".join(error.problem.split())
-        for theirs, ours in _CLEARER.items():
-            problem = problem.replace(theirs, ours)
-        return problem + place
+        return " ".join(error.problem.split()) + place
     if isinstance(error, yaml.reader.ReaderError):
         return f"character #x{error.character:04x} is not allowed"
     if isinstance(error, RecursionError):

@@ -40,16 +40,6 @@ def shortened(text: str, longest: int) -> str:
     return f"{text[: longest - tail - 5]} ... {text[len(text) - tail :]}"
 
 
-def json_visible(text: str) -> str:
-    """JSON `text` with the same characters in JSON's own escapes; what it stands for is the same.
-
-    JSON's writer itself escapes those below U+0020 inside strings, and none can stand outside.
-    """
-    if text.isprintable():
-        return text
-    return "".join(_json_escape(c) if _is_hidden(c) else c for c in text)
-
-
 def _is_hidden(character: str) -> bool:
     return unicodedata.category(character) in _HIDDEN and character not in _HARMLESS
 
@@ -59,8 +49,3 @@ def _escaped(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def _json_escape(character: str) -> str:
-    data = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{data[i : i + 2].hex()}" for i in range(0, len(data), 2))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from contextlm.base.errors import InputError
-from contextlm.base.visible import json_visible, shown, visible
+from contextlm.base.files import why_not_writable
+from contextlm.base.visible import shown, visible
 
 if TYPE_CHECKING:
     from contextlm.results.result import Run
@@ -27,35 +30,13 @@ _WIDE = 240  # columns of a table that goes into a file or a pipe
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on one line, valid for every reader (no NaN), in any encoding."""
-    text = json_visible(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = json.dumps(plain(value), allow_nan=False)
-    print(text)
+    """Print one JSON object on one line: ASCII, for every encoding, and without NaN."""
+    print(json.dumps(plain(value), allow_nan=False))
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types.
-
-    Dataclasses and pydantic models become objects (without the fields that a dataclass keeps out
-    of its repr: raw material), paths text, and numbers that are not finite null.
-    """
-    if isinstance(value, BaseModel):
-        return plain(value.model_dump(mode="json"))
-    if is_dataclass(value):
-        return {
-            field.name: plain(getattr(value, field.name)) for field in fields(value) if field.repr
-        }
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    """`value` in JSON's own types; numbers that are not finite become null."""
+    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def print_table(
@@ -63,7 +44,7 @@ def print_table(
 ) -> None:
     """Print a table to stdout.
 
-    Where it is too wide, headings and text are broken at spaces and hyphens, figures never.
+    Where it is too wide, headings and text are broken at spaces, figures never.
 
     Args:
         columns: the headings.
@@ -71,25 +52,8 @@ def print_table(
         caption: a line above the table.
         text: so many columns at the left hold text; those after them hold figures, set right.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    seen = [[visible(cell) for cell in line] for line in (columns, *rows)]
-    columns, *rows = _fitted(seen, text, _room())
-    console = Console(width=_room())
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    if caption:
-        table.title = Text(visible(caption), style="bold")
-    for number, heading in enumerate(columns):
-        left = number < text
-        table.add_column(
-            Text(heading), justify="left" if left else "right", overflow="fold", vertical="top"
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    table, least = _table(columns, rows, caption, text)
+    Console(width=max(_room(), least)).print(table)
 
 
 def print_comparison(
@@ -99,24 +63,21 @@ def print_comparison(
 
     If even that is too wide, the contenders are shown a few at a time.
     """
-    lines: list[Sequence[str]] = [columns, *rows]
-    fits = _table_width(_least_widths(lines, 1)) <= _room()
-    if fits and not _width(_turned(lines)) < _width(lines) > _room():
+    if _least_width(columns, rows) <= _room():
         print_table(columns, rows, caption=caption)
         return
-    group: list[Sequence[str]] = []
-    for row in rows:
-        if group and _table_width(_least_widths(_turned([columns, *group, row]), 1)) > _room():
-            _print_turned(columns, group, caption)
-            group = []
-        group.append(row)
-    _print_turned(columns, group, caption)
+    shown = list(rows)
+    while shown:
+        count = len(shown)
+        while count > 1 and _least_width(*_turned(columns, shown[:count])) > _room():
+            count -= 1
+        print_table(*_turned(columns, shown[:count]), caption=caption)
+        shown = shown[count:]
 
 
-def print_facts(facts: Mapping[str, Any], *, caption: str) -> None:
+def print_facts(facts: Mapping[str, str], *, caption: str) -> None:
     """Print names and values, one pair a line."""
-    rows = [(name, _shown(value)) for name, value in facts.items()]
-    print_table(["", "value"], rows, caption=caption, text=2)
+    print_table(["", "value"], list(facts.items()), caption=caption, text=2)
 
 
 def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
@@ -167,8 +128,6 @@ def writable_folder(text: str, option: str) -> Path:
     """
     if not text.strip():
         raise InputError(f"{option} {shown(text)}: expected the name of a folder")
-    from contextlm.base.files import why_not_writable
-
     problem = why_not_writable(Path(text))
     if problem is not None:
         raise InputError(f"{option} {problem}")
@@ -182,62 +141,39 @@ def scientific(value: float) -> str:
 
 def _room() -> int:
     """Columns of the terminal, or of a table that goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
+    return Console().width if sys.stdout.isatty() else _WIDE
 
 
-def _turned(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    return [list(column) for column in zip(*lines, strict=True)]
+def _turned(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    headings, *lines = zip(columns, *rows, strict=True)
+    return headings, lines
 
 
-def _print_turned(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    headings, *lines = _turned([columns, *rows])
-    print_table(headings, lines, caption=caption)
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    return _table(columns, rows, "", 1)[1]
 
 
-def _table_width(widths: Sequence[int]) -> int:
-    return sum(width + 3 for width in widths)
-
-
-def _width(lines: Sequence[Sequence[str]]) -> int:
-    """Columns of a terminal that a table takes when no cell is broken."""
-    return _table_width([max(map(len, column)) for column in _turned(lines)])
-
-
-def _broken(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False) or [""]
-
-
-def _least_widths(lines: Sequence[Sequence[str]], text: int) -> list[int]:
-    """The narrowest that each column can be with headings and `text` columns broken."""
-    least = []
-    for number, (heading, *cells) in enumerate(_turned(lines)):
-        pieces = _broken(heading, 1)
-        pieces += [p for c in cells for p in (_broken(c, 1) if number < text else [c])]
-        least.append(max(map(len, pieces)))
-    return least
-
-
-def _fitted(lines: Sequence[Sequence[str]], text: int, room: int) -> Sequence[Sequence[str]]:
-    """`lines` with cells broken so that the table fits `room`; as they are if it cannot."""
-    widths = [max(map(len, column)) for column in _turned(lines)]
-    least = _least_widths(lines, text)
-    if _table_width(widths) <= room or _table_width(least) > room:
-        return lines
-    while _table_width(widths) > room:
-        loose = [number for number, width in enumerate(widths) if width > least[number]]
-        widths[max(loose, key=lambda number: widths[number])] -= 1
-    return [
-        [
-            "\n".join(_broken(cell, widths[number])) if row == 0 or number < text else cell
-            for number, cell in enumerate(line)
-        ]
-        for row, line in enumerate(lines)
-    ]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    return str(value)
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, text: int
+) -> tuple[Table, int]:
+    """The table, and the narrowest that it can be with headings and text broken at spaces."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    if caption:
+        table.title = Text(visible(caption), style="bold")
+    for number, heading in enumerate(columns):
+        table.add_column(
+            Text(visible(heading)), justify="left" if number < text else "right", overflow="fold"
+        )
+        if number >= text:
+            unbroken = [*heading.split(), *(row[number] for row in rows)]
+            table.columns[number].min_width = max(cell_len(visible(piece)) for piece in unbroken)
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    unlimited = Console(width=10**6)
+    width = Measurement.get(unlimited, unlimited.options, table)
+    if width.maximum > _room():  # text alone gives way beyond this
+        for column in table.columns[text:]:
+            column.width = column.min_width
+    return table, width.minimum

@@ -41,19 +41,11 @@ def read_prompt(prompt: str | None, file: str | None) -> Iterable[str]:
 def _decoded(file: str | None) -> Iterator[str]:
     """Text of a file, or of stdin."""
     name = "stdin" if file is None else file
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
     try:
         with nullcontext(sys.stdin.buffer) if file is None else Path(file).open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                waiting = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
-                yield decoder.decode(block)
-                done += len(block)
-        waiting = len(decoder.getstate()[0])
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        at = done - waiting + error.start
-        raise InputError(f"the prompt in {name} is not UTF-8 (at byte {at:,})") from None
+            yield from codecs.iterdecode(iter(lambda: stream.read(_BLOCK), b""), "utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"the prompt in {name} is not UTF-8") from None
     except OSError as error:
         raise InputError(f"--prompt-file {shown(name)}: {error.strerror}") from None
     except ValueError:  # a NUL in the name
@@ -65,10 +57,8 @@ def _without_last_break(blocks: Iterable[str]) -> Iterator[str]:
 
     A block is handed on when the next one, or the end, has been seen.
     """
-    held, first = "", True
+    held = ""
     for block in blocks:
-        if first and block:
-            block, first = block.removeprefix("\ufeff"), False
         held, ready = held[-2:] + block, held[:-2]
         if ready:
             yield ready

@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import socket
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from contextlm.base.errors import RunError
 
 T = TypeVar("T")
 
-TRIES = 3
-BACK_OFF_SECONDS = 1.0
-_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers a TCP connection now.
+    """Whether the hub answers now.
 
     The libraries retry for most of a minute before they give up on a machine without a network;
-    this takes a moment. Where the environment names a proxy, the proxy is what must answer.
+    this takes a moment.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         return False
-    url = urlsplit(constants.ENDPOINT)
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
-        url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection((url.hostname or "", port), timeout=_CONNECT_SECONDS).close()
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
+    except Exception:  # of the library that the session comes from, which has changed
         return False
     return True
 
 
 def from_hub(what: str, instead: str, load: Callable[[bool], T]) -> T:
-    """What `load` fetches; with three tries for passing faults, none without a network.
+    """What `load` fetches; passing faults are retried by the libraries that it calls.
 
     Args:
         what: names the wanted thing in the message, e.g. ``"corpus 'pile'"``.
@@ -58,22 +46,15 @@ def from_hub(what: str, instead: str, load: Callable[[bool], T]) -> T:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    seen = False
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(BACK_OFF_SECONDS * 2 ** (attempt - 1))
-        online = hub_reachable()
-        seen = seen or online
-        try:
-            return load(online)
-        # The libraries raise ValueError where an earlier download lacks the asked configuration.
-        except (OSError, DatasetsError, HfHubHTTPError, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if not seen:  # a network that went away midway may come back
-                raise RunError(
-                    f"{what}: the hub ({constants.ENDPOINT}) could not be reached; {instead}"
-                ) from None
-    raise RunError(f"{what}: the hub did not deliver after {TRIES} tries ({reason}); {instead}")
+    online = hub_reachable()
+    try:
+        return load(online)
+    # The libraries raise ValueError where an earlier download lacks the asked configuration.
+    except (OSError, DatasetsError, HfHubHTTPError, ValueError) as error:
+        fault = f"the hub ({constants.ENDPOINT}) could not be reached"
+        if online:
+            fault = f"the hub did not deliver ({' '.join(str(error).split())})"
+        raise RunError(f"{what}: {fault}; {instead}") from None
 
 
 def load_split(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,9 @@ from contextlm.data.tokenizers import encode, keeps_text, tokenizer_hash, vocab_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 2
+_FORMAT = 3
 _BATCH_CHARACTERS = 1_000_000
 _LONGEST_PIECE = 4_000_000
-# All documents up to so many characters, and then one in so many, are decoded again.
-_CHECKED_CHARACTERS, _CHECKED_EVERY = 1_000_000, 16
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class Facts:
         document_offsets: where each document starts, and at last `tokens`.
         document_bytes: UTF-8 bytes of each document's text.
         document_keys: of each document; equal ones differ in white space and case at most.
-        keeps_text: whether the tokens of whole documents, a sample of them where they are many,
-            decode to the very text: only then is there a number of bits per byte.
+        keeps_text: whether the tokens of each document decode to the very text: only then is there
+            a number of bits per byte.
         format: version of this file.
     """
 
@@ -141,7 +139,7 @@ def build_token_store(
     """The tokens of a corpus's split: the stored ones if they still hold, else made anew.
 
     Reused when the sidecar names this corpus fingerprint, tokenizer and format, and the token file
-    has the size and SHA-256 that it names. Both files appear whole or not at all.
+    has the SHA-256 that it names. Both files appear whole or not at all.
 
     Args:
         corpus: where the documents come from; not read when the store is reused.
@@ -174,19 +172,12 @@ def _reusable(path: Path, expected: dict[str, Any]) -> Facts | None:
     """The sidecar, if it and the token file are whole and are what is expected."""
     try:
         facts = Facts(**json.loads(path.with_suffix(".json").read_text("utf-8")))
-        size = path.stat().st_size
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError, TypeError):
         return None
-    if any(getattr(facts, field) != value for field, value in expected.items()):
-        return None
-    offsets, documents = facts.document_offsets, len(facts.document_bytes)
-    if len(offsets) != documents + 1 or offsets[-1] != facts.tokens:
-        return None
-    if size != facts.tokens * np.dtype(facts.dtype).itemsize or size == 0:
-        return None
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return facts if digest == facts.sha256 else None
+    as_expected = all(getattr(facts, field) == value for field, value in expected.items())
+    return facts if as_expected and digest == facts.sha256 else None
 
 
 def _build(
@@ -199,22 +190,19 @@ def _build(
     offsets = [0]
     sizes: list[int] = []
     keys: list[str] = []
-    characters, kept = 0, True
+    kept = True
     end = [] if expected["end_of_text"] is None else [expected["end_of_text"]]
     with atomic_open(path, "wb") as stream:
         for batch in _batches(documents):
             rows = _encode_documents(tokenizer, batch)
-            checked = []
+            kept = kept and keeps_text(tokenizer, batch, rows)
             for text, ids in zip(batch, rows, strict=True):
-                if characters <= _CHECKED_CHARACTERS or len(sizes) % _CHECKED_EVERY == 0:
-                    checked.append((text, ids))
-                characters += len(text)
-                count = _write(ids + end, expected["dtype"], stream, digest)
-                offsets.append(offsets[-1] + count)
+                data = np.asarray(ids + end, dtype=expected["dtype"]).tobytes()
+                digest.update(data)
+                stream.write(data)
+                offsets.append(offsets[-1] + len(ids) + len(end))
                 sizes.append(len(text.encode("utf-8")))
                 keys.append(document_key(text))
-            if kept and checked:
-                kept = keeps_text(tokenizer, [text for text, _ in checked], [i for _, i in checked])
         if offsets[-1] == 0:  # raised in here, so that no file is left
             raise InputError(
                 f"corpus {expected['corpus']!r}: its {expected['split']} split has no tokens"
@@ -230,13 +218,6 @@ def _build(
     )
     write_json(path.with_suffix(".json"), asdict(facts))
     return facts
-
-
-def _write(ids: list[int], dtype: str, stream: IO[Any], digest: Any) -> int:
-    data = np.asarray(ids, dtype=dtype).tobytes()
-    digest.update(data)
-    stream.write(data)
-    return len(ids)
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:

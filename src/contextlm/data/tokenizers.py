@@ -237,15 +237,7 @@ def _backend(file: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        text = file.read_text("utf-8")
-        if not isinstance(json.loads(text), dict):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{file}: not a tokenizer (not valid JSON)") from None
-    try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for whatever does not fit
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: not a tokenizer: {reason}") from None
