@@ -54,6 +54,8 @@ def test_legends_stay_inside_and_off_the_axes(made, rows_of, number):
 
 
 def test_whatever_a_result_may_hold_is_drawn(made, rows_of, recwarn):
+    once = made(baseline=True)
+    twice = once.model_copy(update={"history": [*once.history, *once.history]})
     cases = {
         "one epoch": [made(epochs=1)],
         "identical": [made(baseline=True), made("same")],
@@ -65,6 +67,7 @@ def test_whatever_a_result_may_hold_is_drawn(made, rows_of, recwarn):
         "all diverged": [made(baseline=True, validation_loss=math.nan)],
         "uneven seeds": [made(epochs=2), made(seed=1, epochs=5)],
         "not finite": [made(baseline=True, validation_ppl=math.inf)],
+        "an epoch twice": [twice],
         "no history": [made(baseline=True).model_copy(update={"history": []})],
         "dollars": [made("$a$_{b}$")],
         "other target": [made(baseline=True), made("far", target_offset=2)],

@@ -271,3 +271,10 @@ def test_the_summary_holds_the_answer_the_comparison_and_the_notes(run):
         assert said in text
     for told_elsewhere in ("Terms", "effective rank, training stream |"):
         assert told_elsewhere not in text
+
+
+def test_an_environment_that_is_no_mapping_is_an_input_error(run, on_disk):
+    on_disk(run)
+    (run.folder / "environment.json").write_text("[]")
+    with pytest.raises(InputError, match=r"environment\.json: not a mapping"):
+        read_run(run.folder)

@@ -126,6 +126,7 @@ def _draw_curves(axes: Axes, row: Contender, style: Style) -> None:
 def _losses(lines: pd.DataFrame, column: str, tokens: pd.Series[float]) -> pd.DataFrame:
     """A column a seed, a row for each number of tokens that all seeds reached undiverged."""
     lines = lines.assign(tokens=tokens.astype(float), loss=lines[column].astype(float))
+    lines = lines.drop_duplicates(["tokens", "seed"], keep="last")
     losses = lines.pivot(index="tokens", columns="seed", values="loss")
     return losses[losses < DIVERGED_LOSS].dropna()
 
