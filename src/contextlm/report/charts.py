@@ -194,6 +194,7 @@ def _draw_frontier(axes: Axes, group: Sequence[Contender], looks: dict[str, Styl
     best = pareto(points[points.tokens == length])
     x = [*best["size"].iloc[:1], *best["size"], axes.get_xlim()[1]]
     y = [axes.get_ylim()[1], *best.ppl, *best.ppl.iloc[-1:]]
+    axes.autoscale(enable=False)
     if len(best):
         axes.plot(x, y, drawstyle="steps-post", color="#888888", lw=2.2, alpha=0.45, zorder=1)
 
