@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from contextlm.report.contenders import Contender, contenders
 from contextlm.results.facts import CacheBytes, CorpusFacts, PhaseOneFacts
 from contextlm.results.result import (
     Outcome,
@@ -220,6 +221,12 @@ def made() -> Callable[..., Outcome]:
 def run_of() -> Callable[..., Run]:
     """`make_run`, for tests that need their own."""
     return make_run
+
+
+@pytest.fixture
+def rows_of(tmp_path: Path) -> Callable[..., list[Contender]]:
+    """The rows of one run of these outcomes."""
+    return lambda *outcomes: contenders([make_run(list(outcomes), tmp_path / "run")])
 
 
 @pytest.fixture

@@ -7,15 +7,9 @@ import math
 
 import pytest
 
-from contextlm.cli.output import plain
+from contextlm.base.plain import plain
 from contextlm.report.contenders import cache_length, comparable_groups, contenders, row_facts
 from contextlm.report.statistics import Stat
-
-
-@pytest.fixture
-def rows_of(run_of, tmp_path):
-    """The rows of one run of these outcomes."""
-    return lambda *outcomes: contenders([run_of(list(outcomes), tmp_path / "run")])
 
 
 def names(rows):
@@ -147,7 +141,6 @@ def test_histories_by_seed(made, rows_of):
     (row,) = rows_of(one)
     assert row.epochs().epoch.tolist() == [1, 2, 3, 4]
     assert row.steps().step.tolist() == [1, 2]
-    assert row.iterations().iteration.tolist() == [1, 2]
 
 
 def test_rows_for_programs(run, made, run_of, tmp_path):

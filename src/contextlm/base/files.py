@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import to_jsonable_python
+
 from contextlm.base.errors import InputError, RunError
 
 _PART = ".part"  # ends the hidden name under which something is written
@@ -148,6 +150,11 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 `text` to `path`, whole or not at all."""
     with atomic_open(path) as stream:
         stream.write(text)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types; numbers that are not finite become null."""
+    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def write_json(path: Path, value: Any) -> None:

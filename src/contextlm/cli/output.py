@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import to_jsonable_python
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import why_not_writable
+from contextlm.base.files import plain, why_not_writable
 from contextlm.base.visible import shown, visible
 
 if TYPE_CHECKING:
@@ -32,11 +31,6 @@ _WIDE = 240  # columns of a table that goes into a file or a pipe
 def print_json(value: Any) -> None:
     """Print one JSON object on one line: ASCII, for every encoding, and without NaN."""
     print(json.dumps(plain(value), allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's own types; numbers that are not finite become null."""
-    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def print_table(

@@ -15,7 +15,7 @@ import pandas as pd
 from contextlm.report.frame import seed_frame
 from contextlm.report.numbers import percent_change
 from contextlm.report.statistics import Difference, Stat, corrected, difference, stat
-from contextlm.results.result import Outcome, PhaseOneRow, PhaseTwoRow, Run, StepRow
+from contextlm.results.result import Outcome, PhaseTwoRow, Run, StepRow
 
 CACHE = "cache_bytes_"
 ANSWERS = "answers_"
@@ -69,6 +69,11 @@ class Contender:
         return self._columns(ANSWERS)
 
     @property
+    def reported(self) -> list[str]:
+        """The keys of the document's figures."""
+        return [name.removeprefix(REPORTED) for name in self._columns(REPORTED)]
+
+    @property
     def cache_lengths(self) -> list[int]:
         """Tokens at which its cache was measured."""
         return [int(name.removeprefix(CACHE)) for name in self._columns(CACHE)]
@@ -101,15 +106,11 @@ class Contender:
         """Every step that was written down of every seed: `seed`, and the fields of `StepRow`."""
         return self._history(StepRow)
 
-    def iterations(self) -> pd.DataFrame:
-        """Every iteration of phase 1 of every seed."""
-        return self._history(PhaseOneRow)
-
     def _columns(self, start: str) -> list[str]:
         names = [str(name) for name in self.seeds if str(name).startswith(start)]
         return [name for name in names if self.value(name) is not None]
 
-    def _history(self, kind: type[PhaseOneRow | PhaseTwoRow | StepRow]) -> pd.DataFrame:
+    def _history(self, kind: type[PhaseTwoRow | StepRow]) -> pd.DataFrame:
         lines = [
             {"seed": outcome.result.seed, **dict(line)}
             for outcome in self.outcomes
@@ -175,9 +176,7 @@ def row_facts(row: Contender) -> dict[str, Any]:
         "diverged": row.diverged,
         **{name: _plain(row.value(name)) for name in [*shared, *caches]},
         **{name: row.stat(name) for name in varying},
-        "reported": {
-            name.removeprefix(REPORTED): _plain(row.value(name)) for name in row._columns(REPORTED)
-        },
+        "reported": {key: _plain(row.value(REPORTED + key)) for key in row.reported},
         "reference": row.reference.name if row.reference else None,
         "difference": against,
         "verdict": against.verdict if against else None,
@@ -185,31 +184,25 @@ def row_facts(row: Contender) -> dict[str, Any]:
 
 
 def _with_derived(frame: pd.DataFrame) -> pd.DataFrame:
-    stored = frame.store_train_bytes
     return frame.assign(
         unigram_share=frame.validation_ppl / frame.unigram_ppl,
         train_validation_ratio=frame.train_ppl / frame.validation_ppl,
         train_val_gap=frame.validation_ppl / frame.train_ppl_running,
         rank_share_train=frame.rank_train / frame.context_dim,
         rank_share_validation=frame.rank_validation / frame.context_dim,
-        store_bytes=stored + frame.store_validation_bytes,
-        store_embedding_bytes=stored * 0,  # embeddings are looked up by token, never stored
+        store_bytes=frame.store_train_bytes + frame.store_validation_bytes,
     )
 
 
 def _compared(rows: Sequence[Contender]) -> list[Contender]:
     """The rows with references and differences, corrected among those that are ranked together."""
-    found: dict[int, Contender] = {}
-    place = {id(row): number for number, row in enumerate(rows)}
+    found: dict[str, Contender] = {}
     for group in comparable_groups(rows):
-        pairs = [(row, _reference(row, rows)) for row in group]
-        raw = [_difference(row, other) for row, other in pairs]
-        told = iter(corrected([d for d in raw if d is not None]))
-        for (row, other), one in zip(pairs, raw, strict=True):
-            found[place[id(row)]] = replace(
-                row, reference=other, difference=None if one is None else next(told)
-            )
-    return [found[number] for number in range(len(rows))]
+        references = [_reference(row, rows) for row in group]
+        told = corrected([_difference(*pair) for pair in zip(group, references, strict=True)])
+        for row, other, one in zip(group, references, told, strict=True):
+            found[row.name] = replace(row, reference=other, difference=one)
+    return [found[row.name] for row in rows]
 
 
 def _difference(row: Contender, other: Contender | None) -> Difference | None:

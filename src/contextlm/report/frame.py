@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from contextlm.base.files import write_text
 from contextlm.results.result import Outcome, Run
 
 DIVERGED_LOSS = 80.0  # nats a token; no vocabulary's uniform guess comes near it
@@ -66,11 +64,6 @@ def csv_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` without what depends on how busy a machine was: speeds, times, memory in use."""
     timed = [name for name in frame if name in TIMED or str(name).startswith(_STAGES)]
     return frame.drop(columns=timed).dropna(axis="columns", how="all")
-
-
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write `csv_frame(frame)`, whole or not at all."""
-    write_text(path, csv_frame(frame).to_csv(index=False, lineterminator="\n"))
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:

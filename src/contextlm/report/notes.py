@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from contextlm.report import numbers
 from contextlm.report.contenders import CACHE, Contender, cache_length, comparable_groups
@@ -21,8 +20,8 @@ from contextlm.results.result import Run
 
 STOP_AT = 0.9  # a recipe's phase 1 stops at this converged share unless it says otherwise
 MATCHED_PERCENT = 2.0  # contenders within this of the baseline's parameters count as matched
+NAMED_KEYS = 6  # of a setting's departures; the report's settings list them all
 FULL, SMOKE = "full", "smoke"
-_NAMED_KEYS = 6  # of a setting's departures; the report's settings list them all
 
 
 def answers(rows: Sequence[Contender]) -> list[str]:
@@ -41,59 +40,34 @@ def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
         *(note for row in rows for note in _row_notes(row)),
         *_phase1_notes(runs, rows),
         *(
-            f"{_names(group)} were trained in different precisions."
+            f"{', '.join(row.name for row in group)} were trained in different precisions."
             for group in comparable_groups(rows)
             if len({row.value("precision") for row in group}) > 1
         ),
     ]
 
 
-def curves_alt(rows: Sequence[Contender]) -> str:
-    """What the learning curves show, for those who cannot see them."""
-    best = "; ".join(f"{row.name}: {ppl_text(row)}" for row in rows)
-    return f"Loss and perplexity while training. Best validation perplexity of {best}."
-
-
-def frontier_alt(rows: Sequence[Contender]) -> str:
-    """What the chart of perplexity against cache shows, for those who cannot see it."""
-    points = [
-        f"{row.name}: {ppl_text(row)} with {numbers.human_bytes(size)} at {numbers.count(length)}"
-        for group in comparable_groups(rows)
-        if (length := cache_length(group)) is not None
-        for row in group
-        if (size := row.value(f"{CACHE}{length}")) is not None
-    ]
-    return f"Validation perplexity against cache and tokens kept. {'; '.join(points)}."
-
-
 def _answer(group: Sequence[Contender]) -> str:
-    sound = [row for row in group if not row.diverged]
-    if not sound:
+    ranked = sorted((row for row in group if not row.diverged), key=_rank)
+    if not ranked:
         return "Training diverged in every contender."
-    ranked = sorted(sound, key=_rank)
     best = ranked[0]
-    seeds = numbers.seeds_text(len(best.seeds))
+    told = with_deviation(best.stat("accuracy"), numbers.percent) if best.task else ppl_text(best)
+    told += f" ({numbers.seeds_text(len(best.seeds))})"
     if len(group) == 1:
-        return f"Only {best.name} was measured: {_measure(best)} {_quality(best)} ({seeds})."
+        measure = "right answers" if best.task else "validation perplexity"
+        return f"Only {best.name} was measured: {measure} {told}."
     alike = [row.name for row in ranked if _rank(row) == _rank(best)]
     most = "most right answers" if best.task else "lowest validation perplexity"
-    head = f"{' and '.join(alike)} {'share' if len(alike) > 1 else 'has'} the {most}, "
-    head += f"{_quality(best)} ({seeds})"
     if len(alike) > 1:
-        return f"{head}."
+        return f"{' and '.join(alike)} share the {most}, {told}."
+    head = f"{best.name} has the {most}, {told}"
     if best.difference is not None:
         return f"{head}: {_against(best)}{_cache(best, group)}."
-    nearest = next(
-        (
-            row
-            for row in ranked
-            if row.difference and row.reference and row.reference.name == best.name
-        ),
-        None,
-    )
-    if nearest is None:
-        return f"{head}."
-    return f"{head}; the nearest, {nearest.name}, is {_against(nearest)}{_cache(nearest, group)}."
+    for row in ranked[1:]:  # the nearest of those that are compared with the best
+        if row.difference and row.reference and row.reference.name == best.name:
+            return f"{head}; the nearest, {row.name}, is {_against(row)}{_cache(row, group)}."
+    return f"{head}."
 
 
 def _against(row: Contender) -> str:
@@ -106,27 +80,21 @@ def _against(row: Contender) -> str:
     text += f" the baseline {row.reference.name}"
     if found.p is None:
         return f"{text} ({found.verdict}: no interval)"
-    told = f"95% interval {interval_text(row)}"
-    verdict = verdict_text(row)
+    told, verdict = f"95% interval {interval_text(row)}", verdict_text(row)
     return f"{text} ({told if verdict == side else f'{verdict}, {told}'})"
 
 
 def _cache(row: Contender, group: Sequence[Contender]) -> str:
     length = cache_length(group)
-    change = None if length is None else row.change(f"{CACHE}{length}")
+    change = row.change(f"{CACHE}{length}")
     if length is None or change is None:
         return ""
-    size = (
-        "as much" if change == 0 else f"{numbers.amount(change)} {'less' if change < 0 else 'more'}"
-    )
+    size = f"{numbers.amount(change)} {'less' if change < 0 else 'more'}" if change else "as much"
     return f", with {size} cache at {numbers.count(length)} tokens"
 
 
 def _row_notes(row: Contender) -> list[str]:
     found, other = [], row.reference
-    if row.diverged:
-        seeds = ", ".join(map(str, row.diverged))
-        found.append(f"{row.name} diverged (seed{'s' if ',' in seeds else ''} {seeds}).")
     share, change = row.stat("unigram_share"), row.change("parameters")
     if share is not None and share.mean >= 1 and not row.diverged:
         unigram = numbers.perplexity(row.value("unigram_ppl"))
@@ -146,39 +114,23 @@ def _row_notes(row: Contender) -> list[str]:
             f"The learning rate of {row.name}, {tuning.chosen:g}, is the end of its grid: another "
             "may be better."
         )
-    ahead = row.value("target_offset")
-    if ahead > 1:
-        found.append(
-            f"{row.name} predicts the token {ahead} ahead, which is harder than the next one."
-        )
-    if other is not None and other.value("speed_tokens") != row.value("speed_tokens"):
-        found.append(
-            f"{row.name} was timed on {numbers.count(row.value('speed_tokens'))} tokens, "
-            f"{other.name} on {numbers.count(other.value('speed_tokens'))}: their "
-            "prefill and decode speeds are not compared."
-        )
     return found
 
 
 def _phase1_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
-    recipes = {label: run.recipe for run, label in zip(runs, run_labels(runs), strict=True)}
+    wanted = {
+        (label, contender["name"]): (contender.get("phase1") or {}).get("stop_at", STOP_AT)
+        for run, label in zip(runs, run_labels(runs), strict=True)
+        for contender in run.recipe["contenders"]
+    }
     found = []
     for row in rows:
-        if row.value("phase1_converged") is None:
-            continue
-        listed = recipes[row.value("run")].get("contenders", [])
-        own: dict[str, Any] = next(
-            (c for c in listed if c.get("name") == row.value("contender")), {}
-        )
-        wanted = float((own.get("phase1") or {}).get("stop_at", STOP_AT))
         reached = row.seeds.phase1_converged.min()
-        if reached < wanted:
-            # More decimals where one would round the share up to what was asked for.
-            places = 1 if round(100 * reached, 1) < 100 * wanted else 3
+        stop_at = wanted.get((row.value("run"), row.value("contender")), STOP_AT)
+        if reached < stop_at:  # never where the row has no phase 1
             found.append(
                 f"Phase 1 of {row.name} stopped at its limit of iterations with "
-                f"{numbers.decimal(100 * reached, places)}% converged (the recipe asks for "
-                f"{numbers.plain(100 * wanted)}%)."
+                f"{100 * reached:.5g}% converged (the recipe asks for {100 * stop_at:g}%)."
             )
     return found
 
@@ -196,37 +148,42 @@ def _missing_notes(runs: Sequence[Run]) -> list[str]:
 def _setting_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
     """How far runs are from the setting that they stand for, a document's or a recipe's.
 
-    A run's recipe says in ``departs_from_full`` in which keys it departs from its top level.
+    A run's recipe says in ``departs_from_full`` in which keys it departs from its top level; one
+    that does not know departs in its scale, as far as is known.
     """
     found: list[str] = []
     for run, label in zip(runs, run_labels(runs), strict=True):
-        mine = [row for row in rows if label in set(row.seeds.run)]
-        scale = mine[0].value("scale") if mine else FULL
-        documented = [row for row in mine if _documented(row)]
+        scale = run.outcomes[0].result.scale
+        documented = [
+            row.value("contender")
+            for row in rows
+            if label in set(row.seeds.run) and _documented(row)
+        ]
         departs = run.recipe.get("departs_from_full")
-        keys = _departures(departs, documented)
+        if departs is None:
+            departs = [] if scale == FULL else ["scale"]
+        others = tuple(
+            f"contenders.{contender['name']}."
+            for contender in run.recipe["contenders"]
+            if contender["name"] not in documented
+        )
+        keys = [key for key in map(str, departs) if not key.startswith(others)]
         where = f" ({label})" if len(runs) > 1 else ""
         if scale == SMOKE:
             found.append(
                 f"Scale smoke only tests that everything runs{where}: draw no conclusions."
             )
-        elif documented and (keys or (keys is None and scale != FULL)):
-            differ = _listed(keys) if keys else f"scale {scale}"
+        elif documented and keys:
+            more = len(keys) - NAMED_KEYS
+            named = ", ".join(keys[:NAMED_KEYS]) + (f", {more} more" if more > 0 else "")
+            differ = f"{named} differ{'' if len(keys) > 1 else 's'}"
             found.append(
                 f"Not the document's setting{where}: {differ}. Compare the differences from the "
                 "baseline rather than the figures themselves."
             )
-        elif not documented and scale != FULL and departs != []:
+        elif not documented and departs and scale != FULL:
             found.append(f"Measured at scale {scale}, not at the recipe's full setting{where}.")
     return found
-
-
-def _departures(keys: Any, documented: Sequence[Contender]) -> list[str] | None:
-    """The keys in which documented contenders depart; None where an older run does not say."""
-    if not isinstance(keys, list):
-        return None
-    own = tuple(f"contenders.{row.value('contender')}." for row in documented)
-    return [k for k in map(str, keys) if not k.startswith("contenders.") or k.startswith(own)]
 
 
 def _documented(row: Contender) -> bool:
@@ -234,28 +191,8 @@ def _documented(row: Contender) -> bool:
     return bool(result.reported or result.reported_epochs)
 
 
-def _listed(keys: Sequence[str]) -> str:
-    more = len(keys) - _NAMED_KEYS
-    named = [*keys[:_NAMED_KEYS], *([f"{more} more"] if more > 0 else [])]
-    return f"{', '.join(named)} differ" if len(named) > 1 else f"{named[0]} differs"
-
-
 def _rank(row: Contender) -> float:
     found = row.stat("accuracy" if row.task else "validation_loss")
     if found is None:  # not a number in every seed
         return math.inf
     return -found.mean if row.task else found.mean
-
-
-def _quality(row: Contender) -> str:
-    if row.task:
-        return with_deviation(row.stat("accuracy"), numbers.percent)
-    return ppl_text(row)
-
-
-def _measure(row: Contender) -> str:
-    return "right answers" if row.task else "validation perplexity"
-
-
-def _names(rows: Sequence[Contender]) -> str:
-    return ", ".join(row.name for row in rows)

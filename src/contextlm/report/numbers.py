@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # scipy takes a second to import, and bytes are printed by ev
     from contextlm.report.statistics import Stat
 
 ABSENT = "–"  # noqa: RUF001 - the dash that stands for "no such figure", in every table
-_UNITS = ("KB", "MB", "GB", "TB")
+_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def percent_change(value: float, base: float) -> float | None:
@@ -88,10 +88,10 @@ def human_bytes(size: float) -> str:
     """Bytes in the largest unit that leaves at least one; 1 KB = 1024 bytes."""
     if size < 1024:
         return f"{count(size)} B"
-    unit = min(int(math.log2(size)) // 10, len(_UNITS))
-    if round(size / 1024**unit, 1) >= 1024 and unit < len(_UNITS):
-        unit += 1
-    return f"{decimal(size / 1024**unit, 1)} {_UNITS[unit - 1]}"
+    power = min(int(math.log2(size)) // 10, len(_UNITS) - 1)
+    if round(size / 1024**power, 1) >= 1024 and power < len(_UNITS) - 1:
+        power += 1
+    return f"{decimal(size / 1024**power, 1)} {_UNITS[power]}"
 
 
 def with_deviation(stat: Stat | None, show: Callable[[float], str] = perplexity) -> str:
@@ -107,7 +107,11 @@ def with_deviation(stat: Stat | None, show: Callable[[float], str] = perplexity)
     number = text.rstrip("% BGKMTs")
     unit = text.removeprefix(number)
     places = len(number.partition(".")[2])
-    deviation = stat.sd * (100 if unit == "%" else 1)
+    deviation = stat.sd
+    if unit == "%":
+        deviation *= 100
+    elif unit.strip() in _UNITS:
+        deviation /= 1024 ** _UNITS.index(unit.strip())
     if deviation > 10.0 ** -(places + 3) and round(deviation, places) == 0:
         places = -math.floor(math.log10(deviation))
     return f"{number} ± {decimal(deviation, places)}{unit}"

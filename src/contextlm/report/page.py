@@ -20,7 +20,7 @@ from contextlm.base.files import atomic_open, is_folder, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, notes, tables
 from contextlm.report.contenders import Contender, contenders
-from contextlm.report.document import document_table
+from contextlm.report.document import document_table, epoch_tables
 from contextlm.report.frame import run_labels
 from contextlm.report.sheet import escape_markdown, markdown_table
 from contextlm.results.result import Run
@@ -109,7 +109,7 @@ def _facts(runs: Sequence[Run], rows: Sequence[Contender]) -> dict[str, Any]:
         "answers": notes.answers(rows),
         "main": tables.main_tables(rows),
         "retrieval": [retrieval] if retrieval else [],
-        "document": [*([document] if document else []), *tables.epoch_tables(rows)],
+        "document": [*([document] if document else []), *epoch_tables(rows)],
         "notes": notes.notes(runs, rows),
         "measured": tables.measured_tables(rows),
         "terms": TERMS,
@@ -118,9 +118,6 @@ def _facts(runs: Sequence[Run], rows: Sequence[Contender]) -> dict[str, Any]:
             (label, {"Recipe": _yaml(run.recipe), "Environment": _yaml(run.environment)})
             for run, label in zip(runs, run_labels(runs), strict=True)
         ],
-        "histories": [table for row in rows for table in tables.history_tables(row)],
-        "curves_alt": notes.curves_alt(rows),
-        "frontier_alt": notes.frontier_alt(rows),
     }
 
 

@@ -44,8 +44,9 @@ class Table:
 def make_table(
     caption: str, columns: Sequence[Column[T]], items: Iterable[T], note: str = ""
 ) -> Table:
-    """A row for each item; columns after the first in which no item has anything are left out."""
+    """A row for each item, without rows that hold only a name, and without empty columns."""
     rows = [[column.cell(item) for column in columns] for item in items]
+    rows = [row for row in rows if any(cell != ABSENT for cell in row[1:])]
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] != ABSENT for row in rows)]
     kinds = tuple(columns[i].kind for i in kept)
     headings = tuple(

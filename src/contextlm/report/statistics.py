@@ -91,13 +91,11 @@ def difference(mine: pd.Series[float], theirs: pd.Series[float]) -> Difference:
     return Difference(mean, low, high, p, paired, seeds)
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
+def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """The same with Holm's correction over those that have a p."""
-    tested = [d.p for d in differences if d.p is not None]
-    p = np.array(tested)
+    p = np.array([d.p for d in differences if d is not None and d.p is not None])
     order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(steps, 1)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     left = iter(adjusted.tolist())
-    return [d if d.p is None else replace(d, holm=next(left)) for d in differences]
+    return [d if d is None or d.p is None else replace(d, holm=next(left)) for d in differences]

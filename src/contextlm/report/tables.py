@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from contextlm.report import numbers
 from contextlm.report.contenders import (
     ANSWERS,
@@ -19,7 +16,6 @@ from contextlm.report.contenders import (
 )
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
 from contextlm.report.sheet import Column, Kind, Table, make_table
-from contextlm.report.statistics import stat
 
 Show = Callable[[float], str]
 
@@ -29,10 +25,16 @@ def mean(heading: str, column: str, show: Show) -> Column[Contender]:
     return Column(heading, lambda row: with_deviation(row.stat(column), show))
 
 
-def shared(heading: str, column: str, show: Callable[[Any], str] = str) -> Column[Contender]:
+def shared(
+    heading: str, column: str, show: Callable[[Any], str] = str, kind: Kind | None = None
+) -> Column[Contender]:
     """What all seeds share; a text, unless it is shown as a number."""
-    kind: Kind = "text" if show is str else "measured"
-    return Column(heading, lambda row: _shown(row.value(column), show), kind)
+
+    def cell(row: Contender) -> str:
+        value = row.value(column)
+        return ABSENT if value is None else show(value)
+
+    return Column(heading, cell, kind or ("text" if show is str else "measured"))
 
 
 def change(heading: str, column: str) -> Column[Contender]:
@@ -84,8 +86,9 @@ PHASE_ONE: list[Column[Contender]] = [
     CONTENDER,
     mean("iterations", "phase1_iterations", whole),
     mean("converged", "phase1_converged", numbers.percent),
-    Column("effective rank, training stream", lambda row: _rank(row, "train")),
-    Column("effective rank, validation", lambda row: _rank(row, "validation")),
+    mean("effective rank, training stream", "rank_train", lambda v: numbers.decimal(v, 1)),
+    mean("effective rank, validation", "rank_validation", lambda v: numbers.decimal(v, 1)),
+    shared("of dimensions", "context_dim", numbers.count),
     mean("seconds", "phase1_seconds", numbers.seconds),
 ]
 STORES: list[Column[Contender]] = [
@@ -143,18 +146,16 @@ def setting_of(group: Sequence[Contender]) -> str:
 
 def measured_tables(rows: Sequence[Contender]) -> list[Table]:
     """Everything that was measured, by topic; topics of which no row has anything are left out."""
-    phase1 = [row for row in rows if row.value("phase1_iterations") is not None]
-    stored = [row for row in rows if row.value("store_fill") is not None]
     tables = [
         retrieval_table(rows),
         make_table("Quality", QUALITY, rows),
         make_table("Size and training", TRAINING, rows),
-        make_table("Phase 1, context training", PHASE_ONE, phase1) if phase1 else None,
-        make_table("Context stores", STORES, stored) if stored else None,
+        make_table("Phase 1, context training", PHASE_ONE, rows),
+        make_table("Context stores", STORES, rows),
         cache_table(rows),
         make_table("Speed and memory", SPEED, rows),
     ]
-    return [table for table in tables if table is not None]
+    return [table for table in tables if table is not None and table.rows]
 
 
 def retrieval_table(rows: Sequence[Contender]) -> Table | None:
@@ -174,53 +175,15 @@ def cache_table(rows: Sequence[Contender]) -> Table:
     lengths = sorted({length for row in rows for length in row.cache_lengths})
     columns: list[Column[Contender]] = [CONTENDER]
     for length in lengths:
-        columns.append(_size(f"at {numbers.count(length)} tokens", f"{CACHE}{length}"))
+        columns.append(
+            shared(f"at {numbers.count(length)} tokens", f"{CACHE}{length}", numbers.human_bytes)
+        )
         columns.append(change("vs baseline", f"{CACHE}{length}"))
         if any(
             row.value(f"cache_resident_{length}") != row.value(f"{CACHE}{length}") for row in rows
         ):
-            columns.append(_size("resident", f"cache_resident_{length}"))
+            columns.append(shared("resident", f"cache_resident_{length}", numbers.human_bytes))
     return make_table("Cache of one sequence", [*columns, shared("dtype", "cache_dtype")], rows)
-
-
-def epoch_tables(rows: Sequence[Contender]) -> list[Table]:
-    """A table for each contender whose perplexities the document gives epoch by epoch.
-
-    Measured figures are means over the seeds that reached the epoch.
-    """
-    return [_epoch_table(row) for row in rows if any(map(any, _reported_epochs(row).values()))]
-
-
-def history_tables(row: Contender) -> list[Table]:
-    """Every epoch of every seed, then every phase-1 iteration, of one contender."""
-    best = row.seeds.set_index("seed").best_epoch
-    epochs, iterations = row.epochs(), row.iterations()
-    epochs["mark"] = np.where(epochs.epoch == epochs.seed.map(best), " (best)", "")
-    seed = Column[Any]("seed", lambda line: str(line.seed), "text")
-    of_epochs = [
-        seed,
-        Column[Any]("epoch", lambda line: f"{line.epoch}{line.mark}", "text"),
-        _of_line("train loss, running", "train_loss", four),
-        _of_line("train PPL, running", "train_ppl", numbers.perplexity),
-        _of_line("validation loss", "validation_loss", four),
-        _of_line("validation PPL", "validation_ppl", numbers.perplexity),
-        _of_line("accuracy", "accuracy", numbers.percent),
-        _of_line("learning rate", "learning_rate", lambda value: f"{value:.3g}"),
-    ]
-    of_iterations = [
-        seed,
-        _of_line("iteration", "iteration", numbers.count),
-        _of_line("converged", "converged", numbers.percent),
-        _of_line("loss", "loss", four),
-    ]
-    return [
-        make_table(f"{caption} of {row.name}", columns, list(lines.itertuples()))
-        for caption, lines, columns in (
-            ("Epochs", epochs, of_epochs),
-            ("Phase-1 iterations", iterations, of_iterations),
-        )
-        if len(lines)
-    ]
 
 
 DATA: list[Column[Contender]] = [
@@ -291,38 +254,32 @@ def tests_note(group: Sequence[Contender]) -> str:
 
 
 def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
-    length = cache_length(group)
-    tasks = [mean("right answers", "accuracy", numbers.percent)] if group[0].task else []
-    measure = "answers" if tasks else "PPL"
-    documented = Column[Contender](
-        "validation PPL",
-        lambda row: _shown(row.value("reported_val_ppl"), numbers.plain),
-        "reported",
-    )
-    against = Column[Contender](
-        "PPL vs baseline", lambda row: signed_percent(row.reported_change("val_ppl")), "reported"
-    )
-    cache: list[Column[Contender]] = []
-    if length is not None:
-        cache.append(_size(f"cache at {numbers.count(length)} tokens", f"{CACHE}{length}"))
-        cache.append(change("cache vs baseline", f"{CACHE}{length}"))
+    task, length = group[0].task, cache_length(group)
     uneven = len({len(row.seeds) for row in group}) > 1
-    seeds = Column[Contender](
-        "seeds", lambda row: str(len(row.seeds)) if uneven else ABSENT, "text"
-    )
-    return [
+    columns = [
         CONTENDER,
-        *tasks,
+        *([mean("right answers", "accuracy", numbers.percent)] if task else []),
         Column("validation PPL", ppl_text),
-        Column(f"{measure} vs baseline", difference_text),
+        Column(f"{'answers' if task else 'PPL'} vs baseline", difference_text),
         Column("95% interval", interval_text),
         Column("verdict", verdict_text, "text"),
-        documented,
-        against,
-        *cache,
-        shared("parameters", "parameters", numbers.count),
-        seeds,
+        shared("validation PPL", "reported_val_ppl", numbers.plain, "reported"),
+        Column(
+            "PPL vs baseline",
+            lambda row: signed_percent(row.reported_change("val_ppl")),
+            "reported",
+        ),
     ]
+    if length is not None:
+        size = f"{CACHE}{length}"
+        columns.append(
+            shared(f"cache at {numbers.count(length)} tokens", size, numbers.human_bytes)
+        )
+        columns.append(change("cache vs baseline", size))
+    columns.append(shared("parameters", "parameters", numbers.count))
+    if uneven:
+        columns.append(Column("seeds", lambda row: str(len(row.seeds)), "text"))
+    return columns
 
 
 def _in_unit(row: Contender, value: float) -> str:
@@ -331,29 +288,6 @@ def _in_unit(row: Contender, value: float) -> str:
         return f"{'+' if value > 0 else ''}{points} points"
     # A difference of losses is the logarithm of a ratio of perplexities.
     return signed_percent(100 * math.expm1(min(value, 500.0)))
-
-
-def _size(heading: str, column: str) -> Column[Contender]:
-    # The largest over the seeds: a cache does not depend on the weights.
-    return Column(
-        heading,
-        lambda row: (
-            ABSENT if row.value(column) is None else numbers.human_bytes(row.seeds[column].max())
-        ),
-    )
-
-
-def _shown(value: Any, show: Callable[[Any], str]) -> str:
-    return ABSENT if value is None else show(value)
-
-
-def _rank(row: Contender, split: str) -> str:
-    rank, share = row.stat(f"rank_{split}"), row.stat(f"rank_share_{split}")
-    if rank is None or share is None:
-        return ABSENT
-    width = numbers.count(row.value("context_dim"))
-    spread = with_deviation(rank, lambda value: numbers.decimal(value, 1))
-    return f"{spread} of {width} ({numbers.percent(share.mean)})"
 
 
 def _timed_alike(row: Contender, column: str) -> str:
@@ -371,64 +305,3 @@ def _embeddings(row: Contender) -> str:
     if facts.tokens is not None:
         origin.append(f"on {numbers.count(facts.tokens)} tokens")
     return " ".join(origin) + (", frozen" if facts.frozen else "")
-
-
-def _reported_epochs(row: Contender) -> dict[str, list[float | None]]:
-    return row.outcomes[0].result.reported_epochs
-
-
-def _epoch_table(row: Contender) -> Table:
-    reported, seeds = _reported_epochs(row), len(row.seeds)
-    history = row.epochs()
-    history["share"] = history.validation_ppl / (row.value("unigram_ppl") or math.nan)
-    measured = {
-        epoch: history[history.epoch == epoch] for epoch in map(int, history.epoch.unique())
-    }
-    curve = {e: v for e, v in enumerate(reported.get("val_ppl", []), 1) if v is not None}
-    lowest = min(curve, key=lambda epoch: curve[epoch], default=0)
-    best = {"val_ppl": {row.value("reported_best_epoch") or lowest}}
-    best["validation_ppl"] = set(row.seeds.best_epoch)
-
-    def told(key: str) -> Callable[[int], str]:
-        values = dict(enumerate(reported.get(key, []), 1))
-        known = [numbers.plain(v).partition(".")[2] for v in values.values() if v is not None]
-
-        def cell(epoch: int) -> str:
-            value = values.get(epoch)
-            text = ABSENT if value is None else numbers.decimal(value, max(map(len, known)))
-            return text + (" *" if epoch in best.get(key, ()) else "")
-
-        return cell
-
-    def found(column: str, show: Show = numbers.perplexity) -> Callable[[int], str]:
-        def cell(epoch: int) -> str:
-            mean = stat(measured[epoch][column]) if epoch in measured else None
-            text = with_deviation(mean, show) + (" *" if epoch in best.get(column, ()) else "")
-            part = mean is not None and mean.seeds < seeds
-            return f"{text} ({mean.seeds} of {seeds} seeds)" if mean and part else text
-
-        return cell
-
-    columns: list[Column[int]] = [
-        Column("epoch", str, "text"),
-        Column("train PPL", told("train_ppl"), "reported"),
-        Column("validation PPL", told("val_ppl"), "reported"),
-        Column("train PPL, running", found("train_ppl")),
-        Column("validation PPL", found("validation_ppl")),
-        Column("share of unigram PPL", found("share", numbers.percent)),
-    ]
-    last = max([*measured, *map(len, reported.values())])
-    return make_table(
-        f"Epoch by epoch, document and this run: {row.name}",
-        columns,
-        range(1, last + 1),
-        "An asterisk marks the best epoch; with several seeds, that of each.",
-    )
-
-
-def _of_line(heading: str, name: str, show: Show) -> Column[Any]:
-    def cell(line: Any) -> str:
-        value = getattr(line, name)
-        return ABSENT if value is None or pd.isna(value) else show(value)
-
-    return Column(heading, cell)
