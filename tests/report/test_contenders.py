@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from contextlm.base.plain import plain
+from contextlm.base.files import plain
 from contextlm.report.contenders import cache_length, comparable_groups, contenders, row_facts
 from contextlm.report.statistics import Stat
 
