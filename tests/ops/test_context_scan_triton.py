@@ -134,14 +134,6 @@ def test_the_kernel_equals_the_naive_loop(interpreted: dict[str, Tensor], name: 
 
 
 @needs_triton
-def test_padding_passes_the_state_unchanged(interpreted: dict[str, Tensor]) -> None:
-    (*_, initial), _ = CASES["padding"]
-    states = interpreted["padding"]
-    torch.testing.assert_close(states[:, 1], initial[1].expand(2, 9, 5), rtol=0, atol=0)
-    torch.testing.assert_close(states[:, 0, :4], initial[0].expand(2, 4, 5), rtol=0, atol=0)
-
-
-@needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings NVIDIA's assembler on Linux")
 def test_it_compiles_for_gpus_with_the_weights_in_registers(tmp_path: Path) -> None:
     """Of a thread's 512 bytes of weights, at most half are put aside into its stack."""
