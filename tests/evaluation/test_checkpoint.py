@@ -76,7 +76,6 @@ def test_a_whole_checkpoint_opens_in_evaluation_mode(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (with_values(n_embd=32), "model.safetensors does not fit config.json"),
         (with_values(vocab_size=300), "model.safetensors does not fit config.json"),
         (with_values(n_layer=2), "model.safetensors does not fit config.json"),
         (with_values(n_head=3), "config.json: model type 'gpt2': "),
@@ -86,11 +85,9 @@ def test_a_whole_checkpoint_opens_in_evaluation_mode(checkpoint: Path) -> None:
         (written("config.json", "[]"), "config.json: not a JSON object"),
         (halved("config.json"), "config.json: not valid JSON"),
         (halved("tokenizer.json"), "tokenizer.json: not valid JSON"),
-        (written("tokenizer.json", "[1]"), "tokenizer.json: not a JSON object"),
         (written("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer"),
         (halved("tokenizer_config.json"), "tokenizer_config.json: not valid JSON"),
         (halved("model.safetensors"), "model.safetensors: damaged or missing"),
-        (written("model.safetensors", ""), "model.safetensors: damaged or missing"),
         (in_shards("{}"), "model.safetensors.index.json: it has no weight_map"),
         (in_shards('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: damaged or missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from contextlm.ops import backends
-from contextlm.ops.backends import VARIABLE, compiled, use_backend
+from contextlm.ops.backends import VARIABLE, compiled
 from contextlm.ops.context_scan import context_scan, context_scan_backend
 from contextlm.ops.context_scan.numba import erf
 
@@ -151,8 +151,6 @@ def test_what_auto_takes(monkeypatch):
     assert auto(learning) == "eager"
     with torch.no_grad():
         assert auto(learning) == "numba"
-    with use_backend("context_scan", "eager"):
-        assert auto() == "eager"
     monkeypatch.setattr("contextlm.ops.context_scan.is_installed", lambda package: False)
     assert auto() == "eager"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -252,8 +252,16 @@ class ContextDecoder(ContextPreTrainedModel):
         if cache is not None:
             counter = self._counter(cache, inputs_embeds.shape[0])
             past, seen_B = counter.get_seq_length(), counter.counts
-        new = NewTokens.of(inputs_embeds, attention_mask, past=past, seen_B=seen_B)
-        new = replace(new, cache=cache, position_ids=position_ids, contexts=contexts, last=last)
+        new = NewTokens.of(
+            inputs_embeds,
+            attention_mask,
+            past=past,
+            seen_B=seen_B,
+            cache=cache,
+            position_ids=position_ids,
+            contexts=contexts,
+            last=last,
+        )
         new.refuse_packed()
         if contexts is not None:
             self._check_contexts(contexts, new)
@@ -269,7 +277,9 @@ class ContextDecoder(ContextPreTrainedModel):
                 f"{self.config.model_type} needs its own cache: leave past_key_values out, pass "
                 "what an earlier call returned, or make one with new_cache()"
             )
-        own[0].check_rows(batch)
+        counts_B = own[0].counts
+        if counts_B is not None and len(counts_B) != batch:
+            raise ValueError(f"the cache holds {len(counts_B)} rows, the new tokens {batch}")
         if self.training and getattr(self, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs every layer twice, which would move the cache on "
@@ -366,14 +376,10 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, V]``, and the loss when labels are given.
 
+        What is not named here is as in `ContextDecoder.forward`.
+
         Args:
-            input_ids: this and what is not named here: see `ContextDecoder.forward`.
-            attention_mask: see there.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
             labels: ``[B, T]``, shifted inside as everywhere in transformers; -100 is ignored.
-            use_cache: see there.
             logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the
                 positions that a tensor names.
             **kwargs: passed to the decoder and to the loss (`num_items_in_batch`).
