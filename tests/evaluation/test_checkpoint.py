@@ -84,7 +84,6 @@ def test_a_whole_checkpoint_opens_in_evaluation_mode(checkpoint: Path) -> None:
         (with_values(model_type=None), "config.json: it names no model_type"),
         (written("config.json", "[]"), "config.json: not a JSON object"),
         (halved("config.json"), "config.json: not valid JSON"),
-        (halved("tokenizer.json"), "tokenizer.json: not valid JSON"),
         (written("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer"),
         (halved("tokenizer_config.json"), "tokenizer_config.json: not valid JSON"),
         (halved("model.safetensors"), "model.safetensors: damaged or missing"),
@@ -149,9 +148,7 @@ def test_a_model_of_lines_begins_with_the_start_token(checkpoint: Path) -> None:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "measured"), [([8, 32, 128], [8, 32]), (None, [64]), ([64], [64])]
-)
+@pytest.mark.parametrize(("asked", "measured"), [([8, 32, 128], [8, 32]), (None, [64])])
 def test_what_is_measured(
     checkpoint: Path, notes: str, asked: list[int] | None, measured: list[int]
 ) -> None:
@@ -163,7 +160,7 @@ def test_what_is_measured(
 
 @pytest.mark.parametrize(
     ("split", "least", "most"),
-    [(None, 4150, 4202), ("all", 4150, 4202), ("train", 3000, 4100), ("validation", 64, 1000)],
+    [(None, 4150, 4202), ("train", 3000, 4100), ("validation", 64, 1000)],
 )
 def test_a_corpus_of_ones_own_is_scored_whole_unless_a_split_is_asked_for(
     checkpoint: Path, notes: str, split: Any, least: int, most: int

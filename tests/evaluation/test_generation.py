@@ -139,21 +139,21 @@ def test_what_is_held_does_not_grow_with_the_prompt(
     python: list[int] = []
 
     def look(tokens: int) -> None:
-        if tokens % 5_120 == 0:
+        if tokens % 2_560 == 0:
             tensors.append(tensor_elements())
             python.append(tracemalloc.get_traced_memory()[0])
 
-    blocks = ("A line of a long text, grün.\n" * 50 for _ in range(24))
+    blocks = ("A line of a long text, grün.\n" * 50 for _ in range(12))
     ids = prompt_ids(blocks, tokenizer, checkpoint, begin=False)
     tracemalloc.start()
     try:
         read = read_long_prompt(model, ids, 4, checkpoint, look, chunk=512)
     finally:
         tracemalloc.stop()
-    assert read.tokens == 24 * 50 * 30
-    assert len(tensors) == read.tokens // 5_120 == 7
+    assert read.tokens == 12 * 50 * 30
+    assert len(tensors) == read.tokens // 2_560 == 7
     assert max(tensors) == min(tensors)
-    # A list of all the ids would be 8 bytes for each: 240,000 more at the end.
+    # A list of all the ids would be 8 bytes for each: 120,000 more at the end.
     assert max(python[1:]) - python[0] < 60_000
 
 

@@ -42,7 +42,7 @@ def test_views_count_their_elements_and_their_storage():
     assert cache_bytes(DynamicCache()) == (0, 0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 1025])
+@pytest.mark.parametrize("length", [1, 1025])
 def test_keys_and_values_of_a_real_decode(length):
     model = create_model(build_config({"type": "gpt_neox", **SMALL}, 20), 0)
     (entry,) = measure_cache(model, [length], CPU)

@@ -54,7 +54,6 @@ print(json.dumps(stacks))
 """
 # Compute capability, layers, width, type of the tensors, with a mask.
 COMPILED = [
-    (80, 1, 256, "bf16", False),
     (90, 1, 256, "fp32", True),
     (90, 4, 100, "fp32", False),
 ]

@@ -119,12 +119,8 @@ class ContextPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def new_cache(self) -> Cache:
-        """An empty cache of this model's own kind.
-
-        Raises:
-            NotImplementedError: this model does not define it; each has to.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not define new_cache")
+        """An empty cache of this model's own kind; each subclass defines it."""
+        raise NotImplementedError
 
     @property
     def _is_stateful(self) -> bool:
@@ -193,15 +189,9 @@ class ContextDecoder(ContextPreTrainedModel):
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states of the new tokens, ``[B, T, width]``; moves `new.cache` on.
 
-        Args:
-            embeds_BTD: the tokens' embeddings.
-            new: what the forward pass was given.
-            **kwargs: for attention functions.
-
-        Raises:
-            NotImplementedError: the subclass does not define it; each has to.
+        Each subclass defines it; `kwargs` are for attention functions.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define decode")
+        raise NotImplementedError
 
     @merge_with_config_defaults
     @capture_outputs

@@ -25,14 +25,7 @@ class Reading(NamedTuple):
 
 
 def read_positions(new: NewTokens, kept: int, interval: int, size: int) -> Reading:
-    """Anchor "position" after a `RecentLayer`: position i reads i, i - s, i - 2s, ...
-
-    Args:
-        new: the tokens that read.
-        kept: K, the entries kept of those before.
-        interval: s.
-        size: M.
-    """
+    """Anchor "position" after K entries of a `RecentLayer`: i reads i, i - s, i - 2s, ..."""
     back_M = interval * torch.arange(size, device=new.device)
     new_TM = torch.arange(new.tokens, device=new.device).unsqueeze(1) - back_M
     real = new.starts.unsqueeze(2) + new_TM >= 0
@@ -61,12 +54,7 @@ class GridLayer(EntriesLayer):
         return take(both_BSE, self._columns(multiples_BK, new, kept).clamp(min=0))
 
     def read(self, new: NewTokens, kept: int) -> Reading:
-        """Anchor "grid": position i reads i and the K largest multiples of s strictly below i.
-
-        Args:
-            new: the tokens that read.
-            kept: the entries kept of those before.
-        """
+        """Anchor "grid": position i reads i and the K largest multiples of s strictly below i."""
         below_BT1 = multiples_below(new.columns(0), self.interval).unsqueeze(-1)
         multiples_BTM = below_BT1 - 1 - torch.arange(self.limit, device=new.device)
         columns_BTM = self._columns(multiples_BTM.flatten(1), new, kept).view_as(multiples_BTM)

@@ -89,11 +89,7 @@ class LatentLayer(Taps, EntriesLayer):
 
 
 class LatentAttention(nn.Module):
-    """L as a layer's mixer.
-
-    Args:
-        config: of the model: widths, heads, and the attention function.
-    """
+    """L as a layer's mixer."""
 
     def __init__(self, config: Any):
         super().__init__()
