@@ -7,7 +7,7 @@ import torch
 from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
-from contextlm.evaluation.memory import measure_cache, position_limit
+from contextlm.evaluation.memory import measure_cache
 from contextlm.models.post_ln_transformer import (
     PostLNTransformerConfig,
     PostLNTransformerForCausalLM,
@@ -125,25 +125,3 @@ def test_cache_of_the_document_at_32_tokens():
     keys_and_values = 2 * 6 * 32 * 256 * 4
     assert entry.tokens == 32
     assert entry.logical == entry.resident == keys_and_values + 8  # and the row's count of tokens
-
-
-def test_one_position_too_many_is_refused():
-    model = small(max_position_embeddings=6)
-    assert position_limit(model) == 6
-    ids = torch.randint(31, (2, 7))
-    cache = model(ids[:, :6], use_cache=True).past_key_values
-    for more in (
-        lambda: model(ids),
-        lambda: model(ids[:, 6:], past_key_values=cache, use_cache=True),
-    ):
-        with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 7"):
-            more()
-
-
-def test_padding_takes_no_position():
-    model = small(max_position_embeddings=6)
-    ids = torch.randint(31, (2, 6))
-    rows = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
-    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
-    padded = model(rows, attention_mask=mask).logits[:, 3:]
-    torch.testing.assert_close(padded, model(ids).logits, rtol=1e-9, atol=1e-9)
