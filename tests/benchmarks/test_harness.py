@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from contextlm.benchmarks import harness
-from contextlm.benchmarks.harness import Answer, Target, Timing, interleaved
+from contextlm.benchmarks.harness import Target, Timing, interleaved
 
 
 class Clock:
@@ -49,11 +49,3 @@ def test_cases_take_turns_and_the_warm_up_does_not_count(monkeypatch):
 def test_a_target_knows_its_side(target, ratio, met):
     assert target.met(ratio) is met
     assert target.text() in (">= 2", "<= 1.1")
-
-
-def test_only_some_ratios_have_targets():
-    answer = Answer()
-    answer.compare("with", 3.0, Target(2.0))
-    answer.compare("without", 1.0)
-    assert answer.ratios == {"with": 3.0, "without": 1.0}
-    assert list(answer.targets) == ["with"]

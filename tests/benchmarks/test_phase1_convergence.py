@@ -39,7 +39,7 @@ def test_ends_with_one_json_line(ask):
     assert row["iterations_reported"] == 18
     assert 0 <= row["converged"] <= 1
     assert 0 < row["effective_rank"] <= 1
-    assert "context_kv" in out.splitlines()[-3]
+    assert "context_kv" in out.splitlines()[-2]
 
 
 def test_too_little_text_is_one_line(ask, capsys):

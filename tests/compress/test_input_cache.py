@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -33,7 +32,6 @@ from contextlm.compress.input_cache.layer import SLACK
 from contextlm.evaluation.memory import cache_bytes
 
 LAYERS, WIDTH, LENGTH, PAD = 2, 24, 29, 6
-TOO_FEW = "holds 2 rows, the new tokens 1"
 
 
 def neox(**fields: Any) -> GPTNeoXConfig:
@@ -83,12 +81,11 @@ def model(request: pytest.FixtureRequest) -> Any:
     return build(BOTH[request.param])
 
 
-@pytest.fixture(params=["absorbed", "rebuilt", "chosen"])
+@pytest.fixture(params=["absorbed", "rebuilt"])
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of reading, for any size of pieces, and the choice between them."""
-    if request.param != "chosen":
-        always = request.param == "absorbed"
-        monkeypatch.setattr(input_cache_attention, "absorbing_pays", lambda *_: always)
+    """Both ways of reading, for any size of pieces; `generate` chooses between them."""
+    always = request.param == "absorbed"
+    monkeypatch.setattr(input_cache_attention, "absorbing_pays", lambda *_: always)
     return str(request.param)
 
 
@@ -116,7 +113,7 @@ def in_pieces(
     cache: Cache | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Cache]:
-    """Logits of `ids` fed in pieces of the given sizes (the last size repeats), and the cache."""
+    """Logits (of a base model hidden states) in pieces (the last size repeats), and the cache."""
     logits, start, sizes = [], 0, list(sizes)
     while start < ids.shape[1]:
         end = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
@@ -126,7 +123,7 @@ def in_pieces(
             seen["position_ids"] = positions_of(mask)[:, start:end]
         outputs = model(ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
         cache, start = outputs.past_key_values, end
-        logits.append(outputs.logits)
+        logits.append(outputs[0])
     assert cache is not None
     return torch.cat(logits, dim=1), cache
 
@@ -140,17 +137,17 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("sizes", [[1], [5, 1, 2, 11, 1]], ids=str)
 def test_pieces_give_the_logits_of_the_plain_cache(
-    reading: str, name: str, sizes: list[int], implementation: str
+    reading: str, name: str, implementation: str
 ) -> None:
     model = build(VARIANTS[name], implementation)
-    plain, _ = in_pieces(model, tokens(), sizes)
-    with InputCache(model):
-        ours, cache = in_pieces(model, tokens(), sizes)
-    assert cache.get_seq_length() == LENGTH
-    assert plain.abs().max() > 0.1
-    assert_close(ours, plain)
+    for sizes in ([1], [5, 1, 2, 11, 1]):
+        plain, _ = in_pieces(model, tokens(), sizes)
+        with InputCache(model):
+            ours, cache = in_pieces(model, tokens(), sizes)
+        assert cache.get_seq_length() == LENGTH
+        assert plain.abs().max() > 0.1
+        assert_close(ours, plain)
 
 
 # GPT-NeoX's eager attention normalises in float32, where float64's mask of a padding token that
@@ -164,21 +161,15 @@ def test_pieces_give_the_logits_of_the_plain_cache(
         ("gpt2", "eager", torch.float64, 1e-10),
     ],
 )
-@pytest.mark.parametrize("sizes", [[1], [4, 3, 1, 9]], ids=str)
 def test_left_padding(
-    reading: str,
-    name: str,
-    implementation: str,
-    dtype: torch.dtype,
-    tolerance: float,
-    sizes: list[int],
+    reading: str, name: str, implementation: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = build(BOTH[name], implementation, dtype)
     ids, mask = padded()
     with torch.no_grad():
         alone = [model(ids[:1, PAD:]).logits[0], model(ids[1:]).logits[0]]
     with InputCache(model):
-        ours, _ = in_pieces(model, ids, sizes, mask=mask)
+        ours, _ = in_pieces(model, ids, [4, 3, 1, 9, 1], mask=mask)
     assert_close(ours[0, PAD:], alone[0], tolerance)
     assert_close(ours[1], alone[1], tolerance)
 
@@ -208,15 +199,12 @@ def test_attention_weights_are_given_where_the_module_gives_them(reading: str, m
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("sizes", [[1], [7], [LENGTH - 3, 1]], ids=str)
-def test_bfloat16_is_as_close_as_the_plain_cache(
-    model: Any, reading: str, sizes: list[int]
-) -> None:
+def test_bfloat16_is_as_close_as_the_plain_cache(model: Any, reading: str) -> None:
     exact = model(tokens()).logits.detach()
     model.bfloat16()
-    plain, _ = in_pieces(model, tokens(), sizes)
+    plain, _ = in_pieces(model, tokens(), [7, 1])
     with InputCache(model):
-        ours, _ = in_pieces(model, tokens(), sizes)
+        ours, _ = in_pieces(model, tokens(), [7, 1])
     off_plain, off_ours = ((x.double() - exact).square().mean().sqrt() for x in (plain, ours))
     assert off_ours < 2 * off_plain
     assert off_ours < 0.05 * exact.std()
@@ -239,12 +227,9 @@ def test_few_new_tokens_absorb_and_many_rebuild() -> None:
 
 GENERATE: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
     "several sequences": {"do_sample": True, "num_return_sequences": 3},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
-    "beams that sample": {"num_beams": 3, "do_sample": True},
-    "chunks": {"prefill_chunk_size": 7},
-    "chunks of one": {"prefill_chunk_size": 1, "num_beams": 2},
+    "chunks": {"prefill_chunk_size": 7, "num_beams": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
 
@@ -269,37 +254,21 @@ def test_generate_gives_the_same_tokens(model: Any, mode: str) -> None:
     assert torch.equal(ours, plain)
 
 
-def test_generate_makes_a_cache_of_inputs(model: Any) -> None:
-    with InputCache(model):
-        made = generate(model, tokens(), return_dict_in_generate=True)
-    inputs = [layer.inputs for layer in made.past_key_values.layers]
-    assert [tuple(kept.shape) for kept in inputs] == [(2, LENGTH + 24, WIDTH)] * LAYERS
-    assert all(layer.keys is None for layer in made.past_key_values.layers)
-
-
 def test_a_conversation_goes_on_with_its_cache(model: Any) -> None:
     plain = generate(model, generate(model, tokens()))
     with InputCache(model) as installed:
         cache = installed.new_cache()
         first = generate(model, tokens(), past_key_values=cache)
         assert torch.equal(generate(model, first, past_key_values=cache), plain)
-
-
-def test_many_greedy_tokens_are_the_same(model: Any) -> None:
-    """Through many enlargements of the storage."""
-    ids = tokens(1, 5)
-    plain = generate(model, ids, max_new_tokens=200)
-    with InputCache(model):
-        ours = generate(model, ids, max_new_tokens=200)
-    assert ours.shape == (1, 205)
-    assert torch.equal(ours, plain)
-    assert len(set(plain[0].tolist())) > 5
+        made = generate(model, tokens(), return_dict_in_generate=True).past_key_values
+    assert [tuple(layer.inputs.shape) for layer in made.layers] == [(2, 53, WIDTH)] * LAYERS
+    assert all(layer.keys is None for layer in (*made.layers, *cache.layers))
 
 
 # --- half the bytes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 29, 300])
+@pytest.mark.parametrize("length", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_the_bytes_and_the_positions(model: Any, length: int, dtype: torch.dtype) -> None:
     model.to(dtype)
@@ -405,17 +374,6 @@ def test_a_cache_may_begin_in_inference_mode(model: Any) -> None:
     assert_close(ours, plain[:, 20:])
 
 
-def test_base_models_too(model: Any) -> None:
-    base, ids = model.base_model, tokens()
-    with torch.no_grad():
-        plain = base(ids).last_hidden_state
-        with InputCache(base):
-            cache = base(ids[:, :20], use_cache=True).past_key_values
-            ours = base(ids[:, 20:], past_key_values=cache).last_hidden_state
-    assert cache.layers[0].inputs is not None
-    assert_close(ours, plain[:, 20:])
-
-
 # --- nothing is left behind, nothing else is changed ---------------------------------------------
 
 
@@ -447,11 +405,8 @@ def test_removing_restores_the_model(model: Any) -> None:
     assert cache.layers[0].keys is not None
     with InputCache(model):  # and again
         assert in_pieces(model, tokens(), [5])[1].layers[0].keys is None
-
-
-def test_an_error_inside_removes_it(model: Any) -> None:
-    model(tokens())
-    before = everything_of(model)
+        with pytest.raises(InputError, match="installed in this model already"):
+            InputCache(model.base_model)
     with pytest.raises(KeyError), InputCache(model):
         raise KeyError
     assert everything_of(model) == before
@@ -472,28 +427,15 @@ def test_what_stood_in_for_forward_before_stands_there_again(model: Any) -> None
     assert len(calls) == 1
 
 
-def test_save_and_load_while_installed(model: Any, tmp_path: Any) -> None:
-    plain = model(tokens()).logits
-    with InputCache(model):
-        model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert type(loaded) is type(model)
-    assert everything_of(loaded).keys() == everything_of(model).keys()
-    # As in the contract tests: memory from a file may not be aligned.
-    aligned = type(model)(model.config).double().eval()
-    aligned.load_state_dict(loaded.state_dict())
-    assert torch.equal(aligned(tokens()).logits, plain)
-
-
 def test_a_copy_of_an_installed_model_is_its_own(model: Any) -> None:
     with InputCache(model):
         twin = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        ours, cache = in_pieces(twin, tokens(), [9, 1])
+        ours, cache = in_pieces(twin.base_model, tokens(), [9, 1])
     assert cache.layers[0].inputs is not None
-    assert_close(ours, twin(tokens(), use_cache=False).logits.detach())
+    assert_close(ours, twin.base_model(tokens(), use_cache=False)[0].detach())
     assert ours.abs().max() > 0.1
 
 
@@ -521,17 +463,6 @@ def test_gradients_flow_as_before(reading: str, model: Any, training: bool) -> N
         ours = gradients()
     for actual, expected in zip(ours, plain, strict=True):
         assert_close(actual, expected, 1e-9)
-
-
-def test_training_with_checkpointing(model: Any) -> None:
-    model.train()
-    model.gradient_checkpointing_enable()
-    with InputCache(model):
-        torch.manual_seed(1)
-        ours = model(tokens(), labels=tokens(), use_cache=False).loss
-        ours.backward()
-    torch.manual_seed(1)
-    assert torch.equal(ours, model(tokens(), labels=tokens(), use_cache=False).loss)
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -568,18 +499,10 @@ def llama() -> LlamaForCausalLM:
 )
 def test_what_cannot_have_an_input_cache(make: Callable[[], Any], message: str) -> None:
     model = make()
-    before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    before = everything_of(model)
     with pytest.raises(InputError, match=message):
         InputCache(model)
-    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
-
-
-def test_a_second_one_is_refused_and_the_first_stays(model: Any) -> None:
-    with InputCache(model):
-        for again in (model, model.base_model):
-            with pytest.raises(InputError, match="installed in this model already"):
-                InputCache(again)
-        assert in_pieces(model, tokens(), [5])[1].layers[0].keys is None
+    assert everything_of(model) == before
 
 
 def test_an_adapter_added_later_is_refused() -> None:
@@ -602,18 +525,12 @@ def test_caches_of_keys_and_values_are_refused(model: Any) -> None:
             generate(model, tokens(), cache_implementation="static")
 
 
-def test_a_cache_of_inputs_needs_the_input_cache(model: Any) -> None:
-    installed = InputCache(model)
-    cache = installed.new_cache()
-    installed.remove()
+def test_a_cache_of_inputs_is_for_its_own_rows_and_for_an_installed_input_cache(model: Any) -> None:
+    with InputCache(model) as installed:
+        _, cache = in_pieces(model, tokens(), [20, 1])
+        with torch.no_grad(), pytest.raises(ValueError, match="holds 2 rows, the new tokens 1"):
+            model(tokens(1, 1), past_key_values=cache)
     with pytest.raises(TypeError, match="InputLayer keeps no keys and values"):
         model(tokens(), past_key_values=cache)
     with pytest.raises(InputError, match="has been removed"):
         installed.new_cache()
-
-
-def test_another_number_of_rows_is_refused(model: Any) -> None:
-    with InputCache(model):
-        _, cache = in_pieces(model, tokens(), [20, 1])
-        with torch.no_grad(), pytest.raises(ValueError, match=TOO_FEW):
-            model(tokens(1, 1), past_key_values=cache)

@@ -76,7 +76,6 @@ def test_a_whole_checkpoint_opens_in_evaluation_mode(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (with_values(n_embd=32), "model.safetensors does not fit config.json"),
         (with_values(vocab_size=300), "model.safetensors does not fit config.json"),
         (with_values(n_layer=2), "model.safetensors does not fit config.json"),
         (with_values(n_head=3), "config.json: model type 'gpt2': "),
@@ -85,12 +84,9 @@ def test_a_whole_checkpoint_opens_in_evaluation_mode(checkpoint: Path) -> None:
         (with_values(model_type=None), "config.json: it names no model_type"),
         (written("config.json", "[]"), "config.json: not a JSON object"),
         (halved("config.json"), "config.json: not valid JSON"),
-        (halved("tokenizer.json"), "tokenizer.json: not valid JSON"),
-        (written("tokenizer.json", "[1]"), "tokenizer.json: not a JSON object"),
         (written("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer"),
         (halved("tokenizer_config.json"), "tokenizer_config.json: not valid JSON"),
         (halved("model.safetensors"), "model.safetensors: damaged or missing"),
-        (written("model.safetensors", ""), "model.safetensors: damaged or missing"),
         (in_shards("{}"), "model.safetensors.index.json: it has no weight_map"),
         (in_shards('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: damaged or missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -152,9 +148,7 @@ def test_a_model_of_lines_begins_with_the_start_token(checkpoint: Path) -> None:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "measured"), [([8, 32, 128], [8, 32]), (None, [64]), ([64], [64])]
-)
+@pytest.mark.parametrize(("asked", "measured"), [([8, 32, 128], [8, 32]), (None, [64])])
 def test_what_is_measured(
     checkpoint: Path, notes: str, asked: list[int] | None, measured: list[int]
 ) -> None:
@@ -166,7 +160,7 @@ def test_what_is_measured(
 
 @pytest.mark.parametrize(
     ("split", "least", "most"),
-    [(None, 4150, 4202), ("all", 4150, 4202), ("train", 3000, 4100), ("validation", 64, 1000)],
+    [(None, 4150, 4202), ("train", 3000, 4100), ("validation", 64, 1000)],
 )
 def test_a_corpus_of_ones_own_is_scored_whole_unless_a_split_is_asked_for(
     checkpoint: Path, notes: str, split: Any, least: int, most: int

@@ -37,19 +37,12 @@ def test_views_count_their_elements_and_their_storage():
     held = cache_bytes(filled(storage[:, :, :10], storage[:, :, 10:25]))
     assert held.logical == (10 + 15) * 2 * 4 * 4
     assert held.resident == 2 * 100 * 4 * 4
-
-
-def test_the_same_tensor_twice_counts_once():
-    keys = torch.zeros(1, 2, 5, 4, dtype=torch.bfloat16)
-    held = cache_bytes(filled(keys, keys))
-    assert held == (80, 80)
-
-
-def test_an_empty_cache_holds_nothing():
+    twice = torch.zeros(1, 2, 5, 4, dtype=torch.bfloat16)
+    assert cache_bytes(filled(twice, twice)) == (80, 80)
     assert cache_bytes(DynamicCache()) == (0, 0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 1025])
+@pytest.mark.parametrize("length", [1, 1025])
 def test_keys_and_values_of_a_real_decode(length):
     model = create_model(build_config({"type": "gpt_neox", **SMALL}, 20), 0)
     (entry,) = measure_cache(model, [length], CPU)
@@ -64,19 +57,12 @@ def test_lengths_beyond_the_positions_are_left_out():
     assert [entry.tokens for entry in measure_cache(model, [64, 8, 32, 8], CPU)] == [8, 32]
 
 
-def test_training_mode_survives_a_measurement():
-    model = create_model(build_config({"type": "gpt_neox", **SMALL}, 20), 0).train()
-    measure_cache(model, [3], CPU)
-    measure_speed(model, 8, CPU)
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    ("positions", "prompt"), [(2, 1), (3, 2), (16, 8), (32, 16), (48, 24), (200, 168)]
-)
+@pytest.mark.parametrize(("positions", "prompt"), [(2, 1), (3, 2), (48, 24), (200, 168)])
 def test_speed_fits_into_the_positions(positions, prompt):
     fields = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": positions}
-    speed = measure_speed(create_model(build_config(fields, 20), 0), 512, CPU)
+    model = create_model(build_config(fields, 20), 0).train()
+    speed = measure_speed(model, 512, CPU)
+    assert model.training
     assert speed.tokens == prompt
     assert speed.prefill_tokens_per_second > 0
     assert speed.decode_tokens_per_second > 0

@@ -90,7 +90,7 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-@pytest.mark.parametrize("taps", [0, 1, 4])
+@pytest.mark.parametrize("taps", [0, 4])
 def test_r_is_its_equations(blocks, taps):
     mixer = RecurrentMixer(12, blocks, taps)
     randomise(mixer)
@@ -258,7 +258,7 @@ def latent_mixer(taps: int) -> LatentAttention:
 
 
 @pytest.mark.parametrize("taps", [0, 3])
-@pytest.mark.parametrize("tokens", [1, 2, 23])
+@pytest.mark.parametrize("tokens", [1, 23])
 def test_l_is_its_equations(tokens, taps):
     mixer = latent_mixer(taps)
     randomise(mixer)
@@ -331,6 +331,11 @@ def test_a_latent_cache_takes_back_real_tokens_only():
     assert_close(again, model(ids, attention_mask=left).logits[:, 13:])
     with pytest.raises(ValueError, match="only the newest 13 can"):
         cache.crop(-14)
+    with pytest.raises(ValueError, match="expected 0 or a negative number"):
+        cache.crop(3)
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0
+    assert_close(model(ids, past_key_values=cache, use_cache=True).logits, model(ids).logits)
 
 
 def test_latent_attention_decodes_from_offloaded_weights():
@@ -341,22 +346,6 @@ def test_latent_attention_decodes_from_offloaded_weights():
     cpu_offload(model, torch.device("cpu"))
     assert model.model.layers[0].mixer.key.weight.device.type == "meta"
     assert torch.equal(model.generate(ids, **options), expected)
-
-
-def test_a_cropped_latent_cache_goes_on_from_there():
-    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
-    ids = torch.randint(0, 53, (2, 19))
-    cache = model(ids, use_cache=True).past_key_values
-    cache.crop(-7)
-    assert cache.get_seq_length() == 12
-    other = torch.randint(0, 53, (2, 3))
-    expected = model(torch.cat([ids[:, :12], other], dim=1)).logits[:, -3:]
-    assert_close(model(other, past_key_values=cache, use_cache=True).logits, expected)
-    with pytest.raises(ValueError, match="expected 0 or a negative number"):
-        cache.crop(3)
-    cache.crop(-100)
-    assert cache.get_seq_length() == 0
-    assert_close(model(ids, past_key_values=cache, use_cache=True).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +383,7 @@ def test_the_model_is_its_layers_written_out():
     assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
 
 
-@pytest.mark.parametrize("pattern", ["RW", "WR", "RL", "LR"])
+@pytest.mark.parametrize("pattern", ["RW", "LR"])
 def test_layers_may_lie_on_several_devices(pattern):
     """The meta device stands for a second one: it refuses tensors of another."""
     model = ContextHybridForCausalLM(config(pattern=pattern, latent_dim=7, rope_dim=6)).eval()
@@ -408,14 +397,6 @@ def test_layers_may_lie_on_several_devices(pattern):
             ids[:, :1], attention_mask=mask[:, :tokens], past_key_values=cache, use_cache=True
         )
     assert outputs.logits.shape == (2, 1, 53)
-
-
-def test_the_number_of_layers_follows_from_the_pattern():
-    assert config(pattern="RWR", num_hidden_layers=3).num_hidden_layers == 3
-    kept = config(pattern="RWR").to_dict()
-    assert ContextHybridConfig.from_dict(kept, num_hidden_layers=3).pattern == "RWR"
-    with pytest.raises(ValueError, match="num_hidden_layers 6: pattern 'RWR' has a letter"):
-        config(pattern="RWR", num_hidden_layers=6)
 
 
 def test_without_an_l_memory_is_constant_and_counted():
@@ -446,9 +427,7 @@ def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
         ({"pattern": "W", "head_dim": 3}, "width of a head"),
         ({"pattern": "L", "rope_dim": 5}, "rope_dim"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),
-        ({"window": 0}, "window"),
         ({"convolution": -1}, "convolution"),
-        ({"gates": "some"}, "gates"),
         ({"pattern": "R", "hidden_size": 13}, "num_attention_heads"),
     ],
     ids=str,

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
@@ -80,17 +79,15 @@ def naive_logits(model: ContextKVForCausalLM, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [*RULES, *TOKENS], ids=str)
-@pytest.mark.parametrize("shape", [{}, {"interval": 1}, {"max_contexts": 1}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{"context_layers": 2, "intermediate_size": 7}, {"interval": 1}, {"max_contexts": 1}],
+    ids=str,
+)
+@torch.no_grad()
 def test_logits_equal_the_naive_form(fields, shape):
     model = make(**fields, **shape)
     ids = torch.randint(31, (1, 29))  # beyond the reach of 12
-    expected = naive_logits(model, ids[0].tolist())
-    torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_deeper_context_block_gives_its_last_layers_output():
-    model = make(context_layers=2, intermediate_size=7)
-    ids = torch.randint(31, (1, 17))
     expected = naive_logits(model, ids[0].tolist())
     torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-9, atol=1e-9)
 
@@ -152,7 +149,7 @@ def store(model: ContextKVForCausalLM, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", RULES, ids=str)
-@pytest.mark.parametrize("length", [1, 11, 25])
+@pytest.mark.parametrize("length", [1, 25])
 def test_stored_contexts_give_the_logits_of_the_recurrence(fields, length):
     model = make(**fields)
     history = model.model.history
@@ -186,8 +183,8 @@ def test_stored_contexts_give_the_gradients_of_the_recurrence(fields):
 def test_windows_of_tokens_need_the_tokens_in_front(fields):
     model = make(**fields)
     history, length = model.model.history_tokens, 7
-    assert history == 11
-    assert model.model.history == 0
+    assert (history, model.model.history) == (11, 0)
+    assert not isinstance(model.model, HasContextBlock)
     ids = torch.randint(1, 31, (1, 61))
     whole = model(ids).logits
     padded = torch.nn.functional.pad(ids, (history, 0))
@@ -198,12 +195,6 @@ def test_windows_of_tokens_need_the_tokens_in_front(fields):
     logits = model(rows, attention_mask=masks, logits_to_keep=length).logits
     at = torch.tensor(starts).unsqueeze(1) + torch.arange(length)
     torch.testing.assert_close(logits, whole[0, at], rtol=1e-9, atol=1e-9)
-
-
-def test_only_context_memory_has_a_context_block():
-    assert isinstance(make().model, HasContextBlock)
-    assert not isinstance(make(memory="tokens").model, HasContextBlock)
-    assert not hasattr(make(memory="tokens").model, "context_block")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +249,7 @@ MASKS: dict[str, list[tuple[int, int]]] = {
 
 @pytest.mark.parametrize("fields", TOKENS, ids=str)
 @pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("last", [1, 20, 33, 50])
+@pytest.mark.parametrize("last", [1, 20, 50])
 def test_the_last_positions_of_token_memory_equal_those_of_the_whole(fields, rows, last):
     model = make(**fields, freeze_embedding=False)
     ids = torch.randint(1, 31, (3, 33))
@@ -288,13 +279,6 @@ def test_the_last_positions_of_token_memory_equal_those_of_the_whole(fields, row
         for kept in (with_cache.past_key_values, cache)
     ]
     torch.testing.assert_close(*following, rtol=1e-9, atol=1e-9)
-
-
-def test_several_chosen_positions_are_given_as_chosen():
-    model = make(memory="tokens")
-    ids, chosen = torch.randint(31, (2, 15)), torch.tensor([3, 14, 7])
-    expected = model(ids).logits[:, chosen]
-    torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, expected)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
@@ -340,14 +324,6 @@ def test_long_decoding_with_padding_equals_the_whole(fields):
         torch.testing.assert_close(logits[row, real], alone, rtol=1e-9, atol=1e-9)
 
 
-def test_hidden_dropout_acts_in_training_only():
-    model = make(hidden_dropout=0.5, attention_dropout=0.0)
-    ids = torch.randint(31, (1, 9))
-    assert torch.equal(model(ids).logits, model(ids).logits)
-    model.train()
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-
-
 @pytest.mark.parametrize("fields", RULES, ids=str)
 def test_autocast_trains_and_stays_close(fields):
     model = make(**fields).float()
@@ -358,29 +334,6 @@ def test_autocast_trains_and_stays_close(fields):
     torch.testing.assert_close(outputs.logits.float(), plain, rtol=0.1, atol=0.3)
     outputs.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"interval": 0}, "interval must be at least 1, got 0"),
-        ({"max_contexts": 0}, "max_contexts"),
-        ({"context_layers": 0}, "context_layers"),
-        ({"intermediate_size": 0}, "intermediate_size"),
-        ({"initializer_range": 0.0}, "initializer_range"),
-        ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
-        ({"attention_dropout": 1.0}, "attention_dropout"),
-        ({"hidden_dropout": -0.1}, "hidden_dropout"),
-        ({"num_attention_heads": 7}, r"num_attention_heads \(7\) must divide hidden_size \(768\)"),
-        ({"padding": "ones"}, "padding"),
-        ({"anchor": "token"}, "anchor"),
-        ({"memory": "none"}, "memory"),
-    ],
-)
-def test_values_that_make_no_model_are_refused(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
-        ContextKVConfig(**fields)
 
 
 def test_stored_contexts_that_do_not_fit_are_refused():

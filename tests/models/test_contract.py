@@ -5,6 +5,9 @@ The models run in float64, so that equality can be asked for to rounding.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,12 +20,28 @@ VARIANTS = [(name, index) for name, entry in registry().items() for index in ran
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
-def model(request) -> PreTrainedModel:
-    name, index = request.param
+def build(name: str, index: int) -> PreTrainedModel:
     entry = registry()[name]
     torch.manual_seed(0)
     return entry.model(entry.config(**entry.tiny[index])).double().eval()
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def built(request) -> PreTrainedModel:
+    return build(*request.param)
+
+
+@pytest.fixture
+def model(built) -> Iterator[PreTrainedModel]:
+    """The same for many tests, which leave it as it is."""
+    with torch.no_grad():
+        yield built
+
+
+@pytest.fixture
+def own(built) -> PreTrainedModel:
+    """A copy that a test may train and change."""
+    return copy.deepcopy(built)
 
 
 def make_tokens(model: PreTrainedModel, batch: int = 2, length: int = 23) -> Tensor:
@@ -69,10 +88,11 @@ def test_the_future_does_not_leak_into_the_past(model):
         assert not torch.allclose(logits[j], reference[j], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("sizes", [[1], [7], [5, 1, 2, 11], [22, 1]], ids=str)
-def test_pieces_of_any_size_equal_the_whole(model, sizes):
+def test_pieces_of_any_size_equal_the_whole(model):
     ids = make_tokens(model)
-    assert_close(in_pieces(model, ids, list(sizes)), model(ids).logits)
+    whole = model(ids).logits
+    for sizes in ([1], [7], [5, 1, 2, 11], [22, 1]):
+        assert_close(in_pieces(model, ids, sizes), whole)
 
 
 def test_left_padding_changes_nothing(model):
@@ -94,11 +114,10 @@ def test_a_long_text_in_chunks_of_any_size_is_continued_by_the_same_text(model):
     length = min(2000, (position_limit(model) or 2008) - 8)
     ids = make_tokens(model, batch=1, length=length)
     whole = continued(model, ids, length, length)
-    for first, size in ((0, 640), (length - 300, 7), (length - 60, 1)):
+    for first, size in ((0, 640), (length - 70, 7), (length - 20, 1)):
         assert continued(model, ids, max(0, first), size) == whole, f"chunks of {size}"
 
 
-@torch.no_grad()
 def continued(model: PreTrainedModel, ids_1T: Tensor, first: int, size: int) -> list[int]:
     """Eight greedy tokens after a text of which so many are fed at once, then chunks of a size."""
     cache, tokens = None, []
@@ -126,16 +145,23 @@ def generate(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
 
 
 def test_generate_is_greedy_decoding(model):
+    """Also in chunks, and from a cache of one's own."""
     ids = make_tokens(model, length=11)
-    assert torch.equal(generate(model, ids, max_new_tokens=8), greedy(model, ids, 8))
+    expected = greedy(model, ids, 8)
+    begun = model(ids[:, :6], past_key_values=model.new_cache(), use_cache=True).past_key_values
+    chunked = [{"prefill_chunk_size": size} for size in (1, 3, 100)]
+    for options in ({}, {"past_key_values": begun}, *chunked):
+        assert torch.equal(generate(model, ids, max_new_tokens=8, **options), expected), options
 
 
-def test_generate_pads_on_the_left(model):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_pads_on_the_left(model, beams):
     ids = make_tokens(model, length=11)
     rows, mask = pad_first_row(ids, 4)
-    out = generate(model, rows, attention_mask=mask, max_new_tokens=8)
-    assert torch.equal(out[0, 11:], greedy(model, ids[:1, :7], 8)[0, 7:])
-    assert torch.equal(out[1], greedy(model, ids[1:], 8)[0])
+    options = {"max_new_tokens": 5, "num_beams": beams}
+    both = generate(model, rows, attention_mask=mask, **options)
+    assert torch.equal(both[0, 11:], generate(model, ids[:1, :7], **options)[0, 7:])
+    assert torch.equal(both[1], generate(model, ids[1:], **options)[0])
 
 
 def test_beams_with_a_cache_equal_beams_without(model):
@@ -154,7 +180,8 @@ def test_sampling_returns_several_sequences(model):
     assert torch.equal(out[0, :5], ids[0])
 
 
-def test_save_and_load_give_identical_logits(model, tmp_path):
+def test_save_and_load_give_identical_logits(own, tmp_path):
+    model = own
     # Weights that no start would give, so that one that is started anew shows.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -163,6 +190,7 @@ def test_save_and_load_give_identical_logits(model, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert type(loaded) is type(model)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    assert type(AutoModel.from_config(model.config)) is type(model.model)
     assert [p.requires_grad for p in loaded.parameters()] == [
         p.requires_grad for p in model.parameters()
     ]
@@ -187,23 +215,23 @@ def test_logits_to_keep(model):
     assert_close(model(ids, logits_to_keep=5).logits, logits[:, -5:])
 
 
-def test_the_plain_form_of_attention_gives_the_same(model):
+def test_the_plain_form_of_attention_gives_the_same(own):
     # transformers' own takes its softmax in float32, whatever the type, and overflows in float64.
-    model = model.float()
-    rows, mask = pad_first_row(make_tokens(model), 4)
-    expected = model(rows, attention_mask=mask).logits[mask.bool()]
-    model.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "eager"
-    actual = model(rows, attention_mask=mask).logits[mask.bool()]
+    own.float()
+    rows, mask = pad_first_row(make_tokens(own), 4)
+    expected = own(rows, attention_mask=mask).logits[mask.bool()]
+    own.set_attn_implementation("eager")
+    assert own.config._attn_implementation == "eager"
+    actual = own(rows, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_every_trainable_parameter(model):
-    model.train()
-    ids = make_tokens(model)
-    loss = model(ids, labels=ids).loss
+def test_gradients_reach_every_trainable_parameter(own):
+    own.train()
+    ids = make_tokens(own)
+    loss = own(ids, labels=ids).loss
     loss.backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in own.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
@@ -211,30 +239,33 @@ def test_gradients_reach_every_trainable_parameter(model):
             assert parameter.grad is None, name
 
 
-def test_gradient_checkpointing_changes_no_gradient(model):
-    if not model.supports_gradient_checkpointing:
+def test_gradient_checkpointing_changes_no_gradient(own):
+    if not own.supports_gradient_checkpointing:
         pytest.skip("the architecture does not claim gradient checkpointing")
-    ids = make_tokens(model)
+    ids = make_tokens(own)
+    cache = own(ids[:, :5], use_cache=True).past_key_values
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.train()
-        model.zero_grad()
+            own.gradient_checkpointing_enable()
+        own.train()
+        own.zero_grad()
         torch.manual_seed(0)  # of the dropout, which recomputing must repeat
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        own(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in own.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(recomputed, plain)
+    with pytest.raises(ValueError, match="train without past_key_values"):
+        own(ids[:, 5:], past_key_values=cache)  # it would be moved on twice
 
 
-def test_the_loss_falls_on_one_batch(model):
-    model.train()
-    ids = make_tokens(model, batch=4)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+def test_the_loss_falls_on_one_batch(own):
+    own.train()
+    ids = make_tokens(own, batch=4)
+    optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     for _ in range(25):
-        loss = model(ids, labels=ids).loss
+        loss = own(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -286,28 +317,6 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model):
     assert_close(logits, model(whole).logits[:, -3:])
 
 
-def test_the_config_says_what_it_is(model):
-    assert model.config.use_cache is True
-    assert type(model).__doc__
-    assert type(model.config).__doc__
-
-
-@pytest.mark.parametrize("size", [1, 3, 100])
-def test_chunked_prefill_generates_the_same(model, size):
-    ids = make_tokens(model, length=11)
-    chunked = generate(model, ids, max_new_tokens=5, prefill_chunk_size=size)
-    assert torch.equal(chunked, greedy(model, ids, 5))
-
-
-def test_generate_goes_on_from_a_cache_of_ones_own(model):
-    ids = make_tokens(model, length=11)
-    cache = model.new_cache()
-    model(ids[:, :6], past_key_values=cache, use_cache=True)
-    assert torch.equal(
-        generate(model, ids, max_new_tokens=5, past_key_values=cache), greedy(model, ids, 5)
-    )
-
-
 def test_other_kinds_of_cache_are_refused(model):
     with pytest.raises(ValueError, match="cache of its own kind"):
         generate(model, make_tokens(model), max_new_tokens=1, cache_implementation="static")
@@ -316,29 +325,16 @@ def test_other_kinds_of_cache_are_refused(model):
         model(make_tokens(model, batch=1), past_key_values=cache, use_cache=True)
 
 
-def test_beams_pad_on_the_left(model):
-    ids = make_tokens(model, length=11)
-    rows, mask = pad_first_row(ids, 4)
-    options = {"max_new_tokens": 5, "num_beams": 3}
-    both = generate(model, rows, attention_mask=mask, **options)
-    assert torch.equal(both[0, 11:], generate(model, ids[:1, :7], **options)[0, 7:])
-    assert torch.equal(both[1], generate(model, ids[1:], **options)[0])
-
-
-def test_a_mask_must_cover_the_past(model):
+def test_a_mask_must_cover_the_past_and_have_the_rows_of_the_tokens(model):
     ids = make_tokens(model)
     cache = model(ids[:, :5], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="5 past"):
         model(ids[:, 5:7], attention_mask=torch.ones(2, 2), past_key_values=cache, use_cache=True)
-
-
-def test_a_mask_must_have_the_rows_of_the_tokens(model):
-    ids = make_tokens(model)
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    for rows in (mask[:1], torch.cat([mask, mask])):
+    for rows in (1, 4):
+        mask = torch.ones(rows, ids.shape[1])
+        mask[:, 0] = 0
         with pytest.raises(ValueError, match="2 rows"):
-            model(ids, attention_mask=rows)
+            model(ids, attention_mask=mask)
 
 
 def test_packed_documents_are_refused(model):
@@ -359,12 +355,15 @@ def test_packed_documents_are_refused(model):
     )
 
 
-@pytest.mark.parametrize("name", ["cache", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
-def test_arguments_that_would_change_the_answer_are_refused(model, name):
+def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    with pytest.raises(ValueError, match=f"does not take {name}"):
-        model(ids, **{name: torch.zeros(1)})
-    model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})
+    for name in ("cache", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        with pytest.raises(ValueError, match=f"does not take {name}"):
+            model(ids, **{name: torch.zeros(1)})
+        model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})
+    if not isinstance(model.model, ReadsStoredContexts):
+        with pytest.raises(ValueError, match="reads no contexts"):
+            model(ids, contexts=torch.zeros(2, 3, 5))
 
 
 def test_hidden_states_are_recorded_or_refused(model):
@@ -379,60 +378,34 @@ def test_hidden_states_are_recorded_or_refused(model):
     assert torch.equal(states[-1], model.model(ids).last_hidden_state)
 
 
-def test_stored_contexts_are_read_or_refused(model):
-    if isinstance(model.model, ReadsStoredContexts):
-        return  # each such architecture has tests of its own
-    ids = make_tokens(model, length=3)
-    with pytest.raises(ValueError, match="reads no contexts"):
-        model(ids, contexts=torch.zeros(2, 3, 5))
-
-
-def test_gradient_checkpointing_refuses_a_cache_that_it_would_move_on_twice(model):
-    if not model.supports_gradient_checkpointing:
-        pytest.skip("the architecture does not claim gradient checkpointing")
-    ids = make_tokens(model)
-    cache = model(ids[:, :5], use_cache=True).past_key_values
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(ValueError, match="train without past_key_values"):
-        model(ids[:, 5:], past_key_values=cache)
-    model(ids, labels=ids).loss.backward()  # by default no cache is made
-
-
-def test_bfloat16_weights_decode_as_they_prefill(model):
-    model = model.bfloat16()
-    ids = make_tokens(model)
-    whole = model(ids).logits
+def test_bfloat16_weights_decode_as_they_prefill(own):
+    own.bfloat16()
+    ids = make_tokens(own)
+    whole = own(ids).logits
     assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(in_pieces(model, ids, [1]), whole, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(in_pieces(own, ids, [1]), whole, rtol=0.05, atol=0.05)
 
 
-def test_the_vocabulary_can_grow(model):
-    ids = make_tokens(model)
-    before = model(ids).logits
-    size = model.config.vocab_size
-    model.resize_token_embeddings(size + 7)
-    after = model(ids).logits
+def test_the_vocabulary_can_grow(own):
+    ids = make_tokens(own)
+    before = own(ids).logits
+    size = own.config.vocab_size
+    own.resize_token_embeddings(size + 7)
+    after = own(ids).logits
     assert after.shape[-1] == size + 7
     assert_close(after[..., :size], before)
 
 
-def test_auto_classes_know_the_decoder(model):
-    decoder = AutoModel.from_config(model.config)
-    assert type(decoder) is type(model.model)
-    assert decoder(make_tokens(model)).last_hidden_state.shape[:2] == make_tokens(model).shape
-
-
-def test_compiles_into_one_graph(model):
+# Compiling takes seconds: the first variant of each architecture, and all kinds of mixers.
+@pytest.mark.parametrize("variant", [*((name, 0) for name in registry()), ("context_hybrid", 1)])
+def test_compiles_into_one_graph(variant):
+    model = build(*variant)
     if not model._can_compile_fullgraph:
         pytest.skip("the architecture does not claim torch.compile(fullgraph=True)")
     ids = make_tokens(model, length=3)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
-    first = registry()[model.config.model_type].tiny[0]
-    if any(getattr(model.config, name) != value for name, value in first.items()):
-        return  # padding goes the same way in every variant, and compiling takes seconds
     mask = torch.ones_like(ids)
     mask[0, :1] = 0
     assert_close(

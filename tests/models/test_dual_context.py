@@ -115,13 +115,12 @@ def naive_logits(model: DualContextForCausalLM, ids: list[int]) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [2, 6])
 @pytest.mark.parametrize("most", [2, 64])
 @pytest.mark.parametrize("placement", ["appended", "integrated"])
-def test_a_buffer_filled_token_by_token_agrees(placement, most, window, attention):
+@torch.no_grad()
+def test_a_buffer_filled_token_by_token_agrees(placement, most, window):
     model = make_model(placement=placement, max_representatives=most, window=window)
-    model.set_attn_implementation(attention)
     for length in (1, window, window + 1, 5 * window + 3):
         ids = torch.randint(31, (1, length))
         expected = naive_logits(model, ids[0].tolist())
@@ -254,16 +253,10 @@ def test_dropout_is_everywhere_or_nowhere():
     ("fields", "message"),
     [
         ({"window": 7}, "window must be even and at least 2, got 7"),
-        ({"window": 0}, "window must be even and at least 2, got 0"),
         ({"window": 514}, r"num_positions \(512\) must be at least window \(514\)"),
         ({"max_representatives": 0}, "max_representatives"),
-        ({"base_layers": 0}, "base_layers"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"dropout": 1.0}, "dropout"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon"),
-        ({"initializer_range": -0.02}, "initializer_range"),
         ({"num_attention_heads": 3}, r"num_attention_heads \(3\) must divide hidden_size \(256\)"),
-        ({"placement": "prepended"}, "placement"),
     ],
 )
 def test_values_that_make_no_model_are_refused(fields, message):

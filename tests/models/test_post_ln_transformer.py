@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from naive_parts import attended, gelu, linear, norm
 from torch import Tensor
 
-from contextlm.evaluation.memory import measure_cache, position_limit
+from contextlm.evaluation.memory import measure_cache
 from contextlm.models.post_ln_transformer import (
     PostLNTransformerConfig,
     PostLNTransformerForCausalLM,
@@ -126,50 +125,3 @@ def test_cache_of_the_document_at_32_tokens():
     keys_and_values = 2 * 6 * 32 * 256 * 4
     assert entry.tokens == 32
     assert entry.logical == entry.resident == keys_and_values + 8  # and the row's count of tokens
-
-
-def test_one_position_too_many_is_refused():
-    model = small(max_position_embeddings=6)
-    assert position_limit(model) == 6
-    ids = torch.randint(31, (2, 7))
-    cache = model(ids[:, :6], use_cache=True).past_key_values
-    for more in (
-        lambda: model(ids),
-        lambda: model(ids[:, 6:], past_key_values=cache, use_cache=True),
-    ):
-        with pytest.raises(ValueError, match=r"max_position_embeddings is 6.*token 7"):
-            more()
-
-
-def test_padding_takes_no_position():
-    model = small(max_position_embeddings=6)
-    ids = torch.randint(31, (2, 6))
-    rows = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
-    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
-    padded = model(rows, attention_mask=mask).logits[:, 3:]
-    torch.testing.assert_close(padded, model(ids).logits, rtol=1e-9, atol=1e-9)
-
-
-def test_a_tied_head_is_the_embedding():
-    model = PostLNTransformerForCausalLM(PostLNTransformerConfig(**SMALL, tie_word_embeddings=True))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(256\)"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"intermediate_size": 0}, "intermediate_size"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings"),
-        ({"dropout": -0.1}, "dropout"),
-        ({"initializer_range": -1.0}, "initializer_range"),
-        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
-    ],
-)
-def test_values_that_make_no_model_are_refused(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
-        PostLNTransformerConfig(**fields)

@@ -54,11 +54,8 @@ print(json.dumps(stacks))
 """
 # Compute capability, layers, width, type of the tensors, with a mask.
 COMPILED = [
-    (80, 1, 5, "fp32", True),
-    (80, 1, 256, "bf16", False),
     (90, 1, 256, "fp32", True),
     (90, 4, 100, "fp32", False),
-    (90, 1, 128, "fp64", False),
 ]
 
 
@@ -84,18 +81,16 @@ def cases() -> dict[str, tuple[tuple, dict]]:
     sizes = {
         "one number": make(1, 1, 1, 1),
         "a power of two": make(1, 2, 7, 8),
-        "not a power of two": make(1, 3, 9, 13),
         "three layers": make(3, 2, 7, 5),
-        "padding": make(2, 3, 9, 5),
-        "another eps": make(1, 2, 5, 3),
+        "padding": make(2, 3, 9, 13),
         "not contiguous": apart,
         "float32": make(2, 2, 7, 11, torch.float32),
         "bfloat16": make(2, 2, 7, 11, torch.bfloat16),
-        "long": make(1, 1, 200, 7),
+        "long": make(1, 1, 60, 7),
     }
-    more = {"padding": {"mask_BT": mask}, "another eps": {"eps": 0.25}}
-    plain = {"mask_BT": None, "eps": 1e-5}
-    return {name: (tensors, {**plain, **more.get(name, {})}) for name, tensors in sizes.items()}
+    options = {name: {"mask_BT": None, "eps": 1e-5} for name in sizes}
+    options["padding"] = {"mask_BT": mask, "eps": 0.25}
+    return {name: (tensors, options[name]) for name, tensors in sizes.items()}
 
 
 CASES = cases()
@@ -131,14 +126,6 @@ def test_the_kernel_equals_the_naive_loop(interpreted: dict[str, Tensor], name: 
     expected = context_scan_naive(*exact, initial.double(), **more)
     actual = interpreted[name].double()
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@needs_triton
-def test_padding_passes_the_state_unchanged(interpreted: dict[str, Tensor]) -> None:
-    (*_, initial), _ = CASES["padding"]
-    states = interpreted["padding"]
-    torch.testing.assert_close(states[:, 1], initial[1].expand(2, 9, 5), rtol=0, atol=0)
-    torch.testing.assert_close(states[:, 0, :4], initial[0].expand(2, 4, 5), rtol=0, atol=0)
 
 
 @needs_triton

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from contextlm.ops import linear_scan as module
-from contextlm.ops.backends import use_backend
 from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
 
 SIZES = [(1, 1, 1), (2, 7, 3), (3, 17, 5), (2, 64, 1), (5, 33, 19)]
@@ -84,20 +81,12 @@ def test_padding_passes_the_state_and_no_gradient(backend: str) -> None:
     agree(tensors, backend, mask)
     states = linear_scan(*tensors, mask_BT=mask, backend=backend)
     torch.testing.assert_close(states[0, 4], tensors[2][0], rtol=0, atol=0)
-    gradients = torch.autograd.grad(states.square().sum(), tensors[:2])
-    assert all((gradient[~mask] == 0).all() for gradient in gradients)
-
-
-def test_what_stands_at_padding_does_not_matter(backend: str) -> None:
-    gates, inputs, initial = make(2, 9, 3)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, 2:4] = False
-    states = linear_scan(gates, inputs, initial, mask_BT=mask, backend=backend)
+    gates, inputs, initial = tensors
     nan = torch.where(mask.unsqueeze(-1), inputs, torch.nan).detach().requires_grad_()
     again = linear_scan(gates, nan, initial, mask_BT=mask, backend=backend)
     torch.testing.assert_close(again, states, rtol=0, atol=0)
-    gradients = torch.autograd.grad(again.sum(), (gates, nan, initial))
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    gradients = torch.autograd.grad(again.square().sum(), (gates, nan))
+    assert all((gradient[~mask] == 0).all() for gradient in gradients)
 
 
 def test_without_an_initial_state_it_starts_from_zero(backend: str) -> None:
@@ -152,9 +141,6 @@ def test_inputs_and_gradients_need_not_be_contiguous(backend: str) -> None:
     tensors = [t.requires_grad_() for t in (gates, inputs, initial)]
     assert not any(t.is_contiguous() for t in tensors)
     agree(tensors, backend)
-    expanded = torch.autograd.grad(linear_scan(*tensors, backend=backend).sum(), gates)[0]
-    expected = torch.autograd.grad(naive_scan(*tensors).sum(), gates)[0]
-    torch.testing.assert_close(expanded, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,27 +160,6 @@ def test_mixed_types_compute_in_the_widest(backend: str) -> None:
     states = linear_scan(gates, inputs.bfloat16(), backend=backend)
     expected = naive_scan(gates, inputs.bfloat16().double(), None).bfloat16()
     torch.testing.assert_close(states, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("changed", [0, 8, 16])
-def test_a_token_changes_nothing_before_it(backend: str, changed: int) -> None:
-    gates, inputs, initial = (t.detach() for t in make(2, 17, 3))
-    states = linear_scan(gates, inputs, initial, backend=backend)
-    gates, inputs = gates.clone(), inputs.clone()
-    gates[:, changed], inputs[:, changed] = 0.25, torch.nan
-    other = linear_scan(gates, inputs, initial, backend=backend)
-    torch.testing.assert_close(other[:, :changed], states[:, :changed], rtol=0, atol=0)
-    assert other[:, changed:].isnan().all()
-
-
-def test_pieces_of_any_size_give_the_same_states(backend: str) -> None:
-    gates, inputs, initial = (t.detach() for t in make(2, 13, 3))
-    whole = linear_scan(gates, inputs, initial, backend=backend)
-    state, pieces = initial, []
-    for start, end in ((0, 1), (1, 6), (6, 13)):
-        pieces.append(linear_scan(gates[:, start:end], inputs[:, start:end], state))
-        state = pieces[-1][:, -1]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_shared_out_over_threads_give_the_same() -> None:
@@ -231,50 +196,6 @@ def test_traced_whole_by_torch_compile() -> None:
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
-def test_meta_tensors_have_a_shape() -> None:
-    meta = torch.empty(2, 9, 3, device="meta", dtype=torch.bfloat16)
-    states = linear_scan(meta, meta)
-    assert (states.shape, states.dtype, states.is_meta) == (meta.shape, meta.dtype, True)
-
-
-def fake_fla(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """A package with `chunk_hgrn`'s calling convention; returns the record of its calls."""
-    calls = []
-
-    def chunk_hgrn(x, g, initial_state=None, output_final_state=False):
-        assert x.shape == g.shape
-        assert x.dtype == g.dtype == torch.float32
-        assert g.isfinite().all()
-        assert initial_state is None, "chunk_hgrn has no gradient for it"
-        assert not output_final_state
-        calls.append(tuple(x.shape))
-        state, states = torch.zeros_like(x[:, 0]), []
-        for t in range(x.shape[1]):
-            state = g[:, t].exp() * state + x[:, t]
-            states.append(state)
-        return torch.stack(states, 1), None
-
-    hgrn = ModuleType("fla.ops.hgrn")
-    hgrn.chunk_hgrn = chunk_hgrn
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fla.ops.hgrn", hgrn)
-    return calls
-
-
-def test_flash_linear_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fake_fla(monkeypatch)
-    monkeypatch.setattr(module, "_obstacle", lambda *_: "")
-    gates, inputs, initial = (t.detach() for t in make(2, 9, 4, torch.float32, most=1.5))
-    gates[..., 0], gates[:, ::2, 1], gates[..., 2] = 0, 0, 1
-    tensors = [t.requires_grad_() for t in (gates, inputs, initial)]
-    agree(tensors, "fla", tolerance=1e-4)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, :4] = False
-    agree(tensors, "fla", mask, tolerance=1e-4)
-    assert calls == [(2, 9, 4)] * 2
-
-
 def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"numba"}
     monkeypatch.setattr(module, "is_installed", lambda package: package in installed)
@@ -283,11 +204,9 @@ def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) 
     assert linear_scan_backend(long, long) == "numba"
     assert linear_scan_backend(short, short) == "eager"
     assert linear_scan_backend(meta, meta) == "parallel"
-    with use_backend("linear_scan", "parallel"):
-        assert linear_scan_backend(long, long) == "parallel"
-        assert linear_scan_backend(long, long, backend="eager") == "eager"
-    monkeypatch.setenv("CONTEXTLM_BACKEND", "linear_scan=eager")
-    assert linear_scan_backend(long, long) == "eager"
+    monkeypatch.setenv("CONTEXTLM_BACKEND", "linear_scan=parallel")
+    assert linear_scan_backend(long, long) == "parallel"
+    assert linear_scan_backend(long, long, backend="eager") == "eager"
     monkeypatch.delenv("CONTEXTLM_BACKEND")
     installed.clear()
     assert linear_scan_backend(long, long) == "eager"
@@ -295,34 +214,26 @@ def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) 
         linear_scan_backend(long, long, backend="numba")
 
 
-@pytest.mark.parametrize(("where", "expected"), [("cuda", "fla"), ("xpu", "parallel")])
-def test_the_choice_on_other_devices(monkeypatch: pytest.MonkeyPatch, where, expected) -> None:
+def test_the_choice_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for tensors, since there may be no such device."""
 
     class Elsewhere:
-        shape, dtype = torch.Size([2, 9, 3]), torch.float32
-        device = torch.device(where)
+        shape, dtype, device = torch.Size([2, 9, 3]), torch.float32, torch.device("cuda")
 
     monkeypatch.setattr(module, "_PLAIN", (Elsewhere,))
-    monkeypatch.setattr(module, "is_installed", lambda package: True)
-    assert linear_scan_backend(Elsewhere(), Elsewhere()) == expected
-    monkeypatch.setattr(module, "is_installed", lambda package: False)
     assert linear_scan_backend(Elsewhere(), Elsewhere()) == "parallel"
 
 
 def test_bad_arguments_are_refused() -> None:
     ones = torch.ones(2, 5, 3)
-    with pytest.raises(ValueError, match="unknown linear_scan backend 'fast'"):
-        linear_scan(ones, ones, backend="fast")
-    with pytest.raises(ValueError, match="'numba' runs on a CPU only"):
-        linear_scan(ones.to("meta"), ones.to("meta"), backend="numba")
-    with pytest.raises(ValueError, match="'fla' runs on a CUDA device only"):
-        linear_scan(ones, ones, backend="fla")
-    with pytest.raises(ValueError, match="T >= 1"):
-        linear_scan(ones[:, :0], ones[:, :0])
-    with pytest.raises(ValueError, match=r"gates as \(2, 5, 3\), got \(2, 4, 3\)"):
-        linear_scan(ones[:, :4], ones)
-    with pytest.raises(ValueError, match=r"initial state as \(2, 3\)"):
-        linear_scan(ones, ones, ones[0])
-    with pytest.raises(ValueError, match=r"mask as \(2, 5\)"):
-        linear_scan(ones, ones, mask_BT=torch.ones(5, 2, dtype=torch.bool))
+    meta = ones.to("meta")
+    for message, gates, inputs, options in (
+        ("unknown linear_scan backend 'fast'", ones, ones, {"backend": "fast"}),
+        ("'numba' runs on a CPU only", meta, meta, {"backend": "numba"}),
+        ("T >= 1", ones[:, :0], ones[:, :0], {}),
+        (r"gates as \(2, 5, 3\), got \(2, 4, 3\)", ones[:, :4], ones, {}),
+        (r"initial state as \(2, 3\)", ones, ones, {"initial_BC": ones[0]}),
+        (r"mask as \(2, 5\)", ones, ones, {"mask_BT": torch.ones(5, 2, dtype=torch.bool)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_scan(gates, inputs, **options)

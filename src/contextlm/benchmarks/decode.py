@@ -9,13 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from contextlm.benchmarks.harness import (
-    Answer,
-    Curve,
-    Options,
-    Target,
-    Timing,
-)
+from contextlm.benchmarks.harness import Answer, Curve, Options, Target, Timing
 from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed
 
@@ -25,13 +19,7 @@ SHORT, LONG = 256, 32_768
 
 
 class _Text:
-    """A model and its cache after some tokens, in a text that goes on.
-
-    Args:
-        subject: whose model it is.
-        model: that model; texts of different lengths share it.
-        tokens: that are read before anything is timed.
-    """
+    """A model and its cache after some tokens; texts of different lengths share the model."""
 
     def __init__(self, subject: Subject, model: PreTrainedModel, tokens: int):
         self.subject, self.model, self.tokens = subject, model, tokens

@@ -12,9 +12,8 @@ import argparse
 import json
 from typing import Any
 
+import pandas
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, RunError
@@ -38,12 +37,7 @@ CASES = (
 def measure(
     corpus: str, tokenizer: str, tokens: int, seed: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row for each case: iterations, convergence, effective rank (share of C).
-
-    Raises:
-        InputError: the corpus or tokenizer is not usable, or the text is too short.
-        RunError: a hub is needed and cannot be reached.
-    """
+    """One row for each case: iterations, convergence, effective rank (share of C)."""
     text = load_corpus(corpus, None)
     words = load_tokenizer(tokenizer, text, cache_folder())
     stream = build_token_store(text, "train", words, cache_folder()).tokens
@@ -87,10 +81,7 @@ def main() -> None:
         rows = measure(given.corpus, given.tokenizer, given.tokens, given.seed, device)
     except (InputError, RunError) as error:
         parser.exit(2 if isinstance(error, InputError) else 1, f"{parser.prog}: {error}\n")
-    table = Table("model", "C", "iterations", "document's", "converged", "effective rank")
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    print(pandas.DataFrame(rows).to_string(index=False))
     print(json.dumps({"corpus": given.corpus, "tokens": given.tokens, "rows": rows}))
 
 

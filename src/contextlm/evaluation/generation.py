@@ -85,8 +85,6 @@ def continue_text(
     Args:
         folder: a checkpoint with its tokenizer.
         prompt: the text, in blocks; an empty one starts from the end-of-text token.
-        sampling: how to choose tokens.
-        device: ``auto``, ``cpu``, ``cuda`` ...
         write: given the text as it comes.
         on_prompt: given the tokens of a long prompt that have been read so far.
         on_token: after each token, given how many there are, their seconds, and their cache.
@@ -194,11 +192,7 @@ def prompt_ids(
 ) -> Iterator[list[int]]:
     """The prompt's ids, some at a time, at least one in all.
 
-    Args:
-        blocks: the text, cut anywhere.
-        tokenizer: of the checkpoint.
-        folder: the checkpoint's, for the error.
-        begin: put the start token in front, which an empty prompt is given in any case.
+    With `begin` the start token stands in front, which an empty prompt is given in any case.
 
     Raises:
         InputError: there is no start token.
@@ -234,10 +228,8 @@ def read_long_prompt(
     The ids for a model with a position limit are counted before it reads the first.
 
     Args:
-        model: a causal language model in evaluation mode.
         ids: of the prompt, some at a time.
         new_tokens: how many are to follow.
-        folder: the checkpoint's, for the error.
         told: called with the tokens read so far, after each chunk.
         chunk: tokens that the model reads at once. A prompt of no more is left to `generate`.
 
@@ -290,10 +282,7 @@ class TextStream(BaseStreamer):
 
     transformers' own streamer waits for a space, and decodes the whole line again at every token.
 
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        write: given the text; None: nobody is.
-        on_token: called after each token with the number of tokens so far.
+    `write` is given the text, `on_token` after each token the number of tokens so far.
     """
 
     def __init__(

@@ -81,11 +81,9 @@ def evaluate_long(
 ) -> LongReport:
     """Measure a checkpoint on texts longer than those it was trained on.
 
-    Args:
-        folder: the checkpoint.
-        corpus: as in a recipe. A corpus of tasks asks for answers.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        split: as in `evaluate_checkpoint`; of a corpus of tasks always the validation split.
+    Args as in `evaluate_checkpoint`, but:
+        corpus: one of tasks asks for answers.
+        split: of a corpus of tasks always the validation split.
         sequence_length: the training length; None: what the checkpoint's note says, else
             `SEQUENCE_LENGTH`.
         samples: at most so many windows, or questions; None: `WINDOWS`, or `QUESTIONS`.
@@ -233,7 +231,6 @@ def losses_by_position(
         model: a causal language model that decodes with a cache.
         windows: of ``W + ahead`` tokens each.
         ahead: how many tokens ahead the model predicts.
-        device: where the model is.
         chunk: tokens read at once; fewer where the vocabulary is large.
     """
     length = len(windows[0]) - ahead

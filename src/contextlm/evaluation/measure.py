@@ -88,9 +88,7 @@ def evaluate_checkpoint(
     """Measure a checkpoint on `corpus`, in windows with state reset.
 
     Args:
-        folder: the checkpoint.
         corpus: as in a recipe.
-        device: ``auto``, ``cpu``, ``cuda`` ...
         split: None: as `open_corpus` chooses.
         sequence_length: of the windows; None: `SEQUENCE_LENGTH`, or the model's positions if fewer.
         samples: use only the first windows; None: all.

@@ -56,8 +56,6 @@ def evaluate_quality(
         model: gives logits ``[B, T, V]``.
         windows: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
             they hold is passed to the model.
-        batch_size: windows per forward pass.
-        device: the model's.
     """
     was_training = model.training
     model.eval()
@@ -183,12 +181,9 @@ def window_contexts(
     """Contexts of the first windows by the exact recurrence, each window from zero, ``[N, C]``.
 
     Args:
-        block: a context block.
         embed: maps token ids to normalised embeddings.
         windows: items with ``"input_ids"`` and ``"labels"``; what fills up a window has no target,
             and its context does not count.
-        batch_size: windows per pass.
-        device: the block's.
         limit: stop after at least so many positions.
     """
     collected: list[Tensor] = []

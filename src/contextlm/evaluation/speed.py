@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from contextlm.evaluation.memory import feed, position_limit
 
@@ -43,36 +40,22 @@ def measure_speed(model: PreTrainedModel, tokens: int, device: torch.device) -> 
     prompt_1T = torch.ones(1, tokens, dtype=torch.long, device=device)
     prefill: list[float] = []
     decode: list[float] = []
-    for repetition in range(REPETITIONS + 1):
-        seconds, cache = _timed(partial(_prefill, model, prompt_1T), device)
-        decoding, _ = _timed(partial(_decode, model, cache, decoded, device), device)
-        if repetition > 0:  # the first one warms up
-            prefill.append(seconds)
-            decode.append(decoding / decoded)
+    for _ in range(REPETITIONS + 1):
+        started = _now(device)
+        cache = feed(model, prompt_1T, None)[1]
+        prefilled = _now(device)
+        for _ in range(decoded):
+            cache = feed(model, prompt_1T[:, :1], cache)[1]
+        prefill.append(prefilled - started)
+        decode.append(_now(device) - prefilled)
     model.train(was_training)
-    return Speed(tokens, tokens / statistics.median(prefill), 1 / statistics.median(decode))
+    # The first round warms up.
+    seconds, decoding = statistics.median(prefill[1:]), statistics.median(decode[1:])
+    return Speed(tokens, tokens / seconds, decoded / decoding)
 
 
-def _prefill(model: PreTrainedModel, prompt_1T: torch.Tensor) -> Cache:
-    return feed(model, prompt_1T, None)[1]
-
-
-def _decode(model: PreTrainedModel, cache: Cache, tokens: int, device: torch.device) -> Cache:
-    token_11 = torch.ones(1, 1, dtype=torch.long, device=device)
-    for _ in range(tokens):
-        cache = feed(model, token_11, cache)[1]
-    return cache
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for an accelerator, which otherwise only queues its work."""
+def _now(device: torch.device) -> float:
+    """Seconds, once an accelerator, which otherwise only queues its work, is done with it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _timed(work: Callable[[], Cache], device: torch.device) -> tuple[float, Cache]:
-    _synchronize(device)
-    started = time.perf_counter()
-    result = work()
-    _synchronize(device)
-    return time.perf_counter() - started, result
+    return time.perf_counter()

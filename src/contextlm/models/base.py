@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -119,12 +119,8 @@ class ContextPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def new_cache(self) -> Cache:
-        """An empty cache of this model's own kind.
-
-        Raises:
-            NotImplementedError: this model does not define it; each has to.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not define new_cache")
+        """An empty cache of this model's own kind; each subclass defines it."""
+        raise NotImplementedError
 
     @property
     def _is_stateful(self) -> bool:
@@ -193,15 +189,9 @@ class ContextDecoder(ContextPreTrainedModel):
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states of the new tokens, ``[B, T, width]``; moves `new.cache` on.
 
-        Args:
-            embeds_BTD: the tokens' embeddings.
-            new: what the forward pass was given.
-            **kwargs: for attention functions.
-
-        Raises:
-            NotImplementedError: the subclass does not define it; each has to.
+        Each subclass defines it; `kwargs` are for attention functions.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define decode")
+        raise NotImplementedError
 
     @merge_with_config_defaults
     @capture_outputs
@@ -252,8 +242,16 @@ class ContextDecoder(ContextPreTrainedModel):
         if cache is not None:
             counter = self._counter(cache, inputs_embeds.shape[0])
             past, seen_B = counter.get_seq_length(), counter.counts
-        new = NewTokens.of(inputs_embeds, attention_mask, past=past, seen_B=seen_B)
-        new = replace(new, cache=cache, position_ids=position_ids, contexts=contexts, last=last)
+        new = NewTokens.of(
+            inputs_embeds,
+            attention_mask,
+            past=past,
+            seen_B=seen_B,
+            cache=cache,
+            position_ids=position_ids,
+            contexts=contexts,
+            last=last,
+        )
         new.refuse_packed()
         if contexts is not None:
             self._check_contexts(contexts, new)
@@ -269,7 +267,9 @@ class ContextDecoder(ContextPreTrainedModel):
                 f"{self.config.model_type} needs its own cache: leave past_key_values out, pass "
                 "what an earlier call returned, or make one with new_cache()"
             )
-        own[0].check_rows(batch)
+        counts_B = own[0].counts
+        if counts_B is not None and len(counts_B) != batch:
+            raise ValueError(f"the cache holds {len(counts_B)} rows, the new tokens {batch}")
         if self.training and getattr(self, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs every layer twice, which would move the cache on "
@@ -366,14 +366,10 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, V]``, and the loss when labels are given.
 
+        What is not named here is as in `ContextDecoder.forward`.
+
         Args:
-            input_ids: this and what is not named here: see `ContextDecoder.forward`.
-            attention_mask: see there.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
             labels: ``[B, T]``, shifted inside as everywhere in transformers; -100 is ignored.
-            use_cache: see there.
             logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the
                 positions that a tensor names.
             **kwargs: passed to the decoder and to the loss (`num_items_in_batch`).

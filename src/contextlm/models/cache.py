@@ -6,6 +6,7 @@ repeat it for several returned sequences and ask how many tokens it has seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -50,15 +51,6 @@ class RowStateLayer(CacheLayerMixin):
         self._seen += new.tokens
         self.is_initialized = True
 
-    def check_rows(self, batch: int) -> None:
-        """Refuse new tokens for another number of rows than the cache holds.
-
-        Raises:
-            ValueError: they differ.
-        """
-        if self.counts is not None and self.counts.shape[0] != batch:
-            raise ValueError(f"the cache holds {self.counts.shape[0]} rows, the new tokens {batch}")
-
     def get_seq_length(self) -> int:
         """Tokens seen, padding included; `generate` slices its input with this."""
         return self._seen
@@ -84,25 +76,24 @@ class RowStateLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Stay on the device: the state is small."""
 
-    def _select(self, index_B: Tensor) -> None:
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put something else in the place of each tensor kept."""
         for name in self.kept:
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, value.index_select(0, index_B.to(value.device)))
+                setattr(self, name, change(value))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows named by `beam_idx`, ``[B]``, for beam search."""
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows `indices`."""
-        self._select(indices if indices.dtype != torch.bool else indices.nonzero().flatten())
+        """Keep only the rows `indices`, numbers or a mask."""
+        self._change(lambda value: value[indices.to(value.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        if self.counts is not None:
-            rows = torch.arange(self.counts.shape[0], device=self.counts.device)
-            self._select(rows.repeat_interleave(repeats))
+        self._change(lambda value: value.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         """A recurrence or a bounded window cannot be rewound.
@@ -143,35 +134,50 @@ class ContextStateLayer(RowStateLayer):
         return start_BC if self.state is None else self.state
 
 
-class RecentLayer(RowStateLayer):
-    """Keeps the newest K entries of each row, whatever they are: bounded memory.
+class EntriesLayer(RowStateLayer):
+    """Keeps an entry of every token, whatever it is.
 
     Entries end at the right: the last column is each row's newest, so that an entry's position
     follows from the row's count. Columns before a row's first token hold nothing of use.
 
     Attributes:
-        limit: K, the most entries kept.
-        entries: ``[B, <=K, E]``, or None before the first token.
+        entries: ``[B, K, E]``, or None before the first token.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.limit = limit
         self.entries: Tensor | None = None
 
     def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
         """Take in the entries of the new tokens, each row's real ones first.
 
         Returns:
-            Old and new entries, ``[B, K + T, E]``, which stand at the positions `new.columns(K)`.
+            Old and new entries, ``[B, K + T, E]``, which stand at the positions `new.columns(K)`
+            where one of every token is kept.
         """
         old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
         both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
-        self.entries = newest(both_BSE, new.ends(old_BKE.shape[1]), self.limit)
+        self.entries = self.remaining(both_BSE, old_BKE.shape[1], new)
         self.advance(new)
         return both_BSE
+
+    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
+        """What to keep of so many old entries and the new ones behind them."""
+        return newest(both_BSE, new.ends(kept), both_BSE.shape[1])
+
+
+class RecentLayer(EntriesLayer):
+    """Keeps the newest K entries of each row: bounded memory; `limit` is the most, K."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
+        """The newest."""
+        return newest(both_BSE, new.ends(kept), self.limit)
 
 
 def newest(entries_BSE: Tensor, end_B: Tensor | None, limit: int) -> Tensor:
@@ -183,11 +189,11 @@ def newest(entries_BSE: Tensor, end_B: Tensor | None, limit: int) -> Tensor:
         limit: the most entries to keep.
 
     Returns:
-        A copy.
+        The entries themselves where all are kept, else a copy: a view would hold all of them.
     """
     total = entries_BSE.shape[1]
     keep = min(limit, total)
     if end_B is None:
-        return entries_BSE[:, total - keep :].clone()
+        return entries_BSE if keep == total else entries_BSE[:, total - keep :].clone()
     columns_BK = end_B.unsqueeze(1) - keep + torch.arange(keep, device=end_B.device)
     return take(entries_BSE, columns_BK.clamp(min=0))

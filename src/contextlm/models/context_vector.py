@@ -128,10 +128,7 @@ class ContextVectorConfig(ContextConfig):
 class ForgetGate(nn.Linear):
     """A linear layer whose bias starts high: a model that has learnt nothing remembers.
 
-    Args:
-        mlp_size: H.
-        context_dim: C.
-        num_contexts: parts of the output whose biases start at 1, 3, 5 ...
+    The parts of the output, one for each context, start at 1, 3, 5 ...
     """
 
     def __init__(self, mlp_size: int, context_dim: int, num_contexts: int):
@@ -146,13 +143,9 @@ class ForgetGate(nn.Linear):
 
 
 class ContextUpdate(nn.Module):
-    """How a token changes the context; `gated` adds a forget gate and an input gate.
+    """How a token changes the context; `gated` scales what is kept and what is written.
 
-    Args:
-        mlp_size: H.
-        context_dim: C. One layer for all context vectors is the same as one layer for each.
-        num_contexts: how many vectors these are.
-        gated: scale what is kept and what is written, channel by channel.
+    One layer for all context vectors, C wide together, is the same as one layer for each.
     """
 
     def __init__(self, mlp_size: int, context_dim: int, num_contexts: int, *, gated: bool):

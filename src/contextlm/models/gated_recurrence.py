@@ -136,12 +136,7 @@ class GatedRecurrence(OwnStart):
 
 
 class GatedContextLayer(nn.Module):
-    """The one layer of a `GatedContextBlock`; its gates' weights are dense.
-
-    Args:
-        context_dim: C.
-        embedding_dim: D.
-    """
+    """The one layer of a `GatedContextBlock`; its gates' weights are dense."""
 
     def __init__(self, context_dim: int, embedding_dim: int):
         super().__init__()
@@ -161,13 +156,7 @@ class GatedContextLayer(nn.Module):
 
 
 class GatedContextBlock(ContextBlock):
-    """A gated recurrent context with the interface of the documents' context block.
-
-    Args:
-        context_dim: C.
-        embedding_dim: D, the width of the normalised token embeddings.
-        frozen: only phase 1 trains the block.
-    """
+    """A gated recurrent context with the interface of the documents' context block."""
 
     def __init__(self, context_dim: int, embedding_dim: int, *, frozen: bool = False):
         super().__init__(context_dim, embedding_dim, num_layers=0, frozen=frozen)

@@ -54,8 +54,11 @@ class NewTokens:
         *,
         past: int = 0,
         seen_B: Tensor | None = None,
+        **more: Any,
     ) -> NewTokens:
         """From the tokens' embeddings and the mask of these and all earlier tokens.
+
+        The other attributes are taken by their names.
 
         Raises:
             ValueError: the mask is not two-dimensional, too short, or of other rows.
@@ -71,6 +74,7 @@ class NewTokens:
             mask_BT=mask_BT,
             order_BT=_real_first(mask_BT),
             attention_mask=attention_mask,
+            **more,
         )
 
     def to(self, device: torch.device) -> NewTokens:

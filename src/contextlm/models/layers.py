@@ -31,11 +31,7 @@ class OwnStart(nn.Module):
     """A module whose weights do not start as transformers would start them."""
 
     def reset_parameters(self) -> None:
-        """Start the module's own parameters anew, by `transformers.initialization`.
-
-        Raises:
-            NotImplementedError: the subclass does not say how; each has to.
-        """
+        """Start the module's own parameters anew, by `transformers.initialization`."""
         raise NotImplementedError
 
 
@@ -45,11 +41,6 @@ class ContextLayer(OwnStart):
     `weight` is one ``[C, C + D]`` matrix whose first C columns act on the context and whose last D
     act on the token. The two products are computed apart, because the token's part can be had
     for all tokens (or for all vocabulary entries) at once.
-
-    Args:
-        context_dim: C.
-        embedding_dim: D.
-        eps: of the layer norm.
     """
 
     def __init__(self, context_dim: int, embedding_dim: int, eps: float = 1e-5):
@@ -103,12 +94,8 @@ class ContextBlock(nn.Module):
 
     The last layer's output is the recurrent context; before the first token it is zero.
 
-    Args:
-        context_dim: C.
-        embedding_dim: D, the width of the normalised token embeddings.
-        num_layers: L.
-        eps: of the layer norms.
-        frozen: only phase 1 trains the block.
+    `embedding_dim` is D, the width of the normalised token embeddings; a block that is `frozen` is
+    trained by phase 1 only.
     """
 
     def __init__(
@@ -171,15 +158,9 @@ class ContextBlock(nn.Module):
         )
 
     def run(self, embedded_BTD: Tensor, new: NewTokens, state: ContextStateLayer | None) -> Tensor:
-        """The recurrence from where the cache left it; moves the cached state on.
+        """As `forward`, from where the cache left it; moves the cached state on.
 
-        Args:
-            embedded_BTD: normalised token embeddings.
-            new: the tokens, in the order of the input.
-            state: the cache's layer, or None to start from zero and keep nothing.
-
-        Returns:
-            Every layer's output at every token, ``[L, B, T, C]``.
+        Without a `state` it starts from zero and keeps nothing.
         """
         initial_BC = embedded_BTD.new_zeros(embedded_BTD.shape[0], self.context_dim)
         if state is not None:
@@ -190,15 +171,7 @@ class ContextBlock(nn.Module):
         return contexts_LBTC
 
     def parallel(self, embedded_BTD: Tensor, previous_BTC: Tensor) -> Tensor:
-        """Every layer's output where the context before each token is known, as from a store.
-
-        Args:
-            embedded_BTD: normalised token embeddings.
-            previous_BTC: the context before each token.
-
-        Returns:
-            As `forward`, ``[L, B, T, C]``, in the weights' own type.
-        """
+        """As `forward`, where the context before each token is known, as from a store."""
         with _without_autocast(embedded_BTD.device.type):
             embedded_ND = embedded_BTD.to(self._dtype).flatten(0, 1)
             context_NC = previous_BTC.to(self._dtype).flatten(0, 1)
@@ -209,14 +182,9 @@ class ContextBlock(nn.Module):
         return torch.stack(outputs)
 
     def step(self, context_NC: Tensor, projected_NC: list[Tensor]) -> Tensor:
-        """Apply the whole block once to N independent contexts.
+        """The last layer's output, ``[N, C]``, for N independent contexts.
 
-        Args:
-            context_NC: the contexts that go in.
-            projected_NC: per layer, the tokens' part (`ContextLayer.project`).
-
-        Returns:
-            The last layer's output, ``[N, C]``.
+        `projected_NC` is, per layer, the tokens' part (`ContextLayer.project`).
         """
         for layer, projected_layer_NC in zip(self.stack(), projected_NC, strict=True):
             context_NC = layer.step(context_NC, projected_layer_NC)

@@ -85,11 +85,7 @@ class PostLNAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What attention adds, ``[B, T, D]``, and its weights where the backend has them.
 
-        Args:
-            x_BTD: the stream.
-            mask: as `create_causal_mask` makes it for the attention backend.
-            past_key_values: keys and values to extend and attend to, or None.
-            **kwargs: for the attention backend.
+        The mask is as `create_causal_mask` makes it; a cache is extended and attended to.
         """
         query_BHTE = self._split(self.query(x_BTD))
         key_BHSE, value_BHSE = self._split(self.key(x_BTD)), self._split(self.value(x_BTD))

@@ -1,37 +1,19 @@
 """Which implementation of an op runs, and how loops are compiled.
 
-An op with several backends takes ``backend="auto"`` or a name. Where a model calls the op,
-`use_backend` around the model chooses; a user chooses with the environment variable
-``CONTEXTLM_BACKEND``, which holds a name for all ops or a list such as
-``context_scan=eager,linear_scan=numba``. The nearest choice counts.
+An op with several backends takes ``backend="auto"`` or a name. What a call leaves open the
+environment variable ``CONTEXTLM_BACKEND`` decides, which holds a name for all ops or a list such as
+``context_scan=eager,linear_scan=numba``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
-
-_used: ContextVar[dict[str, str] | None] = ContextVar("contextlm_backends", default=None)
-
-
-@contextmanager
-def use_backend(op: str, name: str) -> Iterator[None]:
-    """Let `op` run on the backend `name` wherever a call leaves the choice open.
-
-    An unknown name is refused by the op when it is called.
-    """
-    token = _used.set({**(_used.get() or {}), op: name})
-    try:
-        yield
-    finally:
-        _used.reset(token)
 
 
 def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
@@ -40,7 +22,7 @@ def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
     Raises:
         ValueError: none of them has that name.
     """
-    name = given if given != AUTO else (_used.get() or {}).get(op) or _from_environment(op)
+    name = given if given != AUTO else _from_environment(op)
     if name != AUTO and name not in known:
         raise ValueError(f"unknown {op} backend {name!r} (known: {', '.join((AUTO, *known))})")
     return name

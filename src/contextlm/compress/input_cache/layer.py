@@ -52,12 +52,6 @@ class InputLayer(RowStateLayer):
         self.positions = _extended(self.positions, new_BT)
         return self.positions
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        if self.inputs is not None:
-            rows = torch.arange(self.inputs.shape[0], device=self.inputs.device)
-            self._select(rows.repeat_interleave(repeats))
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, whose number is negative, as transformers' own layers take it.
 
@@ -67,10 +61,7 @@ class InputLayer(RowStateLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
         self._seen = max(0, self._seen + tokens_to_remove)
-        for name in self.kept:
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value[:, : self._seen])
+        self._change(lambda value: value[:, : self._seen])
 
 
 def input_layers(cache: Cache, layers: int) -> list[InputLayer]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from contextlm.models.cache import RowStateLayer
+from contextlm.models.cache import EntriesLayer
 from contextlm.models.inputs import NewTokens, take
 from contextlm.ops.dilated_attention import multiples_below
 
@@ -25,63 +25,36 @@ class Reading(NamedTuple):
 
 
 def read_positions(new: NewTokens, kept: int, interval: int, size: int) -> Reading:
-    """Anchor "position" after a `RecentLayer`: position i reads i, i - s, i - 2s, ...
-
-    Args:
-        new: the tokens that read.
-        kept: K, the entries kept of those before.
-        interval: s.
-        size: M.
-    """
+    """Anchor "position" after K entries of a `RecentLayer`: i reads i, i - s, i - 2s, ..."""
     back_M = interval * torch.arange(size, device=new.device)
     new_TM = torch.arange(new.tokens, device=new.device).unsqueeze(1) - back_M
     real = new.starts.unsqueeze(2) + new_TM >= 0
     return Reading((kept + new_TM).where(real, 0), real)
 
 
-class GridLayer(RowStateLayer):
+class GridLayer(EntriesLayer):
     """Keeps the entries of each row's last K positions that are multiples of s: one in s.
-
-    Entries end at the right, as in `RecentLayer`. Columns before a row's first hold nothing of use.
 
     Attributes:
         interval: s.
         limit: K, the most entries kept.
-        entries: ``[B, <=K, E]``, or None before the first token.
     """
-
-    kept: ClassVar[tuple[str, ...]] = ("counts", "entries")
 
     def __init__(self, interval: int, limit: int) -> None:
         super().__init__()
         self.interval = interval
         self.limit = limit
-        self.entries: Tensor | None = None
 
-    def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
-        """Take in the entries of the new tokens, each row's real ones first.
-
-        Returns:
-            Old and new entries, ``[B, K + T, E]``, which `read` refers to.
-        """
-        old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
-        both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
-        self.advance(new)
+    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
+        """Those of multiples of s."""
         # No row has more multiples of s among its tokens than the longest possible one.
-        keep = min(self.limit, -(-self.get_seq_length() // self.interval))
+        keep = min(self.limit, -(-(new.past + new.tokens) // self.interval))
         ends_B1 = multiples_below(new.starts + new.counts.unsqueeze(1), self.interval)
         multiples_BK = ends_B1 - keep + torch.arange(keep, device=new.device)
-        columns_BK = self._columns(multiples_BK, new, old_BKE.shape[1])
-        self.entries = take(both_BSE, columns_BK.clamp(min=0))
-        return both_BSE
+        return take(both_BSE, self._columns(multiples_BK, new, kept).clamp(min=0))
 
     def read(self, new: NewTokens, kept: int) -> Reading:
-        """Anchor "grid": position i reads i and the K largest multiples of s strictly below i.
-
-        Args:
-            new: the tokens that read.
-            kept: the entries kept of those before.
-        """
+        """Anchor "grid": position i reads i and the K largest multiples of s strictly below i."""
         below_BT1 = multiples_below(new.columns(0), self.interval).unsqueeze(-1)
         multiples_BTM = below_BT1 - 1 - torch.arange(self.limit, device=new.device)
         columns_BTM = self._columns(multiples_BTM.flatten(1), new, kept).view_as(multiples_BTM)

@@ -61,15 +61,7 @@ class TokenWindow(NamedTuple):
 class MemoryAttention(nn.Module):
     """Attention of each token's embedding to M entries of a memory; what both kinds share.
 
-    Args:
-        hidden_size: D.
-        entry_dim: C.
-        heads: H.
-        interval: positions from one entry that is read to the next.
-        size: M.
-        anchor: where the earlier entries lie (`dilated_attention`).
-        padding: whether missing entries take part as zero vectors or are left out.
-        dropout: on the attention weights in training.
+    `entry_dim` is C, `size` M; `interval`, `anchor` and `padding` are as in the configuration.
     """
 
     def __init__(
@@ -164,14 +156,7 @@ class TokenAttention(MemoryAttention):
 
 
 class ContextKVLayer(nn.Module):
-    """``h = LN(e + attention)``, then ``h + LN(W_2 GELU(W_1 h))``.
-
-    Args:
-        attention: reads the memory.
-        intermediate_size: width of the feed-forward part.
-        dropout: on the outputs of attention and feed-forward part.
-        eps: of the layer norms.
-    """
+    """``h = LN(e + attention)``, then ``h + LN(W_2 GELU(W_1 h))``; dropout on both parts."""
 
     def __init__(
         self, attention: MemoryAttention, intermediate_size: int, dropout: float, eps: float

@@ -225,11 +225,7 @@ class SegmentAttention(GPT2Attention):
 
 
 class DualContextAttention(nn.Module):
-    """Attention over recent tokens (L0) and over representatives of older spans (L1).
-
-    Args:
-        config: the base's, for width, heads, dropout, and the attention function.
-    """
+    """Attention over recent tokens (L0) and over representatives of older spans (L1)."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -253,13 +249,7 @@ class DualContextAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_BTD: Tensor, state: DualContextLayer | None, views: Views) -> Tensor:
-        """What each token reads from L0 and L1, ``[B, T, D]``.
-
-        Args:
-            hidden_BTD: of the new tokens.
-            state: what decoding keeps; moved on. None to keep nothing.
-            views: who sees what.
-        """
+        """What each token reads from L0 and L1, ``[B, T, D]``; moves the state on."""
         local_BSD = views.keep(hidden_BTD, state)
         past_BRD = self._representatives(local_BSD, state, views.past)
         query_BTD = self.query(hidden_BTD)

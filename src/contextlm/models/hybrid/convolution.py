@@ -21,12 +21,9 @@ class Taps:
     taps: Tensor | None = None
 
     def with_taps(self, new_BTC: Tensor, taps: int, new: NewTokens) -> Tensor:
-        """The inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
+        """The J inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
 
-        Args:
-            new_BTC: inputs of the new tokens, real ones first.
-            taps: J.
-            new: the new tokens.
+        The new tokens' stand with the real ones first.
         """
         old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
         old_BJC = old_BJC if self.taps is None else self.taps
@@ -58,13 +55,7 @@ class CausalConvolution(OwnStart):
         init.zeros_(self.bias)
 
     def forward(self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens) -> Tensor:
-        """``[B, T, C]``; inputs before a row's first token are zero.
-
-        Args:
-            inputs_BTC: of the new tokens, real ones first.
-            state: where the inputs before them are kept, or None: there are none.
-            new: the new tokens.
-        """
+        """``[B, T, C]``, real tokens first; inputs before a row's first token are zero."""
         before, tokens = self.taps - 1, inputs_BTC.shape[1]
         if state is None:
             all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))

@@ -27,21 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
-from contextlm.models.cache import RowStateLayer, newest
+from contextlm.models.cache import EntriesLayer
 from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
 
 
-class LatentLayer(Taps, RowStateLayer):
+class LatentLayer(Taps, EntriesLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
             newest tokens can be taken back, as far as none is padding.
-
-    Attributes:
-        entries: ``[B, S, C]``, each row's newest in the last column; None before the first token.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
@@ -49,23 +46,12 @@ class LatentLayer(Taps, RowStateLayer):
     def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
         self.is_croppable = is_croppable
-        self.entries: Tensor | None = None
         self._real_tail = 0  # newest tokens that were real in every row
 
-    def append(self, new_BTC: Tensor, new: NewTokens) -> Tensor:
-        """Take in the entries of the new tokens, each row's real ones first.
-
-        Returns:
-            Old and new entries, ``[B, K + T, C]``, which stand at the positions `new.columns(K)`.
-        """
-        old_BKC = new_BTC[:, :0] if self.entries is None else self.entries
-        both_BSC = torch.cat([old_BKC, new_BTC], dim=1)
-        self.entries = both_BSC
-        if new.mask_BT is not None:
-            self.entries = newest(both_BSC, new.ends(old_BKC.shape[1]), both_BSC.shape[1])
+    def advance(self, new: NewTokens) -> None:
+        """Count the new tokens, and how far back none is padding."""
         self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
-        self.advance(new)
-        return both_BSC
+        super().advance(new)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -103,11 +89,7 @@ class LatentLayer(Taps, RowStateLayer):
 
 
 class LatentAttention(nn.Module):
-    """L as a layer's mixer.
-
-    Args:
-        config: of the model: widths, heads, and the attention function.
-    """
+    """L as a layer's mixer."""
 
     def __init__(self, config: Any):
         super().__init__()

@@ -161,12 +161,7 @@ def _state(config: ContextHybridConfig, kind: str) -> RowStateLayer:
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """A mixer and a feed-forward part, each behind a norm and beside a residual.
-
-    Args:
-        config: of the model.
-        kind: R, W or L.
-    """
+    """A mixer, R, W or L, and a feed-forward part, each behind a norm and beside a residual."""
 
     def __init__(self, config: ContextHybridConfig, kind: str):
         super().__init__()

@@ -32,10 +32,7 @@ class RecurrenceLayer(Taps, ContextStateLayer):
 class RecurrentMixer(nn.Module):
     """R as a layer's mixer: two projections in, one of them through the recurrence, one out.
 
-    Args:
-        width: D, of the stream and of the recurrence.
-        blocks: see `GatedRecurrence`.
-        taps: of the convolution; 0 leaves it out.
+    `blocks` are those of `GatedRecurrence`; 0 `taps` leave the convolution out.
     """
 
     def __init__(self, width: int, blocks: int, taps: int):

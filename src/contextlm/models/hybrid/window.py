@@ -32,11 +32,7 @@ class WindowLayer(Taps, RecentLayer):
 
 
 class WindowedAttention(nn.Module):
-    """W as a layer's mixer.
-
-    Args:
-        config: of the model: widths, heads, window, convolution, norms and attention function.
-    """
+    """W as a layer's mixer."""
 
     def __init__(self, config: Any):
         super().__init__()

@@ -78,13 +78,7 @@ def context_scan(
 def context_scan_backend(
     tensors: Sequence[Tensor], rows: int, tokens: int, *, backend: str = AUTO
 ) -> str:
-    """The backend that `context_scan` takes.
-
-    Args:
-        tensors: all tensors given to `context_scan`, but for the mask.
-        rows: B.
-        tokens: T.
-        backend: what the call says.
+    """The backend that `context_scan` takes for these tensors (all but the mask), B and T.
 
     Raises:
         ValueError: the backend is unknown, or does not fit the tensors.

@@ -19,13 +19,8 @@ def context_step(
 ) -> Tensor:
     """One context layer applied to N independent contexts: the new contexts, ``[N, C]``.
 
-    Args:
-        context_NC: the contexts that go in.
-        projected_NC: the tokens' part, ``W_e e + b``.
-        weight_CC: the recurrent weight, ``[out, in]`` as in ``nn.Linear``.
-        norm_weight_C: scale of the layer norm.
-        norm_bias_C: shift of the layer norm.
-        eps: of the layer norm.
+    `projected_NC` is the tokens' part, ``W_e e + b``; the recurrent weight is ``[out, in]``, as in
+    ``nn.Linear``.
     """
     update_NC = F.gelu(torch.addmm(projected_NC, context_NC, weight_CC.t()))
     return F.layer_norm(

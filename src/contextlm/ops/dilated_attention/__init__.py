@@ -41,9 +41,7 @@ def dilated_attention(
     are those of the positions just before, so that a window can be cut out of a long stream.
 
     Args:
-        query_BHTE: queries, not scaled.
-        key_BHSE: keys of the memory.
-        value_BHSE: values of the memory.
+        query_BHTE: not scaled.
         interval: s.
         size: M.
         anchor: where the earlier entries lie.

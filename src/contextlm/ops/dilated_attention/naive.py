@@ -34,15 +34,9 @@ def gather_attention(
 ) -> Tensor:
     """Attention of each query to an explicit list of memory columns, ``[B, H, T, E]``.
 
-    Args:
-        query_BHTE: queries, not scaled.
-        key_BHSE: keys of the memory.
-        value_BHSE: values of the memory.
+    Args as in `dilated_attention`, and:
         columns_BTM: which entries each query reads; what stands at missing ones does not matter.
         real_BTM: False at missing entries. Without pads, each query needs at least one real entry.
-        pad_key_HE: key of a missing entry; None leaves missing entries out of the softmax.
-        pad_value_HE: value of a missing entry; given together with `pad_key_HE`.
-        dropout: share of the attention weights to drop.
 
     Raises:
         ValueError: only one of the two pads is given.

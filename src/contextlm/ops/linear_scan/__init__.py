@@ -3,9 +3,8 @@
     h_t = a_t h_{t-1} + b_t
 
 Backends: ``eager``, the loop over tokens in `naive`, works everywhere; ``numba``, one compiled loop
-for a CPU; ``parallel``, parallel in time, in plain torch, also under torch.compile; ``fla``, the
-kernels of flash-linear-attention on a GPU. All are differentiable, ``eager`` and ``parallel`` more
-than once.
+for a CPU; ``parallel``, parallel in time, in plain torch, for all else and under torch.compile. All
+are differentiable, ``eager`` and ``parallel`` more than once.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from contextlm.ops.backends import AUTO, is_installed, requested_backend
 
-BACKENDS = ("eager", "numba", "parallel", "fla")
+BACKENDS = ("eager", "numba", "parallel")
 # Chosen while torch.compile traces, which cannot trace the choosing.
 _requested = torch.compiler.assume_constant_result(requested_backend)
 # Measured: below, a handful of torch's calls costs less than any set-up.
@@ -39,7 +38,7 @@ def linear_scan(
     state from call to call passes float32 inputs.
 
     Args:
-        gates_BTC: a, usually from 0 to 1; not negative (``fla`` works with their logarithms).
+        gates_BTC: a, usually from 0 to 1.
         inputs_BTC: b.
         initial_BC: the state before the first token; None: zero.
         mask_BT: False where a token is padding: the state passes it unchanged.
@@ -68,8 +67,6 @@ def linear_scan(
         from contextlm.ops.linear_scan.numba import linear_scan_numba as run
     elif name == "parallel":
         from contextlm.ops.linear_scan.parallel import linear_scan_parallel as run
-    elif name == "fla":
-        from contextlm.ops.linear_scan.fla import linear_scan_fla as run
     else:
         from contextlm.ops.linear_scan.naive import linear_scan_naive as run
     return run(gates_BTC, inputs_BTC, initial_BC.to(state_type)).to(result_type)
@@ -85,29 +82,25 @@ def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str =
     name = _requested("linear_scan", backend, BACKENDS)
     if name == AUTO and gates_BTC.shape[1] < _FEWEST_TOKENS:
         return "eager"
-    obstacles = {kernel: _obstacle(kernel, *tensors) for kernel in ("numba", "fla")}
-    if obstacles.get(name):
-        raise ValueError(f"linear_scan backend {name!r} {obstacles[name]}")
+    obstacle = _obstacle_to_numba(*tensors)
+    if name == "numba" and obstacle:
+        raise ValueError(f"linear_scan backend 'numba' {obstacle}")
     if name != AUTO:
         return name
-    for kernel, obstacle in obstacles.items():
-        if not obstacle:
-            return kernel
+    if not obstacle:
+        return "numba"
     # A CPU gains nothing from more, but parallel, work; a trace of the loop is as long as the text.
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     return "eager" if on_cpu and not _traced(*tensors) else "parallel"
 
 
-def _obstacle(kernel: str, *tensors: Tensor) -> str:
-    """Why a kernel from outside torch cannot take these tensors; empty if it can."""
+def _obstacle_to_numba(*tensors: Tensor) -> str:
+    """Why a loop outside torch cannot take these tensors; empty if it can."""
     if _traced(*tensors):
         return "cannot be traced"
-    device, package = ("cpu", "numba") if kernel == "numba" else ("cuda", "fla")
-    if any(tensor.device.type != device for tensor in tensors):
-        return "runs on a CPU only" if device == "cpu" else "runs on a CUDA device only"
-    if kernel == "fla" and _state_type(*tensors) != torch.float32:
-        return "computes in float32 only"
-    return "" if is_installed(package) else f"needs the package {package}"
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "runs on a CPU only"
+    return "" if is_installed("numba") else "needs the package numba"
 
 
 def _traced(*tensors: Tensor) -> bool:
