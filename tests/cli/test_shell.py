@@ -91,8 +91,11 @@ def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "contextlm: interrupted\n"
 
 
-def test_sigterm_is_one_line_and_143(capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute(failing(Terminated()), ["fail"]) == 143
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (1, 129), (10, 138)])
+def test_a_signal_is_one_line_and_128_more(
+    capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    assert execute(failing(Terminated(number)), ["fail"]) == code
     assert capsys.readouterr().err == "contextlm: terminated\n"
 
 

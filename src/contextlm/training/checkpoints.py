@@ -16,10 +16,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from contextlm.base.errors import RunError, is_out_of_memory
 from contextlm.base.files import atomic_folder, write_json
 
 TENSORS, RECORD, MANIFEST = "state.safetensors", "record.json", "manifest.json"
@@ -61,28 +59,18 @@ class Checkpoints:
             keep: numbers of older checkpoints that are to stay.
 
         Raises:
-            RunError: the disk refused it; nothing of it remains.
+            RunError: the disk is full or failing; nothing of it remains.
         """
-        place = self.place(number)
-        try:
-            with atomic_folder(place) as partial:
-                stored = {
-                    f"{group}.{name}": tensor.detach().cpu().contiguous()
-                    for group, tensors in groups.items()
-                    for name, tensor in tensors.items()
-                }
-                safetensors.torch.save_file(stored, partial / TENSORS)
-                (partial / RECORD).write_text(json.dumps(record), "utf-8")
-                sums = {name: _sha256(partial / name) for name in (TENSORS, RECORD)}
-                write_json(partial / MANIFEST, sums)
-        # safetensors and torch have faults of their own for what the disk refuses.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise RunError(
-                f"{place}: the checkpoint could not be written, nothing of it remains: {reason}"
-            ) from error
+        with atomic_folder(self.place(number)) as partial:
+            stored = {
+                f"{group}.{name}": tensor.detach().cpu().contiguous()
+                for group, tensors in groups.items()
+                for name, tensor in tensors.items()
+            }
+            safetensors.torch.save_file(stored, partial / TENSORS)
+            (partial / RECORD).write_text(json.dumps(record), "utf-8")
+            sums = {name: _sha256(partial / name) for name in (TENSORS, RECORD)}
+            write_json(partial / MANIFEST, sums)
         for old in self._all()[KEPT:]:
             if self._number(old) not in keep:
                 shutil.rmtree(old)
