@@ -10,8 +10,8 @@ import torch
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.files import write_json
 from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
-from contextlm.lab.preparation import prepare
-from contextlm.lab.work import _on_first_part
+from contextlm.lab.preparation import on_first_part, prepare
+from contextlm.lab.work import _highest_rate
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import TrialResult
 
@@ -106,7 +106,8 @@ def test_a_grid_whose_inside_is_best_is_not_extended(toy, tmp_path):
     )
     assert tried == [0.001, 0.002, 0.004]
     assert facts.chosen == 0.002
-    part = _on_first_part(made.prepared, "base")  # of 24 windows and 2 steps of warm-up
+    # Of 24 windows and 2 steps of warm-up.
+    part = on_first_part(made.prepared.entries["base"], made.prepared.recipe.tuning)
     assert (len(part.train), part.training.warmup) == (6, 0)
     again, same, _ = tuned(toy, tmp_path, lambda rate: 0.0, rates="[0.001, 0.002, 0.004]")
     assert (again, same) == ([], facts)  # what was tried is not tried again
@@ -142,7 +143,29 @@ def test_a_rate_that_diverges_is_passed_over(toy, tmp_path):
 def test_a_share_holds_a_batch_where_lesser_ones_are_dropped(toy):
     tuning = "tuning={learning_rates: [0.001, 0.002], share: 0.01}"
     made = planner(toy, tuning, "training.drop_last=true")
-    assert len(_on_first_part(made.prepared, "base").train) == 8
+    part = on_first_part(made.prepared.entries["base"], made.prepared.recipe.tuning)
+    assert len(part.train) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.warmup=3"], "training.warmup 3 must be less than the 3 steps that training"),
+        (
+            ["training.warmup=2", "tuning={learning_rates: [0.001, 0.002], share: 0.3}"],
+            "training.warmup 1 must be less than the 1 steps that training takes to tune a rate",
+        ),
+    ],
+)
+def test_a_warm_up_as_long_as_training_is_refused(toy, overrides, message):
+    with pytest.raises(InputError, match=f"contenders.base: {message}"):
+        planner(toy, *overrides)
+
+
+def test_the_rate_of_a_result_is_the_highest_that_was_reached(toy):
+    made = planner(toy, "training.warmup=2", "training.learning_rate=0.5")
+    rates = [_highest_rate(made.prepared.entries["base"], steps) for steps in (1, 2, 3)]
+    assert rates == [0.25, 0.5, 0.5]
 
 
 def test_contenders_wait_for_their_own_trials_only(toy, tmp_path):

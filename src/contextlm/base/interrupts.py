@@ -1,4 +1,4 @@
-"""Being told to stop, at once or at the next good moment: Ctrl-C (SIGINT), SIGTERM, SIGHUP, SIGUSR1.
+"""Being told to stop by Ctrl-C (SIGINT), SIGTERM, SIGHUP or SIGUSR1: at once or a little later.
 
 Schedulers warn a job by one of the last three before they kill it. Signals reach the main thread
 only; in other threads nothing here changes anything.

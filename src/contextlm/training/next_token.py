@@ -42,7 +42,7 @@ from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.checkpoints import Tell, silent
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.optimisation import build_optimizer, build_schedule
+from contextlm.training.optimisation import build_optimizer, build_schedule, steps_per_epoch
 from contextlm.training.phase_two_state import (
     Epoch,
     PhaseTwo,
@@ -220,12 +220,6 @@ def check_processes(settings: TrainingSettings, name: str = "training") -> None:
             f"{name}.batch_size {settings.batch_size}{parts} cannot be shared equally by "
             f"{distribution.world()} processes"
         )
-
-
-def steps_per_epoch(settings: TrainingSettings, windows: int) -> int:
-    """Optimiser steps in an epoch of so many windows."""
-    whole, rest = divmod(windows, settings.batch_size)
-    return whole + (rest > 0 and not settings.drop_last)
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Tensor:

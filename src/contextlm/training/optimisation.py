@@ -67,20 +67,31 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
     ]
 
 
-def build_schedule(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """The share of its learning rate at which a group takes the step after n steps, by n.
+def steps_per_epoch(settings: TrainingSettings, windows: int) -> int:
+    """Optimiser steps in an epoch of so many windows."""
+    whole, rest = divmod(windows, settings.batch_size)
+    return whole + (rest > 0 and not settings.drop_last)
 
-    ``linear`` and ``cosine`` fall from 1 after the warmup to 0 (or `minimum_ratio`) at the end of
-    the last epoch; with ``schedule_unit: epoch`` the share changes between epochs only.
+
+def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
+    """The share of its learning rate at which a group takes a step, by the number of those before.
+
+    In a warmup of W steps the share rises from 1/W at the first to 1 at the last. Then ``linear``
+    and ``cosine`` fall from 1 to 0 (or `minimum_ratio`) at the end of the last epoch; with
+    ``schedule_unit: epoch``, which has no warmup, the share changes between epochs only.
+
+    Args:
+        settings: of phase 2, with a warmup shorter than all epochs.
+        steps: in an epoch.
     """
     by_epoch = settings.schedule_unit == "epoch"
-    end = settings.epochs * (1 if by_epoch else steps_per_epoch)
+    end = settings.epochs * (1 if by_epoch else steps)
 
-    def share(steps: int) -> float:
-        now = steps // steps_per_epoch if by_epoch else steps
+    def share(before: int) -> float:
+        now = before // steps if by_epoch else before
         if now < settings.warmup:
-            return now / settings.warmup
-        done = (now - settings.warmup) / max(1, end - settings.warmup)
+            return (now + 1) / settings.warmup
+        done = (now - settings.warmup) / (end - settings.warmup)
         if settings.schedule == "linear":
             return max(0.0, 1 - done)
         if settings.schedule == "cosine":
