@@ -23,8 +23,12 @@ from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.results.facts import PhaseOneFacts, StoreFacts
 from contextlm.results.result import StageMemory
 from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
-from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
-from contextlm.training.phase_one_state import PhaseOneState
+from contextlm.training.oacd import (
+    PhaseOne,
+    PhaseOneState,
+    initial_contexts,
+    train_context_block,
+)
 
 _STORES = "_contexts"  # folder of a run; no contender can be named so
 
@@ -63,7 +67,7 @@ def make_contexts(
     history: History,
     progress: Progress,
     stages: list[StageMemory],
-    state: PhaseOneState | None,
+    state: PhaseOneState,
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
 

@@ -11,7 +11,7 @@ from contextlm.base.files import disk_faults_named
 from contextlm.base.progress import Bar, Progress
 from contextlm.evaluation.quality import perplexity
 from contextlm.results.result import HistoryRow, PhaseOneRow, PhaseTwoRow, StepRow
-from contextlm.training.phase_one_state import Iteration
+from contextlm.training.oacd import Iteration
 from contextlm.training.phase_two_state import Epoch
 
 MOST_STEP_ROWS = 2000  # of one training

@@ -38,8 +38,8 @@ from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings, TrialResult
 from contextlm.training.next_token import train_next_token
+from contextlm.training.oacd import PhaseOneState
 from contextlm.training.optimisation import build_schedule, steps_per_epoch
-from contextlm.training.phase_one_state import PhaseOneState
 from contextlm.training.phase_two_state import PhaseTwo
 
 

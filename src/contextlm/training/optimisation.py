@@ -1,19 +1,17 @@
-"""Optimisers, parameter groups, learning-rate schedules and precision as recipes describe them."""
+"""Optimisers, learning-rate schedules and precision as recipes describe them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from contextlm.base.errors import InputError
 from contextlm.recipe.settings import TrainingSettings
-
-Precision = Literal["float32", "bfloat16"]
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -102,25 +100,20 @@ def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], fl
     return share
 
 
-def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """Turn ``auto`` into a type that suits the machine.
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """``float32`` or ``bfloat16``; ``auto`` becomes the one that suits the machine.
 
     The decision rests on what the hardware has, never on a timing, so that two runs on one machine
     agree: bfloat16 where matrix units for it exist (AMX or AVX512-BF16 on a CPU, Ampere or later on
     CUDA), float32 elsewhere.
-
-    Args:
-        wanted: ``auto``, ``float32`` or ``bfloat16``.
-        device: where training runs.
     """
-    if wanted == "float32":
-        return "float32"
-    if wanted == "bfloat16":
-        return "bfloat16"
+    if wanted != "auto":
+        return wanted
+    multiplies_bfloat16 = False
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
+        multiplies_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
         # Older torch cannot tell.
-        has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
-    return "float32"
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        multiplies_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    return "bfloat16" if multiplies_bfloat16 else "float32"
