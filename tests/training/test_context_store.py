@@ -113,10 +113,10 @@ def test_as_many_passes_as_positions_are_the_recurrence():
 @pytest.mark.parametrize(("fill", "passes"), [("sequential", 1), ("parallel", 3)])
 def test_drift_is_the_mean_square_between_the_two(tmp_path, fill, passes):
     made = Made()
-    facts = made.fill(tmp_path, passes, fill=fill, dtype="bfloat16").facts
+    drift = made.fill(tmp_path, passes, fill=fill, dtype="bfloat16").drift
     pairs = zip(made.sequential().flatten(), made.parallel(passes).flatten(), strict=True)
     expected = sum((a.item() - b.item()) ** 2 for a, b in pairs) / (P * C)
-    assert facts.drift == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert drift == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert expected > 0.01
 
 
@@ -149,7 +149,7 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path, monkeypatch):
     first = made.fill(tmp_path)
     monkeypatch.setattr(context_store, "parallel_contexts", None)  # calling it would fail
     second = made.fill(tmp_path)
-    assert (second.path, second.facts) == (first.path, first.facts)
+    assert (second.path, second.drift) == (first.path, first.drift)
     assert torch.equal(second.rows(0, P), first.rows(0, P))
 
 

@@ -129,7 +129,7 @@ def make_contexts(
         StoredWindows(validation, stores[1], decoder.history),
         facts,
         phase1_seconds,
-        _store_facts(*stores),
+        _store_facts(prepared, *stores),
         filled - filling,
     )
 
@@ -164,15 +164,16 @@ def _fill(
     )
 
 
-def _store_facts(train: ContextStore, validation: ContextStore) -> StoreFacts:
-    settings = train.facts
+def _store_facts(prepared: Prepared, train: ContextStore, validation: ContextStore) -> StoreFacts:
+    settings = prepared.recipe.context_store
+    assert settings is not None
     return StoreFacts(
         fill=settings.fill,
         dtype=settings.dtype,
         train_bytes=train.nbytes,
         validation_bytes=validation.nbytes,
-        drift_train=train.facts.drift,
-        drift_validation=validation.facts.drift,
+        drift_train=train.drift,
+        drift_validation=validation.drift,
     )
 
 
@@ -188,7 +189,7 @@ def _phase_one_facts(
     if stores is None:
         contexts_NC = window_contexts(block, decoder.embed_normalised, validation, 32, device)
     else:
-        contexts_NC = stores[1].rows(0, stores[1].facts.positions)
+        contexts_NC = stores[1].rows(0, stores[1].positions)
     return PhaseOneFacts(
         iterations=len(outcome.iterations),
         converged=outcome.converged,

@@ -6,16 +6,15 @@ in one of two ways: `sequential` runs the exact recurrence over the stream, whic
 sees; `parallel` feeds every position its predecessor's context of an earlier pass, which is the
 documents' way and differs. The mean-square difference between both, the drift, is always measured.
 
-Shape suffixes: P positions of the stream, N positions of a chunk, C context width, D embedding
-width, H positions before a window, T positions of a window.
+Shape suffixes: P positions of the stream, N positions of a chunk, H positions before a window.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,37 +37,22 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Embed = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class StoreSidecar:
-    """A store's sidecar.
-
-    Attributes:
-        positions, context_dim: P and C.
-        fill, dtype: how it was filled, and the type on disk.
-        drift: mean-square difference between the two ways of filling, per number.
-    """
-
-    positions: int
-    context_dim: int
-    fill: str
-    dtype: str
-    drift: float
-
-
 class ContextStore:
     """Contexts of every position of a stream, on disk.
 
     Args:
-        path: the file of P x C numbers; its sidecar lies beside it.
-        facts: the sidecar.
+        path: the file of P x C numbers.
+        shape: P and C.
+        dtype: ``float32`` or ``bfloat16``.
+        drift: mean-square difference between the two ways of filling, per number.
     """
 
-    def __init__(self, path: Path, facts: StoreSidecar):
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: str, drift: float):
         self.path = path
-        self.facts = facts
-        size = facts.positions * facts.context_dim
-        mapped = torch.from_file(str(path), size=size, dtype=_DTYPES[facts.dtype])
-        self._contexts_PC = mapped.view(facts.positions, facts.context_dim)
+        self.positions, self.width = shape
+        self.drift = drift
+        mapped = torch.from_file(str(path), size=math.prod(shape), dtype=_DTYPES[dtype])
+        self._contexts_PC = mapped.view(shape)
         self.nbytes = self._contexts_PC.nbytes
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -76,8 +60,8 @@ class ContextStore:
 
         Zeros before the stream and behind it: before the first token the context is zero.
         """
-        out_NC = torch.zeros(stop - start, self.facts.context_dim)
-        first, last = max(start, 0), min(max(stop, 0), self.facts.positions)
+        out_NC = torch.zeros(stop - start, self.width)
+        first, last = max(start, 0), min(max(stop, 0), self.positions)
         if first < last:
             out_NC[first - start : last - start] = self._contexts_PC[first:last]
         return out_NC
@@ -127,7 +111,7 @@ def fill_context_store(
     With several processes all call this; rank 0 fills it, and all read the file.
 
     Args:
-        block: the trained context block.
+        block: trained.
         embed: maps token ids to normalised embeddings, ``[..., D]``.
         tokens_P: the stream.
         start_PC: contexts that the parallel passes start from; read on rank 0 only.
@@ -139,19 +123,19 @@ def fill_context_store(
         RunError: rank 0 has filled it, and the file cannot be read here.
     """
 
-    def find_or_fill() -> tuple[Path, StoreSidecar]:
+    def find_or_fill() -> tuple[Path, float]:
         key = _key(block, embed, tokens_P, start_PC, passes)
         path = folder / f"{key}-{settings.fill}-{settings.dtype}.bin"
         sidecar = path.with_suffix(".json")  # written last
         if sidecar.exists():
-            return path, StoreSidecar(**json.loads(sidecar.read_text("utf-8")))
-        facts = _fill(block, embed, tokens_P, start_PC, passes, settings, path)
-        write_json(sidecar, asdict(facts))
-        return path, facts
+            return path, json.loads(sidecar.read_text("utf-8"))["drift"]
+        drift = _fill(block, embed, tokens_P, start_PC, passes, settings, path)
+        write_json(sidecar, {"drift": drift})
+        return path, drift
 
-    path, facts = distribution.by_main(find_or_fill)
+    path, drift = distribution.by_main(find_or_fill)
     try:
-        return ContextStore(path, facts)
+        return ContextStore(path, (len(tokens_P), block.context_dim), settings.dtype, drift)
     except (OSError, RuntimeError):
         raise RunError(f"{path}: rank 0 filled this store, and it cannot be read here") from None
 
@@ -188,7 +172,8 @@ def _fill(
     passes: int,
     settings: ContextStoreSettings,
     path: Path,
-) -> StoreSidecar:
+) -> float:
+    """Write the contexts to `path`; the drift."""
     parallel_PC = parallel_contexts(block, embed, tokens_P, start_PC, passes)
     state_1C = torch.zeros_like(start_PC[:1])
     squares = 0.0
@@ -200,13 +185,7 @@ def _fill(
             chosen_NC = exact_NC if settings.fill == "sequential" else parallel_PC[rows]
             stored_NC = chosen_NC.to("cpu", _DTYPES[settings.dtype]).contiguous()
             stream.write(stored_NC.view(torch.uint8).numpy().tobytes())
-    return StoreSidecar(
-        positions=len(tokens_P),
-        context_dim=block.context_dim,
-        fill=settings.fill,
-        dtype=settings.dtype,
-        drift=squares / (len(tokens_P) * block.context_dim),
-    )
+    return squares / parallel_PC.numel()
 
 
 def _chunks(
