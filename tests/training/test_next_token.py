@@ -202,17 +202,6 @@ def test_frozen_parameters_stay_and_others_move(tmp_path):
         assert torch.equal(old, new) == ("context_block" in name), name
 
 
-def test_one_seed_gives_one_outcome(tmp_path):
-    def weights(folder: str, seed: int):
-        evaluate, _ = scripted([2.0, 1.0])
-        settings = TrainingSettings(batch_size=4, epochs=2)
-        model, _, _ = train(tmp_path / folder, evaluate, settings, seed=seed)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    assert torch.equal(weights("a", 1), weights("b", 1))
-    assert not torch.equal(weights("c", 1), weights("d", 2))
-
-
 def test_bfloat16_is_for_training_only(tmp_path):
     types = []
 

@@ -25,7 +25,7 @@ def freed_memory_kept() -> Iterator[None]:
 
     Elsewhere than on glibc (macOS, Windows, musl) nothing changes.
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if not hasattr(library, "gnu_get_libc_version"):
         yield
         return
