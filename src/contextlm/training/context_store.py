@@ -73,10 +73,7 @@ class StoredWindows(Dataset[dict[str, Tensor]]):
     Items have ``contexts``, ``[H + T, C]``: those of the H positions before the window and of the
     window itself; and ``position_ids``, ``[T]``: places in the stream.
 
-    Args:
-        windows: of the stream that the store was filled from.
-        store: its contexts.
-        history: H, what the model reads of the time before a window.
+    The store was filled from the windows' stream; `history` is H.
     """
 
     def __init__(self, windows: Windows, store: ContextStore, history: int):
@@ -111,12 +108,10 @@ def fill_context_store(
     With several processes all call this; rank 0 fills it, and all read the file.
 
     Args:
-        block: trained.
         embed: maps token ids to normalised embeddings, ``[..., D]``.
         tokens_P: the stream.
         start_PC: contexts that the parallel passes start from; read on rank 0 only.
         passes: how many parallel passes there are.
-        settings: how to fill it, and its type.
         folder: where stores are kept; made if needed.
 
     Raises:

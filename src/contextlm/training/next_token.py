@@ -98,14 +98,10 @@ def train_next_token(
         model: on `device`; trained in place, only parameters that require gradients.
         train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
             they hold is passed to the model.
-        settings: of phase 2.
-        evaluate: called after each epoch.
         seed: of shuffling and dropout.
-        device: this process's own.
         precision: ``float32`` or ``bfloat16`` (autocast around the loss, not the evaluation).
         folder: for this training's checkpoints alone; training resumes from the newest whole one
             in there. They stay: the caller removes them.
-        watcher: of steps and epochs.
         tell: takes a line about checkpoints.
 
     Raises:
@@ -179,7 +175,7 @@ def train_next_token(
             raise
 
         if state is not None and best_of(done.epochs) is not done.epochs[-1]:
-            best_weights = state.best_weights(done)
+            best_weights = state.checkpoints.tensors(best_of(done.epochs).step, "weights")
         load_weights(model.to(device), best_weights)
         if several:
             for parameter in model.parameters():
@@ -188,7 +184,7 @@ def train_next_token(
 
 
 def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
-    """Whether the last epoch is done, or the best is too long ago."""
+    """Whether the last epoch is done, or the best is `patience` epochs ago."""
     epochs = len(done.epochs)
     patience = settings.patience or settings.epochs
     return epochs > 0 and (epochs == settings.epochs or epochs - done.best_epoch >= patience)
@@ -211,10 +207,7 @@ def check_processes(settings: TrainingSettings) -> None:
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Tensor:
     """Cross-entropy against targets that are shifted already, in nats per token: a scalar.
 
-    Args:
-        logits_BTV: of a micro-batch.
-        labels_BT: the target of each position; -100 is ignored.
-        targets: in the whole batch, by which the sum over this micro-batch's is divided.
+    The sum over a micro-batch's targets is divided by the number of `targets` in the whole batch.
     """
     logits_NV = logits_BTV.flatten(0, 1).float()
     summed = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -55,10 +55,7 @@ class Iteration:
 
 @dataclass
 class PhaseOne:
-    """Outcome of phase 1. `contexts_PC` are the last iteration's, on the training device.
-
-    With several processes rank 0 has all of them and the others none.
-    """
+    """The last iteration's contexts, of several processes on rank 0 only, and all iterations."""
 
     contexts_PC: Tensor
     iterations: list[Iteration]
@@ -104,13 +101,7 @@ class PhaseOneState:
         *,
         last: bool,
     ) -> None:
-        """Write what the next iteration needs, unless that was done too recently.
-
-        Args:
-            block, optimizer, contexts_PC: as the last of `iterations` left them.
-            iterations: all so far.
-            last: phase 1 has ended: write in any case.
-        """
+        """Write what the next iteration needs; not if that was done recently and is not `last`."""
         started = time.monotonic()
         if started < self._due and not last:
             return
@@ -199,12 +190,10 @@ def train_context_block(
         block: the context block, on `device`.
         embed: maps token ids to normalised embeddings, ``[..., D]``; it stays as it is.
         tokens_P: the stream.
-        settings: of phase 1.
         seed: of the random start and the noise.
-        device: of the block.
         on_iteration: called after every iteration, and first for those that `state` brings back; on
             rank 0 only.
-        state: keeps on disk where training is, and brings that back; None: nothing is kept.
+        state: keeps on disk where training is, and brings that back.
 
     Raises:
         NotFiniteError: the loss is not finite; the message names the iteration, a note the last
@@ -291,8 +280,6 @@ def refine(
         contexts_PC: the previous iteration's contexts, overwritten batch by batch.
         entries_P: row of each position's token in the projection's tables.
         projection: the tokens' part, up to date with the block.
-        settings: of phase 1.
-        seed: of the noise.
         number: of this iteration.
 
     Returns:

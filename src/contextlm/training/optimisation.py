@@ -15,11 +15,7 @@ from contextlm.recipe.settings import TrainingSettings
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Adam or AdamW over the trainable parameters, in the recipe's groups.
-
-    Raises:
-        InputError: a group's pattern matches no trainable parameter.
-    """
+    """Adam or AdamW over `parameter_groups`."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     groups = parameter_groups(model, settings)
     return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
@@ -78,9 +74,7 @@ def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], fl
     and ``cosine`` fall from 1 to 0 (or `minimum_ratio`) at the end of the last epoch; with
     ``schedule_unit: epoch``, which has no warmup, the share changes between epochs only.
 
-    Args:
-        settings: of phase 2, with a warmup shorter than all epochs.
-        steps: in an epoch.
+    The warmup is shorter than all epochs of so many `steps`.
     """
     by_epoch = settings.schedule_unit == "epoch"
     end = settings.epochs * (1 if by_epoch else steps)

@@ -68,14 +68,7 @@ def best_of(epochs: Sequence[Epoch]) -> Epoch:
 
 
 class PhaseTwoState:
-    """The checkpoints of one phase 2.
-
-    Args:
-        folder: theirs alone.
-        device: of the model.
-        asked: whether the process was told to stop.
-        tell: takes a line about checkpoints.
-    """
+    """The checkpoints of one phase 2, alone in their folder."""
 
     def __init__(self, folder: Path, device: torch.device, asked: Deferred, tell: Tell):
         self.checkpoints = Checkpoints(folder, "step", tell)
@@ -136,10 +129,6 @@ class PhaseTwoState:
         self.checkpoints.write(step, groups, record, keep=best)
         self._saved = time.monotonic()
         self.asked.raise_now()
-
-    def best_weights(self, done: PhaseTwo) -> dict[str, Tensor]:
-        """The weights of the best epoch."""
-        return self.checkpoints.tensors(best_of(done.epochs).step, "weights")
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:
