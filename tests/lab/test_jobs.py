@@ -10,8 +10,8 @@ import torch
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.files import write_json
 from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
-from contextlm.lab.preparation import on_first_part, prepare
-from contextlm.lab.work import _highest_rate
+from contextlm.lab.preparation import prepare
+from contextlm.lab.work import _highest_rate, first_part
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import TrialResult
 
@@ -106,9 +106,9 @@ def test_a_grid_whose_inside_is_best_is_not_extended(toy, tmp_path):
     )
     assert tried == [0.001, 0.002, 0.004]
     assert facts.chosen == 0.002
-    # Of 24 windows and 2 steps of warm-up.
-    part = on_first_part(made.prepared.entries["base"], made.prepared.recipe.tuning)
-    assert (len(part.train), part.training.warmup) == (6, 0)
+    part = first_part(made.prepared, "base")  # of 24 windows and 2 steps of warm-up
+    assert (len(part.entries["base"].train), part.entries["base"].training.warmup) == (6, 0)
+    assert len(part.stream) == 6 * 16 + 1
     again, same, _ = tuned(toy, tmp_path, lambda rate: 0.0, rates="[0.001, 0.002, 0.004]")
     assert (again, same) == ([], facts)  # what was tried is not tried again
     other, _, _ = tuned(
@@ -143,8 +143,7 @@ def test_a_rate_that_diverges_is_passed_over(toy, tmp_path):
 def test_a_share_holds_a_batch_where_lesser_ones_are_dropped(toy):
     tuning = "tuning={learning_rates: [0.001, 0.002], share: 0.01}"
     made = planner(toy, tuning, "training.drop_last=true")
-    part = on_first_part(made.prepared.entries["base"], made.prepared.recipe.tuning)
-    assert len(part.train) == 8
+    assert len(first_part(made.prepared, "base").entries["base"].train) == 8
 
 
 @pytest.mark.parametrize(

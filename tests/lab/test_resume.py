@@ -157,7 +157,9 @@ def test_the_newest_unfinished_run_of_the_recipe_is_taken(monkeypatch):
     assert newest_unfinished(out) == out / "other-004"
     with pytest.raises(InputError) as caught:
         unfinished_run_of([recipe("contenders.pythia.model.hidden_size=64")], out, "demo")
-    assert "contenders.pythia.model.hidden_size differs" in str(caught.value)
+    assert "-002: contenders.pythia.model.hidden_size differs (" in str(caught.value)
+    with pytest.raises(InputError, match=r"-002: training\.batch_size differs \("):
+        unfinished_run_of([recipe("training.batch_size=4")], out, "demo")
     assert f"unfinished {out / 'demo-002'}" in str(caught.value)
 
 

@@ -20,7 +20,7 @@ from contextlm.base.errors import InputError, RunError
 from contextlm.base.files import write_json
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
-from contextlm.recipe.settings import TuningSettings
+from contextlm.recipe.settings import EmbeddingSettings, TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
 from contextlm.results.result import read_outcome, read_trial
 
@@ -190,7 +190,7 @@ class Planner:
 
     def _embedding_job(self) -> Job:
         settings = self.prepared.recipe.embedding
-        described = _canonical(settings.model_dump(mode="json"))
+        described = _canonical(_embedding_decides(settings))
         return Job("embedding", "", settings.seed, described)
 
 
@@ -231,9 +231,16 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
         "model": dict(contender.model),
         "phase1": contender.phase1 and contender.phase1.model_dump(mode="json"),
         "context_store": store and store.model_dump(mode="json", exclude={"keep"}),
-        "embedding": recipe.embedding.model_dump(mode="json"),
+        "embedding": _embedding_decides(recipe.embedding),
         "training": {**entry.training.model_dump(mode="json"), "precision": entry.precision},
     }
+
+
+def _embedding_decides(settings: EmbeddingSettings) -> dict[str, Any]:
+    """The settings that matter to its source; what a pretrained one is, its hash says."""
+    if settings.source == "learned":
+        return settings.model_dump(mode="json", exclude={"path"})
+    return {"source": settings.source}
 
 
 def _beyond(trials: Mapping[float, TuningTrial]) -> float | None:

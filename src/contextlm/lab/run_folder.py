@@ -166,4 +166,4 @@ def unfinished_run_of(recipes: Sequence[Recipe], out: Path, name: str) -> Path |
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude={"written"})
+    return recipe.model_dump(mode="json", exclude={"written", "departs_from_full"})

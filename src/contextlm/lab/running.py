@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from contextlm.lab.executors import Here, RayWorkers, carry_out
 from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner, check_job, write_job
 from contextlm.lab.preparation import prepare
-from contextlm.lab.processes import check_recipe, check_same_data, shared_folder
 from contextlm.lab.run_folder import (
     POINTS,
     finish,
@@ -41,6 +40,7 @@ from contextlm.recipe.schema import Recipe
 from contextlm.report.grid import GridPoint, write_grid
 from contextlm.report.page import write_report
 from contextlm.results.result import read_run
+from contextlm.training.next_token import check_processes
 
 Runs = list[tuple[Path, Planner]]
 
@@ -96,7 +96,7 @@ def run_points(
                 write_run(at / name, planner, describe_environment(own_device))
             _note_points(at, points)
 
-        folder = shared_folder(lambda: new_folder(out, folder_name(points), fill))
+        folder = _shared_folder(lambda: new_folder(out, folder_name(points), fill))
         runs = [(folder / name, planner) for name, planner in planners.items()]
         with _held([run for run, _ in runs]):
             _complete(runs, folder, progress, workers)
@@ -264,13 +264,37 @@ def _processes(device: str, progress: Progress) -> Iterator[tuple[torch.device, 
 
 
 def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planner:
-    check_recipe(recipe)
+    """The recipe, prepared; several processes must be able to share its batches and its data."""
+    for contender in recipe.contenders:
+        check_processes(recipe.training_of(contender), f"contenders.{contender.name}: training")
+    if recipe.embedding.source == "learned" and recipe.embedding.batch_size % distribution.world():
+        raise InputError(
+            f"embedding.batch_size {recipe.embedding.batch_size} cannot be shared equally by "
+            f"{distribution.world()} processes"
+        )
     progress.update(f"preparing corpus {recipe.corpus}")
     prepared = distribution.main_first(lambda: prepare(recipe, device))
-    check_same_data(prepared)
     if repetition := prepared.facts.repetition():
         progress.line(repetition)
+    for rank, fingerprint in enumerate(distribution.everyones(prepared.fingerprint)):
+        if fingerprint != prepared.fingerprint:
+            raise InputError(
+                f"corpus {prepared.facts.name!r}: rank {rank} has other data than rank "
+                f"{distribution.rank()}: its machine has another Python, corpus or cache"
+            )
     return Planner(prepared)
+
+
+def _shared_folder(make: Callable[[], Path]) -> Path:
+    """The folder that `make` makes on rank 0, on every rank."""
+    folder = distribution.by_main(make)
+    for rank, seen in enumerate(distribution.everyones(folder.is_dir())):
+        if not seen:
+            raise InputError(
+                f"--out: rank {rank} does not see {folder}: run folders must lie where all "
+                "machines see them"
+            )
+    return folder
 
 
 @contextmanager

@@ -67,17 +67,20 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         return
     if distribution.is_main():
         write_job(run, job)
+    entry = prepared.entries[job.contender]
+    tuning = planner.tuning(run, entry) if job.kind == "contender" else None
+    if tuning is not None:
+        entry = _with_rate(entry, tuning.chosen)
     try:
         if job.kind == "trial":
             _try(job, prepared, run, progress)
         else:
-            entry = prepared.entries[job.contender]
-            _run(job, prepared, entry, planner.tuning(run, entry), run, progress)
+            _run(job, prepared, entry, tuning, run, progress)
     except NotFiniteError as error:
         if distribution.world() > 1:
             raise  # a loss of one process's own: the others are still at it
         progress.line(f"diverged: {error}")
-        _write_divergence(job, prepared, run, str(error))
+        _write_divergence(job, prepared, entry, tuning, run, str(error))
     if distribution.is_main():
         shutil.rmtree(run / job.working, ignore_errors=True)
         store = prepared.recipe.context_store
@@ -85,7 +88,14 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
             shutil.rmtree(run / stores_folder(job.seed), ignore_errors=True)  # they are large
 
 
-def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> None:
+def _write_divergence(
+    job: Job,
+    prepared: Prepared,
+    entry: Entry,
+    tuning: TuningFacts | None,
+    run: Path,
+    reason: str,
+) -> None:
     """The result of a training that did not stay finite."""
     folder = run / job.folder
     if job.kind == "trial":
@@ -93,11 +103,9 @@ def _write_divergence(job: Job, prepared: Prepared, run: Path, reason: str) -> N
         trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=None)
         write_json(folder / "result.json", trial.model_dump())
         return
-    entry = prepared.entries[job.contender]
     nothing = Quality(loss=math.inf, accuracy=0.0, tokens=0)
-    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(
-        update={"diverged": reason}
-    )
+    told = {"diverged": reason, "tuning": tuning}
+    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(update=told)
     timings = Timings(
         phase1_seconds=None,
         epoch_seconds=[],
@@ -154,16 +162,22 @@ def _result(
 def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
     """Train on the first part of the windows and keep nothing but the best loss and the history."""
     assert job.rate is not None
-    assert prepared.recipe.tuning is not None
-    entry = on_first_part(prepared.entries[job.contender], prepared.recipe.tuning)
-    entry = _with_rate(entry, job.rate)
+    part = first_part(prepared, job.contender)
+    entry = _with_rate(part.entries[job.contender], job.rate)
     stages: list[StageMemory] = []
-    model, _ = _new_model(job, prepared, entry, run, progress)
-    trained = _train(job, prepared, entry, model, run, progress, stages)
+    model, _ = _new_model(job, part, entry, run, progress)
+    trained = _train(job, part, entry, model, run, progress, stages)
     loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
     trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
     if distribution.is_main():
         write_json(run / job.folder / "result.json", trial.model_dump())
+
+
+def first_part(prepared: Prepared, contender: str) -> Prepared:
+    """A contender with the share of the text, and of warm-up, that tuning tries rates on."""
+    assert prepared.recipe.tuning is not None
+    part = on_first_part(prepared.entries[contender], prepared.recipe.tuning)
+    return replace(prepared, entries={contender: part}, stream=part.train.stream())
 
 
 def _with_rate(entry: Entry, rate: float) -> Entry:
@@ -190,8 +204,6 @@ def _run(
     """Train the contender, save its checkpoint, measure it, and write what came of it."""
     started = time.perf_counter()
     recipe, device, folder = prepared.recipe, prepared.device, run / job.folder
-    if tuning is not None:
-        entry = _with_rate(entry, tuning.chosen)
     peak = PeakMemory(device)
     stages = [stage_memory("data loaded", device)]
     model, embedding = _new_model(job, prepared, entry, run, progress)

@@ -1,4 +1,4 @@
-"""`InputCache`: GPT-NeoX and GPT-2 decode with half the cache and the same logits (DESIGN, 2).
+"""`InputCache`: GPT-NeoX and GPT-2 decode with half the cache and the same logits (DESIGN 6).
 
 Keys and values are both projections of one vector, the input of the attention module. While an
 `InputCache` is installed, that vector is kept instead of the two. How it is read is in `attention`,
