@@ -190,16 +190,16 @@ def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
     return epochs > 0 and (epochs == settings.epochs or epochs - done.best_epoch >= patience)
 
 
-def check_processes(settings: TrainingSettings) -> None:
+def check_processes(settings: TrainingSettings, name: str = "training") -> None:
     """Check that the processes at hand can share each micro-batch equally.
 
     Raises:
-        InputError: they cannot.
+        InputError: they cannot; `name` is that of the settings.
     """
     if (settings.batch_size // settings.accumulation) % distribution.world():
         parts = f" in {settings.accumulation} micro-batches" if settings.accumulation > 1 else ""
         raise InputError(
-            f"training.batch_size {settings.batch_size}{parts} cannot be shared equally by "
+            f"{name}.batch_size {settings.batch_size}{parts} cannot be shared equally by "
             f"{distribution.world()} processes"
         )
 
