@@ -6,12 +6,19 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer, models
 
 from contextlm.base.errors import RunError
 from contextlm.base.files import atomic_folder, atomic_open, remove_parts, write_json, write_text
+
+WEIGHTS = {"weight": torch.zeros(50_000)}
 
 
 def test_an_existing_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -85,8 +92,54 @@ def test_a_disk_that_refuses_is_one_line_that_names_the_file(
     for write in (lambda: write_text(tmp_path / "x", "text"), lambda: fill(tmp_path / "x", "text")):
         with pytest.raises(RunError) as caught:
             write()
-        assert str(caught.value).startswith(f"{tmp_path / 'x'}: {os.strerror(number)}: ")
+        said = f"{tmp_path / 'x'}: could not be written: {os.strerror(number)}"
+        assert str(caught.value) == said
         assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def no_larger_files_than(size: int) -> Iterator[None]:
+    """The system refuses what is larger, as it does what is more than a disk holds."""
+    resource = pytest.importorskip("resource", reason="there are no limits for files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_tokenizer(path: Path) -> None:
+    words = {f"word {number}": number for number in range(10_000)}
+    Tokenizer(models.WordLevel(words, unk_token="word 0")).save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("write", "cause"),
+    [
+        (lambda path: path.write_bytes(bytes(50_000)), "File too large"),
+        (lambda path: safetensors.torch.save_file(WEIGHTS, path), "File too large"),
+        (save_tokenizer, "File too large"),
+        (lambda path: torch.save(WEIGHTS, path), "the disk is full, or "),
+    ],
+    ids=["Python", "safetensors", "tokenizers", "torch"],
+)
+def test_what_a_library_cannot_write_is_one_line_too(
+    tmp_path: Path, write: Callable[[Path], None], cause: str
+) -> None:
+    with (
+        pytest.raises(RunError) as caught,
+        no_larger_files_than(10_000),
+        atomic_folder(tmp_path / "checkpoint") as partial,
+    ):
+        write(partial / "file")
+    assert str(caught.value).startswith(f"{tmp_path / 'checkpoint'}: could not be written: {cause}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError):
+        fill(tmp_path / "x", "text", PermissionError(errno.EACCES, "denied"))
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

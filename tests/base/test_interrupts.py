@@ -18,18 +18,21 @@ def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_sigterm_raises_within_the_block_and_is_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), termination_raises():
-        send(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+WARNINGS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1] if os.name != "nt" else []
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_signal_raises_within_the_block_and_is_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated) as caught, termination_raises():
+        send(number)
+    assert caught.value.number == number
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
-)
-def test_the_first_signal_waits_for_a_good_moment(number: signal.Signals, kind: type) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, *WARNINGS])
+def test_the_first_signal_waits_for_a_good_moment(number: signal.Signals) -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt) as caught, deferred() as asked:  # noqa: PT012
         assert not asked
@@ -38,7 +41,7 @@ def test_the_first_signal_waits_for_a_good_moment(number: signal.Signals, kind: 
         asked.raise_now()
         reached.append("not this")
     assert reached == [True]
-    assert caught.type is kind
+    assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
 
 
 @pytest.mark.usefixtures("interruptible")

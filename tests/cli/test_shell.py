@@ -88,7 +88,13 @@ def test_debug_shows_the_traceback_wherever_it_stands(
 def test_being_stopped_is_one_line_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(failing(KeyboardInterrupt()), ["fail"]) == 130
     assert capsys.readouterr().err == "contextlm: interrupted\n"
-    assert execute(failing(Terminated()), ["fail"]) == 143
+
+
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (1, 129), (10, 138)])
+def test_a_signal_is_one_line_and_128_more(
+    capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    assert execute(failing(Terminated(number)), ["fail"]) == code
     assert capsys.readouterr().err == "contextlm: terminated\n"
 
 

@@ -11,7 +11,7 @@ from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.jobs import Planner, check_job, differing_keys, write_job
 from contextlm.lab.preparation import prepare
-from contextlm.lab.work import first_part
+from contextlm.lab.work import _highest_rate, first_part
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import TrialResult
 
@@ -147,6 +147,27 @@ def test_a_share_holds_a_batch_where_lesser_ones_are_dropped(toy):
     tuning = "tuning={learning_rates: [0.001, 0.002], share: 0.01}"
     made = planner(toy, tuning, "training.drop_last=true")
     assert len(first_part(made.prepared, "base").entries["base"].train) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.warmup=3"], "training.warmup 3 must be less than the 3 steps that training"),
+        (
+            ["training.warmup=2", "tuning={learning_rates: [0.001, 0.002], share: 0.3}"],
+            "training.warmup 1 must be less than the 1 steps that training takes to tune a rate",
+        ),
+    ],
+)
+def test_a_warm_up_as_long_as_training_is_refused(toy, overrides, message):
+    with pytest.raises(InputError, match=f"contenders.base: {message}"):
+        planner(toy, *overrides)
+
+
+def test_the_rate_of_a_result_is_the_highest_that_was_reached(toy):
+    made = planner(toy, "training.warmup=2", "training.learning_rate=0.5")
+    rates = [_highest_rate(made.prepared.entries["base"], steps) for steps in (1, 2, 3)]
+    assert rates == [0.25, 0.5, 0.5]
 
 
 def test_contenders_wait_for_their_own_trials_only(toy, tmp_path):

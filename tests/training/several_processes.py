@@ -26,7 +26,7 @@ from contextlm.models.build import build_config, create_model
 from contextlm.models.layers import ContextBlock
 from contextlm.recipe.settings import PhaseOneSettings, TrainingSettings
 from contextlm.training.next_token import train_next_token
-from contextlm.training.oacd import train_context_block
+from contextlm.training.oacd import PhaseOneState, train_context_block
 
 CPU = torch.device("cpu")
 VOCABULARY = 30
@@ -62,12 +62,6 @@ GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "context_pythia": {"type": "context_pythia", "stream": "compressed", **SMALL, "context_dim": 8},
-    "context_token": {
-        "type": "context_token",
-        "hidden_size": 16,
-        "context_dim": 8,
-        "num_hidden_layers": 2,
-    },
     "dual_context": {"type": "dual_context", **SMALL, "window": 64, "dropout": 0.0},
 }
 # The last batch is incomplete, and too small for each micro-batch, or for each rank, to get a part.
@@ -106,8 +100,9 @@ def train(model: str, settings: TrainingSettings, folder: Path) -> dict[str, Any
         seed=7,
         device=CPU,
         precision="float32",
-        folder=folder / "work",
+        folder=folder,
         watcher=_Nobody(),
+        tell=print,
     )
     epochs = [(e.train_loss, e.validation_loss, e.accuracy) for e in outcome.epochs]
     epochs_E3 = torch.tensor(epochs, dtype=torch.float64)
@@ -123,16 +118,26 @@ def score() -> tuple[float, float, int]:
     return quality.loss, quality.accuracy, quality.tokens
 
 
-def phase_one() -> dict[str, Any]:
-    """Phase 1 on a random stream: what it gives on rank 0, and the block of the last rank."""
-    torch.manual_seed(distribution.rank())
-    block = ContextBlock(5, 7, 2)
+def phase_one(folder: Path) -> dict[str, Any]:
+    """Phase 1 on a random stream, cut short after three iterations and resumed.
+
+    Returns:
+        What it gives on rank 0, and the block of the last rank.
+    """
     table = F.layer_norm(torch.arange(77.0).sin().view(11, 7), (7,))
     tokens = np.random.default_rng(0).integers(0, 11, 61).astype(np.uint16)
-    settings = PhaseOneSettings(batch_size=17, max_iterations=6, threshold=0.3, stop_at=1.0)
-    outcome = train_context_block(
-        block, lambda ids: table[ids], tokens, settings, seed=4, device=CPU
-    )
+    for iterations in (3, 6):
+        torch.manual_seed(distribution.rank())
+        block = ContextBlock(5, 7, 2)
+        outcome = train_context_block(
+            block,
+            lambda ids: table[ids],
+            tokens,
+            PhaseOneSettings(batch_size=17, max_iterations=iterations, threshold=0.3, stop_at=1.0),
+            seed=4,
+            device=CPU,
+            state=PhaseOneState(folder / "phase 1", print),
+        )
     losses = torch.tensor([iteration.loss or 0.0 for iteration in outcome.iterations])
     weights = _weights_of_last_rank(block)
     return {"contexts": outcome.contexts_PC, "losses": losses, "weights": weights}
@@ -145,10 +150,10 @@ def _weights_of_last_rank(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def everything(out: Path) -> dict[str, Any]:
     """All parts but the command, by name."""
-    done: dict[str, Any] = {"score": score(), "phase 1": phase_one()}
+    done: dict[str, Any] = {"score": score(), "phase 1": phase_one(out)}
     for model in MODELS:
-        done[f"phase 2, {model}"] = train(model, SETTINGS["shuffled"], out)
-    done["phase 2, in order"] = train("gpt2", SETTINGS["in order"], out)
+        done[f"phase 2, {model}"] = train(model, SETTINGS["shuffled"], out / model)
+    done["phase 2, in order"] = train("gpt2", SETTINGS["in order"], out / "in order")
     return done
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +89,11 @@ def test_the_sequential_store_is_the_recurrence(tmp_path, layers):
     made = Made(layers)
     store = made.fill(tmp_path)
     torch.testing.assert_close(store.rows(0, P).double(), made.sequential(), **FLOAT32)
-    assert store.rows(0, P).dtype == torch.float32
+    on_disk = np.fromfile(store.path, dtype=np.float32).reshape(P, C)
+    assert np.array_equal(on_disk, store.rows(0, P).numpy())
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("passes", [1, 2, 5])
+@pytest.mark.parametrize(("layers", "passes"), [(1, 1), (2, 2), (2, 5)])
 def test_parallel_filling_is_a_literal_loop(tmp_path, layers, passes):
     made = Made(layers)
     start = made.start.clone()
@@ -112,14 +110,13 @@ def test_as_many_passes_as_positions_are_the_recurrence():
     torch.testing.assert_close(contexts, made.sequential(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("fill", ["sequential", "parallel"])
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(("fill", "passes"), [("sequential", 1), ("parallel", 3)])
 def test_drift_is_the_mean_square_between_the_two(tmp_path, fill, passes):
     made = Made()
-    facts = made.fill(tmp_path, passes, fill=fill, dtype="bfloat16").facts
+    drift = made.fill(tmp_path, passes, fill=fill, dtype="bfloat16").drift
     pairs = zip(made.sequential().flatten(), made.parallel(passes).flatten(), strict=True)
     expected = sum((a.item() - b.item()) ** 2 for a, b in pairs) / (P * C)
-    assert facts.drift == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert drift == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert expected > 0.01
 
 
@@ -134,19 +131,9 @@ def test_bfloat16_rounds_and_takes_half_the_room(tmp_path):
     assert whole.path != half.path
 
 
-def test_the_file_holds_the_contexts_in_order(tmp_path):
-    store = Made().fill(tmp_path)
-    on_disk = np.fromfile(store.path, dtype=np.float32).reshape(P, C)
-    assert np.array_equal(on_disk, store.rows(0, P).numpy())
-    sidecar = json.loads(store.path.with_suffix(".json").read_text("utf-8"))
-    assert sidecar == asdict(store.facts)
-    assert (store.facts.positions, store.facts.context_dim) == (P, C)
-    assert (store.facts.fill, store.facts.dtype) == ("sequential", "float32")
-
-
 @pytest.mark.parametrize(
     ("start", "stop"),
-    [(0, P), (3, 9), (-4, 5), (-9, -2), (-1, 0), (0, 1), (P - 2, P + 3), (P, P + 4), (-2, P + 2)],
+    [(3, 9), (-4, 5), (-9, -2), (P - 2, P + 3), (P, P + 4), (-2, P + 2)],
 )
 def test_rows_are_zero_outside_the_stream(tmp_path, start, stop):
     store = Made().fill(tmp_path)
@@ -157,20 +144,12 @@ def test_rows_are_zero_outside_the_stream(tmp_path, start, stop):
         assert torch.equal(row, expected)
 
 
-def stamps(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-
-
 def test_a_second_call_reads_what_the_first_one_wrote(tmp_path, monkeypatch):
     made = Made()
     first = made.fill(tmp_path)
-    before = stamps(tmp_path)
     monkeypatch.setattr(context_store, "parallel_contexts", None)  # calling it would fail
     second = made.fill(tmp_path)
-    assert stamps(tmp_path) == before
-    assert len(before) == 2
-    assert second.path == first.path
-    assert second.facts == first.facts
+    assert (second.path, second.drift) == (first.path, first.drift)
     assert torch.equal(second.rows(0, P), first.rows(0, P))
 
 
@@ -210,59 +189,16 @@ def test_embeddings_of_tokens_that_do_not_occur_make_no_other_store(tmp_path):
     assert other.fill(tmp_path).path == made.fill(tmp_path).path
 
 
-def cut(store: ContextStore) -> None:
-    store.path.write_bytes(store.path.read_bytes()[:-4])
-
-
-def rewrite(store: ContextStore, **facts) -> None:
-    text = json.dumps({**asdict(store.facts), **facts})
-    store.path.with_suffix(".json").write_text(text, "utf-8")
-
-
-DAMAGE = {
-    "cut": cut,
-    "no sidecar": lambda store: store.path.with_suffix(".json").unlink(),
-    "half a sidecar": lambda store: store.path.with_suffix(".json").write_text('{"positions": 2'),
-    "another key": lambda store: rewrite(store, key="0" * 64),
-    "another size": lambda store: rewrite(store, positions=P + 1),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_store_is_made_anew(tmp_path, damage):
+def test_a_filling_that_was_cut_short_is_done_again(tmp_path):
     made = Made()
     store = made.fill(tmp_path)
-    good, facts = store.rows(0, P), store.facts
-    damage(store)
-    again = made.fill(tmp_path)
-    assert torch.equal(again.rows(0, P), good)
-    assert again.facts == facts
-    assert again.path.stat().st_size == P * C * 4
-    assert json.loads(again.path.with_suffix(".json").read_text("utf-8")) == asdict(facts)
+    good = store.rows(0, P)
+    store.path.with_suffix(".json").unlink()  # written last
+    store.path.write_bytes(b"")
+    assert torch.equal(made.fill(tmp_path).rows(0, P), good)
 
 
-def test_an_interrupted_filling_leaves_nothing_behind(tmp_path, monkeypatch):
-    made = Made()
-    chunks = context_store._chunks
-
-    def breaking(block, embed, tokens):
-        for number, chunk in enumerate(chunks(block, embed, tokens)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield chunk
-
-    with monkeypatch.context() as patch:
-        patch.setattr(context_store, "parallel_contexts", lambda *a: made.start)
-        patch.setattr(context_store, "_chunks", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            made.fill(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    torch.testing.assert_close(
-        made.fill(tmp_path).rows(0, P).double(), made.sequential(), **FLOAT32
-    )
-
-
-@pytest.mark.parametrize("history", [0, 1, 4, 12])
+@pytest.mark.parametrize("history", [0, 1, 12])
 def test_items_hold_the_contexts_before_and_in_the_window(tmp_path, history):
     made = Made()
     store = made.fill(tmp_path)
@@ -281,21 +217,14 @@ def test_items_hold_the_contexts_before_and_in_the_window(tmp_path, history):
         for row, position in zip(item["contexts"], range(start - history, start + 5), strict=True):
             expected = whole[position] if 0 <= position < P else torch.zeros(C)
             assert torch.equal(row, expected)
+    for key, value in stored[-1].items():
+        assert torch.equal(value, stored[4][key])
+    with pytest.raises(IndexError):
+        stored[5]
     last = stored[4]
     assert last["labels"].tolist()[2:] == [IGNORED] * 3
     assert (last["contexts"][-2:] == 0).all()
     assert (last["contexts"][-3] != 0).any()
-
-
-def test_items_are_counted_from_the_end_too(tmp_path):
-    made = Made()
-    stored = StoredWindows(Windows(made.tokens, 5, fill=True), made.fill(tmp_path), 2)
-    for index in range(-5, 0):
-        for key, value in stored[index].items():
-            assert torch.equal(value, stored[5 + index][key])
-    for index in (5, -6):
-        with pytest.raises(IndexError):
-            stored[index]
 
 
 def test_overlapping_windows_find_their_places(tmp_path):

@@ -116,7 +116,7 @@ def test_a_run_by_two_processes_is_one_run(folder, two):
     for a, b in zip(ours.outcomes, theirs.outcomes, strict=True):
         place = theirs.folder / b.result.contender / "seed-0"
         names = {path.name for path in place.iterdir()}
-        assert names == {"history.jsonl", "result.json", "timings.json", "checkpoint"}
+        assert names == {"job.json", "history.jsonl", "result.json", "timings.json", "checkpoint"}
         assert b.result.contender == a.result.contender
         assert b.result.validation_loss == pytest.approx(a.result.validation_loss, rel=2e-5)
         assert b.result.train_ppl == pytest.approx(a.result.train_ppl, rel=1e-4)

@@ -6,6 +6,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterator
@@ -20,6 +21,8 @@ from contextlm.base.errors import InputError, RunError
 _PART = ".part"  # ends the hidden name under which something is written
 # What a disk says when it is full, over quota, read-only or broken.
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # ends what safetensors and tokenizers say
+_TORCH_SHORT_WRITE = "unexpected pos"  # all that `torch.save` says
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         RunError: the disk is full or failing; `path` is as it was.
     """
     encoding = None if "b" in mode else "utf-8"
-    with _disk_faults_named(path):
+    with disk_faults_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
         temporary = Path(name)
@@ -67,7 +70,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or failing; `path` is as it was.
     """
-    with _disk_faults_named(path):
+    with disk_faults_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART))
         try:
@@ -129,15 +132,34 @@ def remove_parts(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_faults_named(path: Path) -> Iterator[None]:
+def disk_faults_named(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses within the block into one line with `path` and the cause.
+
+    A write that fails raises an error without a file's name, and libraries that write weights or
+    tokenizers raise errors of their own.
+
+    Raises:
+        RunError: the disk is full or failing.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+    except Exception as error:
+        cause = _disk_fault(error)
+        if cause is None:
             raise
-        raise RunError(
-            f"{path}: {error.strerror}: it was not written, and nothing half-written remains"
-        ) from error
+        raise RunError(f"{path}: could not be written: {cause}") from error
+
+
+def _disk_fault(error: Exception) -> str | None:
+    """What the disk said, in the system's words; None if it is another fault."""
+    message = str(error)
+    in_rust = _RUST_OS_ERROR.search(message)
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    if number in _DISK_FAULTS:
+        return os.strerror(number)
+    if isinstance(error, RuntimeError) and _TORCH_SHORT_WRITE in message:
+        return "the disk is full, or the file larger than is allowed"
+    return None
 
 
 def _umask() -> int:

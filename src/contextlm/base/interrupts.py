@@ -1,7 +1,7 @@
-"""Being told to stop: Ctrl-C (SIGINT) and SIGTERM, at once or at the next good moment.
+"""Being told to stop by Ctrl-C (SIGINT), SIGTERM, SIGHUP or SIGUSR1: at once or a little later.
 
-A leaf module: every room may import it, it imports no room. Signals reach the main thread only; in
-other threads nothing here changes anything.
+Schedulers warn a job by one of the last three before they kill it. Signals reach the main thread
+only; in other threads nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -15,15 +15,28 @@ from typing import Any
 
 _Handler = Callable[[int, FrameType | None], Any]
 
+# Windows has the first only.
+_WARNINGS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Handled like Ctrl-C: what cleans up after one does so after the other."""
+    """SIGTERM, SIGHUP or SIGUSR1 arrived. Whatever cleans up after Ctrl-C does so after these.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Within the block SIGTERM raises `Terminated` instead of ending the process on the spot."""
-    with _handled({signal.SIGTERM: _raise}):
+    """Within the block signals raise `Terminated` instead of ending the process on the spot."""
+    with _handled(dict.fromkeys(_WARNINGS, _raise)):
         yield
 
 
@@ -56,13 +69,13 @@ def deferred() -> Iterator[Deferred]:
     at the latest that happens at the block's end.
     """
     asked = Deferred()
-    with _handled({signal.SIGINT: asked._note, signal.SIGTERM: asked._note}):
+    with _handled(dict.fromkeys([signal.SIGINT, *_WARNINGS], asked._note)):
         yield asked
     asked.raise_now()
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 @contextmanager
@@ -73,7 +86,7 @@ def _handled(handlers: dict[signal.Signals, _Handler]) -> Iterator[None]:
     before: dict[signal.Signals, Any] = {}
     try:
         for number, handler in handlers.items():
-            # One that the process was told to ignore (a job in the background) stays ignored.
+            # One that the process was told to ignore (in the background, by nohup) stays ignored.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
         yield

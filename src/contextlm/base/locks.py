@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import disk_faults_named
 
 # From file systems that know none.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
@@ -36,7 +37,8 @@ def locked(file: Path, what: str) -> Iterator[None]:
     lock = FileLock(file, timeout=0, fallback_to_soft=False)  # a soft one outlives its process
     try:
         lock.acquire()
-        file.write_text(f"{os.getpid()}\n")
+        with disk_faults_named(file):
+            file.write_text(f"{os.getpid()}\n")
     except Timeout:
         raise InputError(f"{what}: {_holder(file)} is at work on it") from None
     except (OSError, NotImplementedError) as error:

@@ -263,7 +263,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path:
-    """What `work` returns, its progress shown; SIGTERM ends it like Ctrl-C."""
+    """What `work` returns, its progress shown; a scheduler's signal ends it like Ctrl-C."""
     from contextlm.base.interrupts import termination_raises
     from contextlm.base.progress import RichProgress
 

@@ -1,7 +1,7 @@
 """What stands between a command and the user's shell: exit codes, one-line errors, silence, help.
 
-Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted by Ctrl-C, 143
-by SIGTERM.
+Exit codes: 0 done, 1 a fault while running, 2 bad input or usage, 130 interrupted by Ctrl-C, 128
+and its number for another signal (SIGTERM: 143).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contextlm.base.errors import InputError, RunError, is_out_of_memory
 from contextlm.base.interrupts import Terminated
 from contextlm.base.visible import shortened, visible
 
-FAULT, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAULT, USAGE, INTERRUPTED = 1, 2, 130
 
 _LONGEST_MESSAGE = 1000  # characters; some libraries' messages hold a whole file
 
@@ -62,10 +62,11 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
         return code
     except KeyboardInterrupt as error:
         _settle_stdout()
-        terminated = isinstance(error, Terminated)
-        word = "terminated" if terminated else "interrupted"
+        word, code = "interrupted", INTERRUPTED
+        if isinstance(error, Terminated):
+            word, code = "terminated", 128 + error.number
         _say(one_line(_with_notes(f"contextlm: {word}", error)))
-        return TERMINATED if terminated else INTERRUPTED
+        return code
     except Exception as error:  # the command's outermost frame: no traceback may escape it
         _settle_stdout()
         if debug:

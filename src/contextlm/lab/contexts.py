@@ -23,8 +23,12 @@ from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.results.facts import PhaseOneFacts, StoreFacts
 from contextlm.results.result import StageMemory
 from contextlm.training.context_store import ContextStore, StoredWindows, fill_context_store
-from contextlm.training.oacd import PhaseOne, initial_contexts, train_context_block
-from contextlm.training.phase_one_state import PhaseOneState
+from contextlm.training.oacd import (
+    PhaseOne,
+    PhaseOneState,
+    initial_contexts,
+    train_context_block,
+)
 
 _STORES = "_contexts"  # folder of a run; no contender can be named so
 
@@ -63,7 +67,7 @@ def make_contexts(
     history: History,
     progress: Progress,
     stages: list[StageMemory],
-    state: PhaseOneState | None,
+    state: PhaseOneState,
 ) -> Contexts:
     """Train the context block by phase 1 and fill the stores, as far as the contender has either.
 
@@ -125,7 +129,7 @@ def make_contexts(
         StoredWindows(validation, stores[1], decoder.history),
         facts,
         phase1_seconds,
-        _store_facts(*stores),
+        _store_facts(prepared, *stores),
         filled - filling,
     )
 
@@ -160,15 +164,16 @@ def _fill(
     )
 
 
-def _store_facts(train: ContextStore, validation: ContextStore) -> StoreFacts:
-    settings = train.facts
+def _store_facts(prepared: Prepared, train: ContextStore, validation: ContextStore) -> StoreFacts:
+    settings = prepared.recipe.context_store
+    assert settings is not None
     return StoreFacts(
         fill=settings.fill,
         dtype=settings.dtype,
         train_bytes=train.nbytes,
         validation_bytes=validation.nbytes,
-        drift_train=train.facts.drift,
-        drift_validation=validation.facts.drift,
+        drift_train=train.drift,
+        drift_validation=validation.drift,
     )
 
 
@@ -184,7 +189,7 @@ def _phase_one_facts(
     if stores is None:
         contexts_NC = window_contexts(block, decoder.embed_normalised, validation, 32, device)
     else:
-        contexts_NC = stores[1].rows(0, stores[1].facts.positions)
+        contexts_NC = stores[1].rows(0, stores[1].positions)
     return PhaseOneFacts(
         iterations=len(outcome.iterations),
         converged=outcome.converged,

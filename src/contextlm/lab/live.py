@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from contextlm.base import distribution
-from contextlm.base.errors import RunError
+from contextlm.base.files import disk_faults_named
 from contextlm.base.progress import Bar, Progress
 from contextlm.evaluation.quality import perplexity
 from contextlm.results.result import HistoryRow, PhaseOneRow, PhaseTwoRow, StepRow
-from contextlm.training.phase_one_state import Iteration
+from contextlm.training.oacd import Iteration
 from contextlm.training.phase_two_state import Epoch
 
 MOST_STEP_ROWS = 2000  # of one training
@@ -33,19 +33,17 @@ class History:
         """Append a row.
 
         Raises:
-            RunError: the disk refused it.
+            RunError: the disk is full or failing.
         """
         if not distribution.is_main():
             return
-        try:
+        with disk_faults_named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a" if self._begun else "w", encoding="utf-8") as file:
                 file.write(row.model_dump_json() + "\n")
                 if not isinstance(row, StepRow):  # there are many of those
                     file.flush()
                     os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"{self.path}: {error.strerror}") from error
         self._begun = True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -36,9 +36,9 @@ from contextlm.lab.embeddings import Embedding, LearningText, check_learning_tex
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
-from contextlm.recipe.settings import TrainingSettings
+from contextlm.recipe.settings import TrainingSettings, TuningSettings
 from contextlm.results.facts import CorpusFacts
-from contextlm.training.optimisation import parameter_groups, resolve_precision
+from contextlm.training.optimisation import parameter_groups, resolve_precision, steps_per_epoch
 
 Samples = Windows | Lines | Answers
 
@@ -70,6 +70,11 @@ class Entry:
         """Training samples that an epoch really uses: a dropped last batch does not count."""
         count, size = len(self.train), self.training.batch_size
         return count - count % size if self.training.drop_last else count
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.training.epochs * steps_per_epoch(self.training, len(self.train))
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
@@ -163,7 +168,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             train=train[name],
             validation=validation[name],
         )
-        _check_batches(entries[name])
+        _check_steps(entries[name], recipe.tuning)
     first = entries[recipe.contenders[0].name]
     stream, validation_stream = (
         _stream(recipe, store, split, samples)
@@ -253,13 +258,38 @@ def reads_store(recipe: Recipe, contender: Contender, model: PreTrainedModel) ->
     return wanted and isinstance(model.base_model, ReadsStoredContexts)
 
 
-def _check_batches(entry: Entry) -> None:
-    if entry.windows_per_epoch == 0:
+def on_first_part(entry: Entry, tuning: TuningSettings) -> Entry:
+    """The contender with the share of windows, and of warm-up, that tuning tries rates on.
+
+    No fewer windows than make a batch, where an incomplete one is dropped.
+    """
+    assert isinstance(entry.train, Windows)  # a recipe with tuning has no lines
+    fewest = entry.training.batch_size if entry.training.drop_last else 1
+    wanted = max(fewest, round(tuning.share * len(entry.train)))
+    warmup = round(tuning.share * entry.training.warmup)
+    return replace(
+        entry,
+        train=entry.train.first(min(len(entry.train), wanted)),
+        training=entry.training.model_copy(update={"warmup": warmup}),
+    )
+
+
+def _check_steps(entry: Entry, tuning: TuningSettings | None) -> None:
+    where = f"contenders.{entry.contender.name}"
+    if entry.steps == 0:
         raise InputError(
-            f"contenders.{entry.contender.name}: training.drop_last drops an incomplete batch, and "
-            f"{len(entry.train)} training windows do not make one batch of "
-            f"{entry.training.batch_size}"
+            f"{where}: training.drop_last drops an incomplete batch, and {len(entry.train)} "
+            f"training windows do not make one batch of {entry.training.batch_size}"
         )
+    trained = [(entry, "training takes")]
+    if tuning is not None:
+        trained.append((on_first_part(entry, tuning), "training takes to tune a rate"))
+    for part, what in trained:
+        if 0 < part.training.warmup >= part.steps:
+            raise InputError(
+                f"{where}: training.warmup {part.training.warmup} must be less than the "
+                f"{part.steps} steps that {what}"
+            )
 
 
 def _check_contenders(recipe: Recipe, vocab_size: int) -> dict[str, _Checked]:

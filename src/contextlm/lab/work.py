@@ -18,7 +18,6 @@ from contextlm.base.errors import NotFiniteError
 from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
-from contextlm.data.windows import Windows
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
@@ -34,12 +33,13 @@ from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, 
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
-from contextlm.lab.preparation import Entry, Prepared
+from contextlm.lab.preparation import Entry, Prepared, on_first_part
 from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings, TrialResult
 from contextlm.training.next_token import train_next_token
-from contextlm.training.phase_one_state import PhaseOneState
+from contextlm.training.oacd import PhaseOneState
+from contextlm.training.optimisation import build_schedule, steps_per_epoch
 from contextlm.training.phase_two_state import PhaseTwo
 
 
@@ -174,20 +174,10 @@ def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
 
 
 def first_part(prepared: Prepared, contender: str) -> Prepared:
-    """A contender with the share of the text, and of warm-up, that tuning tries rates on.
-
-    No fewer windows than make a batch, where an incomplete one is dropped.
-    """
-    entry, tuning = prepared.entries[contender], prepared.recipe.tuning
-    assert tuning is not None
-    assert isinstance(entry.train, Windows)  # a recipe with tuning has no lines
-    fewest = entry.training.batch_size if entry.training.drop_last else 1
-    wanted = max(fewest, round(tuning.share * len(entry.train)))
-    train = entry.train.first(min(len(entry.train), wanted))
-    warmup = round(tuning.share * entry.training.warmup)
-    training = entry.training.model_copy(update={"warmup": warmup})
-    part = replace(entry, train=train, training=training)
-    return replace(prepared, entries={contender: part}, stream=train.stream())
+    """A contender with the share of the text, and of warm-up, that tuning tries rates on."""
+    assert prepared.recipe.tuning is not None
+    part = on_first_part(prepared.entries[contender], prepared.recipe.tuning)
+    return replace(prepared, entries={contender: part}, stream=part.train.stream())
 
 
 def _with_rate(entry: Entry, rate: float) -> Entry:
@@ -264,6 +254,7 @@ def _run(
     )
     best = epochs[trained.phase2.best_epoch - 1]
     measured_too = {
+        "learning_rate": _highest_rate(entry, len(trained.phase2.losses)),
         "bits_per_byte": _bits_per_byte(validation, prepared, offset),
         "train_ppl_running": perplexity(best.train_loss),
         "train_ppl": train.ppl,
@@ -314,8 +305,7 @@ def _train(
     """Phase 1, the context store and phase 2, as far as the contender has them."""
     history = History(run / job.folder / "history.jsonl")
     working = run / job.working
-    alone = distribution.world() == 1  # several processes keep nothing to resume from
-    state = PhaseOneState(working / "phase1", progress.line) if alone else None
+    state = PhaseOneState(working / "phase1", progress.line)
     contexts = make_contexts(job, prepared, entry, model, run, history, progress, stages, state)
     size = prepared.recipe.evaluation.batch_size
     phase2 = train_next_token(
@@ -344,6 +334,12 @@ def _save_checkpoint(
         model.save_pretrained(partial)
         prepared.tokenizer.save_pretrained(partial)
         write_trained(partial, note)
+
+
+def _highest_rate(entry: Entry, steps: int) -> float:
+    """The rate that training really reached: patience may have ended it within the warm-up."""
+    share = build_schedule(entry.training, steps_per_epoch(entry.training, len(entry.train)))
+    return entry.training.learning_rate * max(map(share, range(steps)))
 
 
 def _bits_per_byte(validation: Quality, prepared: Prepared, target_offset: int) -> float | None:

@@ -1,8 +1,8 @@
-"""Working checkpoints: numbered folders of tensors and a record, sealed by a manifest of checksums.
+"""Working checkpoints: numbered folders, each with one file of tensors and the sum that seals it.
 
 A process can be killed while it writes one, and a disk can spoil one later. So a folder appears
-whole or not at all, and what does not match its manifest is left aside. Tensors are safetensors,
-the record is JSON: nothing is pickled, and reading one runs no code.
+whole or not at all, and what does not match its sum is left aside. The tensors and the record
+beside them are a safetensors file: nothing is pickled, and reading one runs no code.
 """
 
 from __future__ import annotations
@@ -16,21 +16,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from contextlm.base.errors import RunError, is_out_of_memory
-from contextlm.base.files import atomic_folder, write_json
+from contextlm.base.files import atomic_folder
 
-TENSORS, RECORD, MANIFEST = "state.safetensors", "record.json", "manifest.json"
+TENSORS, SUM = "state.safetensors", "sha256"
 KEPT = 2  # so that there is one to fall back on
 
 Tell = Callable[[str], None]
 Groups = Mapping[str, Mapping[str, Tensor]]
-
-
-def silent(text: str) -> None:
-    """Tells nobody."""
 
 
 class Checkpoints:
@@ -42,7 +36,7 @@ class Checkpoints:
         tell: takes one line for each damaged checkpoint.
     """
 
-    def __init__(self, folder: Path, unit: str, tell: Tell = silent):
+    def __init__(self, folder: Path, unit: str, tell: Tell):
         self.folder = folder.absolute()
         self.unit = unit
         self.tell = tell
@@ -61,42 +55,31 @@ class Checkpoints:
             keep: numbers of older checkpoints that are to stay.
 
         Raises:
-            RunError: the disk refused it; nothing of it remains.
+            RunError: the disk is full or failing; nothing of it remains.
         """
-        place = self.place(number)
-        try:
-            with atomic_folder(place) as partial:
-                stored = {
-                    f"{group}.{name}": tensor.detach().cpu().contiguous()
-                    for group, tensors in groups.items()
-                    for name, tensor in tensors.items()
-                }
-                safetensors.torch.save_file(stored, partial / TENSORS)
-                (partial / RECORD).write_text(json.dumps(record), "utf-8")
-                sums = {name: _sha256(partial / name) for name in (TENSORS, RECORD)}
-                write_json(partial / MANIFEST, sums)
-        # safetensors and torch have faults of their own for what the disk refuses.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise RunError(
-                f"{place}: the checkpoint could not be written, nothing of it remains: {reason}"
-            ) from error
-        for old in self._all()[KEPT:]:
-            if self._number(old) not in keep:
-                shutil.rmtree(old)
+        stored = {
+            f"{group}.{name}": tensor.detach().cpu().contiguous()
+            for group, tensors in groups.items()
+            for name, tensor in tensors.items()
+        }
+        with atomic_folder(self.place(number)) as partial:
+            file = partial / TENSORS
+            safetensors.torch.save_file(stored, file, {"record": json.dumps(record)})
+            (partial / SUM).write_text(_sha256(file), "utf-8")
+        for old in self._numbers()[KEPT:]:
+            if old not in keep:
+                self.remove(old)
 
     def whole(self) -> list[int]:
         """The numbers of whole checkpoints, newest first. Damaged ones are told and removed."""
         found = []
-        for place in self._all():
-            problem = _damage(place)
+        for number in self._numbers():
+            problem = _damage(self.place(number))
             if problem is None:
-                found.append(self._number(place))
+                found.append(number)
             else:
                 self.tell(f"damaged checkpoint: {problem}; the one before it is used, if any")
-                shutil.rmtree(place)
+                self.remove(number)
         return found
 
     def remove(self, number: int) -> None:
@@ -105,7 +88,8 @@ class Checkpoints:
 
     def record(self, number: int) -> Any:
         """The record of a whole checkpoint."""
-        return json.loads((self.place(number) / RECORD).read_bytes())
+        with safetensors.safe_open(self.place(number) / TENSORS, framework="pt") as stored:
+            return json.loads(stored.metadata()["record"])
 
     def tensors(self, number: int, group: str) -> dict[str, Tensor]:
         """One group of a whole checkpoint's tensors, by name."""
@@ -123,16 +107,10 @@ class Checkpoints:
             return f"the last good checkpoint is {self.place(numbers[0])}"
         return "no checkpoint had been written"
 
-    def _all(self) -> list[Path]:
-        places = self.folder.glob(f"{self.unit}-*")
-        return sorted(
-            (p for p in places if p.name[len(self.unit) + 1 :].isdecimal()),
-            key=self._number,
-            reverse=True,
-        )
-
-    def _number(self, place: Path) -> int:
-        return int(place.name[len(self.unit) + 1 :])
+    def _numbers(self) -> list[int]:
+        """Of all checkpoints, newest first."""
+        suffixes = (place.name.split("-")[1] for place in self.folder.glob(f"{self.unit}-*"))
+        return sorted((int(s) for s in suffixes if s.isdecimal()), reverse=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -155,18 +133,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def _damage(place: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is whole."""
+    file = place / TENSORS
     try:
-        sums = json.loads((place / MANIFEST).read_bytes())
-        wanted = {name: sums[name] for name in (TENSORS, RECORD)}
-    except (OSError, ValueError, TypeError, LookupError):
-        return f"{place / MANIFEST} cannot be read"
-    for name, digest in wanted.items():
-        try:
-            if _sha256(place / name) != digest:
-                return f"{place / name} does not match its checksum"
-        except OSError as error:
-            return f"{place / name} cannot be read: {error.strerror}"
-    return None
+        if _sha256(file) == (place / SUM).read_text("utf-8"):
+            return None
+    except (OSError, ValueError) as error:
+        return f"{getattr(error, 'filename', None) or place / SUM} cannot be read"
+    return f"{file} does not match its sum"
 
 
 def _sha256(file: Path) -> str:

@@ -6,16 +6,15 @@ in one of two ways: `sequential` runs the exact recurrence over the stream, whic
 sees; `parallel` feeds every position its predecessor's context of an earlier pass, which is the
 documents' way and differs. The mean-square difference between both, the drift, is always measured.
 
-Shape suffixes: P positions of the stream, N positions of a chunk, C context width, D embedding
-width, H positions before a window, T positions of a window.
+Shape suffixes: P positions of the stream, N positions of a chunk, H positions before a window.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,54 +37,31 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Embed = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class StoreSidecar:
-    """A store's sidecar.
-
-    Attributes:
-        positions, context_dim: P and C.
-        fill, dtype: how it was filled, and the type on disk.
-        key: hash of the block and the embeddings that made it, and of the stream.
-        drift: mean-square difference between the two ways of filling, per number.
-        sha256: of the file.
-    """
-
-    positions: int
-    context_dim: int
-    fill: str
-    dtype: str
-    key: str
-    drift: float
-    sha256: str
-
-
 class ContextStore:
     """Contexts of every position of a stream, on disk.
 
     Args:
-        path: the file of P x C numbers; its sidecar lies beside it.
-        facts: the sidecar.
+        path: the file of P x C numbers.
+        shape: P and C.
+        dtype: ``float32`` or ``bfloat16``.
+        drift: mean-square difference between the two ways of filling, per number.
     """
 
-    def __init__(self, path: Path, facts: StoreSidecar):
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: str, drift: float):
         self.path = path
-        self.facts = facts
-        size = facts.positions * facts.context_dim
-        mapped = torch.from_file(str(path), size=size, dtype=_DTYPES[facts.dtype])
-        self._contexts_PC = mapped.view(facts.positions, facts.context_dim)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self._contexts_PC.numel() * self._contexts_PC.element_size()
+        self.positions, self.width = shape
+        self.drift = drift
+        mapped = torch.from_file(str(path), size=math.prod(shape), dtype=_DTYPES[dtype])
+        self._contexts_PC = mapped.view(shape)
+        self.nbytes = self._contexts_PC.nbytes
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Contexts of positions ``[start, stop)`` in float32, ``[stop - start, C]``.
 
         Zeros before the stream and behind it: before the first token the context is zero.
         """
-        out_NC = torch.zeros(stop - start, self.facts.context_dim)
-        first, last = max(start, 0), min(max(stop, 0), self.facts.positions)
+        out_NC = torch.zeros(stop - start, self.width)
+        first, last = max(start, 0), min(max(stop, 0), self.positions)
         if first < last:
             out_NC[first - start : last - start] = self._contexts_PC[first:last]
         return out_NC
@@ -97,10 +73,7 @@ class StoredWindows(Dataset[dict[str, Tensor]]):
     Items have ``contexts``, ``[H + T, C]``: those of the H positions before the window and of the
     window itself; and ``position_ids``, ``[T]``: places in the stream.
 
-    Args:
-        windows: of the stream that the store was filled from.
-        store: its contexts.
-        history: H, what the model reads of the time before a window.
+    The store was filled from the windows' stream; `history` is H.
     """
 
     def __init__(self, windows: Windows, store: ContextStore, history: int):
@@ -135,29 +108,29 @@ def fill_context_store(
     With several processes all call this; rank 0 fills it, and all read the file.
 
     Args:
-        block: the trained context block.
         embed: maps token ids to normalised embeddings, ``[..., D]``.
         tokens_P: the stream.
         start_PC: contexts that the parallel passes start from; read on rank 0 only.
         passes: how many parallel passes there are.
-        settings: how to fill it, and its type.
         folder: where stores are kept; made if needed.
 
     Raises:
         RunError: rank 0 has filled it, and the file cannot be read here.
     """
 
-    def find_or_fill() -> tuple[Path, StoreSidecar]:
+    def find_or_fill() -> tuple[Path, float]:
         key = _key(block, embed, tokens_P, start_PC, passes)
-        path = folder / f"{key[:16]}-{settings.fill}-{settings.dtype}.bin"
-        facts = _reusable(path, key)
-        if facts is None:
-            facts = _fill(block, embed, tokens_P, start_PC, passes, settings, path, key)
-        return path, facts
+        path = folder / f"{key}-{settings.fill}-{settings.dtype}.bin"
+        sidecar = path.with_suffix(".json")  # written last
+        if sidecar.exists():
+            return path, json.loads(sidecar.read_text("utf-8"))["drift"]
+        drift = _fill(block, embed, tokens_P, start_PC, passes, settings, path)
+        write_json(sidecar, {"drift": drift})
+        return path, drift
 
-    path, facts = distribution.by_main(find_or_fill)
+    path, drift = distribution.by_main(find_or_fill)
     try:
-        return ContextStore(path, facts)
+        return ContextStore(path, (len(tokens_P), block.context_dim), settings.dtype, drift)
     except (OSError, RuntimeError):
         raise RunError(f"{path}: rank 0 filled this store, and it cannot be read here") from None
 
@@ -194,11 +167,11 @@ def _fill(
     passes: int,
     settings: ContextStoreSettings,
     path: Path,
-    key: str,
-) -> StoreSidecar:
+) -> float:
+    """Write the contexts to `path`; the drift."""
     parallel_PC = parallel_contexts(block, embed, tokens_P, start_PC, passes)
     state_1C = torch.zeros_like(start_PC[:1])
-    squares, digest = 0.0, hashlib.sha256()
+    squares = 0.0
     with atomic_open(path, "wb") as stream:
         for rows, embedded_1ND in _chunks(block, embed, tokens_P):
             exact_NC = block(embedded_1ND, state_1C)[-1, 0]
@@ -206,20 +179,8 @@ def _fill(
             squares += F.mse_loss(exact_NC, parallel_PC[rows], reduction="sum").item()
             chosen_NC = exact_NC if settings.fill == "sequential" else parallel_PC[rows]
             stored_NC = chosen_NC.to("cpu", _DTYPES[settings.dtype]).contiguous()
-            data = stored_NC.view(torch.uint8).numpy().tobytes()
-            digest.update(data)
-            stream.write(data)
-    facts = StoreSidecar(
-        positions=len(tokens_P),
-        context_dim=block.context_dim,
-        fill=settings.fill,
-        dtype=settings.dtype,
-        key=key,
-        drift=squares / (len(tokens_P) * block.context_dim),
-        sha256=digest.hexdigest(),
-    )
-    write_json(path.with_suffix(".json"), asdict(facts))
-    return facts
+            stream.write(stored_NC.view(torch.uint8).numpy().tobytes())
+    return squares / parallel_PC.numel()
 
 
 def _chunks(
@@ -233,21 +194,6 @@ def _chunks(
         yield rows, embed(ids_N).unsqueeze(0)
 
 
-def _reusable(path: Path, key: str) -> StoreSidecar | None:
-    """The sidecar, if it and the file are whole and are what is expected."""
-    try:
-        facts = StoreSidecar(**json.loads(path.with_suffix(".json").read_text("utf-8")))
-        size = path.stat().st_size
-        expected = facts.positions * facts.context_dim * _DTYPES[facts.dtype].itemsize
-        if facts.key != key or size != expected:
-            return None
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return facts if digest == facts.sha256 else None
-
-
 @torch.no_grad()
 def _key(
     block: ContextBlock,
@@ -256,7 +202,7 @@ def _key(
     start_PC: Tensor,
     passes: int,
 ) -> str:
-    """SHA-256 of everything that the contexts depend on."""
+    """A hash of everything that the contexts depend on."""
     digest = hashlib.sha256(f"{passes}".encode())
     device = next(block.parameters()).device
     distinct_U = np.unique(np.asarray(tokens_P)).astype(np.int64)
@@ -265,4 +211,4 @@ def _key(
     for tensor in [*tensors, *start_PC.split(CHUNK)]:
         digest.update(tensor.detach().cpu().contiguous().flatten().numpy())
     digest.update(np.asarray(tokens_P, dtype="<i8").tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]

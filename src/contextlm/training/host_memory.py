@@ -20,21 +20,18 @@ _DEFAULTS = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 * 2**10, _TOP_PAD: 128 * 2**
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[bool]:
+def freed_memory_kept() -> Iterator[None]:
     """Let glibc keep what is freed inside the `with` block, and give it back at its end.
 
     Elsewhere than on glibc (macOS, Windows, musl) nothing changes.
-
-    Yields:
-        Whether the allocator could be told.
     """
-    library = _glibc()
-    if library is None:
-        yield False
+    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(library, "gnu_get_libc_version"):
+        yield
         return
     _tell(library, _KEEP)
     try:
-        yield True
+        yield
     finally:
         _tell(library, _DEFAULTS)
         library.malloc_trim(0)
@@ -43,11 +40,3 @@ def freed_memory_kept() -> Iterator[bool]:
 def _tell(library: Any, values: dict[int, int]) -> None:
     for name, value in values.items():
         library.mallopt(name, value)
-
-
-def _glibc() -> Any:
-    """The C library of this process if it is glibc."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,9 @@ from contextlm.base.errors import InputError, NotFiniteError, RunError
 from contextlm.base.interrupts import deferred
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.recipe.settings import TrainingSettings
-from contextlm.training.checkpoints import Tell, silent
+from contextlm.training.checkpoints import Tell
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.optimisation import build_optimizer, build_schedule
+from contextlm.training.optimisation import build_optimizer, build_schedule, steps_per_epoch
 from contextlm.training.phase_two_state import (
     Epoch,
     PhaseTwo,
@@ -87,7 +87,7 @@ def train_next_token(
     precision: str,
     folder: Path,
     watcher: Watcher,
-    tell: Tell = silent,
+    tell: Tell,
 ) -> PhaseTwo:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
 
@@ -98,14 +98,10 @@ def train_next_token(
         model: on `device`; trained in place, only parameters that require gradients.
         train: items ``{"input_ids": [T], "labels": [T]}``, labels shifted already; whatever else
             they hold is passed to the model.
-        settings: of phase 2.
-        evaluate: called after each epoch.
         seed: of shuffling and dropout.
-        device: this process's own.
         precision: ``float32`` or ``bfloat16`` (autocast around the loss, not the evaluation).
-        folder: for checkpoints. Training resumes from the newest whole one of the same training
+        folder: for this training's checkpoints alone; training resumes from the newest whole one
             in there. They stay: the caller removes them.
-        watcher: of steps and epochs.
         tell: takes a line about checkpoints.
 
     Raises:
@@ -119,8 +115,7 @@ def train_next_token(
     steps = steps_per_epoch(settings, len(train))  # type: ignore[arg-type]  # ours have a length
     with nullcontext() if several else deferred() as asked, freed_memory_kept():
         stepper = _Stepper(model, settings, steps, precision, device, seed)
-        described = [settings.model_dump(mode="json"), seed, precision, *_shapes(model, train)]
-        state = None if asked is None else PhaseTwoState(folder, described, device, asked, tell)
+        state = None if asked is None else PhaseTwoState(folder, device, asked, tell)
         done = PhaseTwo() if state is None else state.restore(stepper.model, stepper.optimizer)
         best_weights: Mapping[str, Tensor] = {}  # of several processes, on rank 0
 
@@ -141,8 +136,6 @@ def train_next_token(
                 taken = begin(number)
                 started = time.perf_counter() - done.seconds
                 micro_batches = _micro_batches(train, settings, seed, number, taken, device)
-                if state is not None and taken:
-                    state.restore_random()  # the loader has drawn a number
                 stepper.parallel.train()
                 for step in range((number - 1) * steps + taken + 1, number * steps + 1):
                     loss = stepper.take(step, list(islice(micro_batches, settings.accumulation)))
@@ -182,7 +175,7 @@ def train_next_token(
             raise
 
         if state is not None and best_of(done.epochs) is not done.epochs[-1]:
-            best_weights = state.best_weights(done)
+            best_weights = state.checkpoints.tensors(best_of(done.epochs).step, "weights")
         load_weights(model.to(device), best_weights)
         if several:
             for parameter in model.parameters():
@@ -191,28 +184,17 @@ def train_next_token(
 
 
 def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
-    """Whether the last epoch is done, or the best is too long ago."""
+    """Whether the last epoch is done, or the best is `patience` epochs ago."""
     epochs = len(done.epochs)
-    if epochs == 0 or settings.patience is None:
-        return epochs == settings.epochs
-    return epochs == settings.epochs or epochs - done.best_epoch >= settings.patience
-
-
-def _shapes(model: PreTrainedModel, train: Dataset[Batch]) -> list[Any]:
-    """What of the model and its data tells one training from another."""
-    named = {name: [*p.shape, p.requires_grad] for name, p in model.named_parameters()}
-    return [named, len(train)]  # type: ignore[arg-type]  # ours have a length
+    patience = settings.patience or settings.epochs
+    return epochs > 0 and (epochs == settings.epochs or epochs - done.best_epoch >= patience)
 
 
 def check_processes(settings: TrainingSettings, name: str = "training") -> None:
     """Check that the processes at hand can share each micro-batch equally.
 
-    Args:
-        settings: of phase 2.
-        name: of the settings, for messages.
-
     Raises:
-        InputError: they cannot.
+        InputError: they cannot; `name` is that of the settings.
     """
     if (settings.batch_size // settings.accumulation) % distribution.world():
         parts = f" in {settings.accumulation} micro-batches" if settings.accumulation > 1 else ""
@@ -222,19 +204,10 @@ def check_processes(settings: TrainingSettings, name: str = "training") -> None:
         )
 
 
-def steps_per_epoch(settings: TrainingSettings, windows: int) -> int:
-    """Optimiser steps in an epoch of so many windows."""
-    whole, rest = divmod(windows, settings.batch_size)
-    return whole + (rest > 0 and not settings.drop_last)
-
-
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Tensor:
     """Cross-entropy against targets that are shifted already, in nats per token: a scalar.
 
-    Args:
-        logits_BTV: of a micro-batch.
-        labels_BT: the target of each position; -100 is ignored.
-        targets: in the whole batch, by which the sum over this micro-batch's is divided.
+    The sum over a micro-batch's targets is divided by the number of `targets` in the whole batch.
     """
     logits_NV = logits_BTV.flatten(0, 1).float()
     summed = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -243,14 +216,6 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Te
 
 class _Stepper:
     """Takes optimiser steps, each on this rank's share of a batch.
-
-    Args:
-        model: to train.
-        settings: of phase 2.
-        steps: in an epoch.
-        precision: of the loss.
-        device: this process's own.
-        seed: of dropout; each rank draws its own.
 
     Attributes:
         model: what is trained: `model`, but for FSDP2, which shards a copy.
@@ -279,7 +244,7 @@ class _Stepper:
         elif self.accelerator.distributed_type not in _DDP:
             kind = self.accelerator.distributed_type.value
             raise InputError(f"the launcher asks for {kind}: phase 2 works with DDP or FSDP2")
-        set_seed(seed, device_specific=True)
+        set_seed(seed, device_specific=True)  # each rank has its own dropout
         self.model = model
         self.optimizer = build_optimizer(model, settings)
         self.precision = precision
@@ -359,6 +324,7 @@ def _micro_batches(
             list(share or whole[:1]) for share, whole in zip(shares, wholes, strict=True)
         ],
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # it draws a number that dropout's generator is to keep
     )
     return (
         batch if share else {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}

@@ -5,41 +5,60 @@ position i the previous iteration's context of position i-1, plus noise, through
 the outputs are the new contexts. The loss pushes the contexts of a batch apart and their mean
 towards zero, so that different histories become different vectors.
 
-Shape suffixes: N positions of a batch, P all positions, C context width, D embedding width,
-U distinct tokens of the stream.
+Its state is kept on disk, so that it resumes after its process was killed: an iteration needs the
+contexts of the one before, the block's weights and the optimiser's moments.
+
+Shape suffixes: N positions of a batch, P all positions, U distinct tokens of the stream.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from torch import Tensor
+from torch import Tensor, nn
 
 from contextlm.base import distribution
 from contextlm.base.errors import NotFiniteError
 from contextlm.models.layers import ContextBlock
 from contextlm.recipe.settings import PhaseOneSettings
+from contextlm.training.checkpoints import (
+    Checkpoints,
+    Groups,
+    Tell,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.phase_one_state import Iteration, PhaseOneState
 
 INITIAL_STD = 0.01
+
+# Contexts can take gigabytes: writing them takes at most this share of the time.
+_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration: its number from 1, share of converged positions, mean loss, seconds."""
+
+    number: int
+    converged: float
+    loss: float | None
+    seconds: float
 
 
 @dataclass
 class PhaseOne:
-    """Outcome of phase 1. `contexts_PC` are the last iteration's, on the training device.
-
-    With several processes rank 0 has all of them and the others none.
-    """
+    """The last iteration's contexts, of several processes on rank 0 only, and all iterations."""
 
     contexts_PC: Tensor
-    iterations: list[Iteration] = field(default_factory=list)
+    iterations: list[Iteration]
 
     @property
     def converged(self) -> float:
@@ -47,15 +66,60 @@ class PhaseOne:
         return self.iterations[-1].converged
 
 
+class PhaseOneState:
+    """The states of one phase 1.
+
+    Args:
+        folder: theirs alone; made when the first is written.
+        tell: takes one line for each damaged state.
+    """
+
+    def __init__(self, folder: Path, tell: Tell):
+        self.checkpoints = Checkpoints(folder, "iteration", tell)
+        self._due = 0.0
+
+    @torch.no_grad()
+    def restore(
+        self, block: nn.Module, optimizer: torch.optim.Optimizer, contexts_PC: Tensor
+    ) -> list[Iteration]:
+        """Put the newest whole state into the arguments; the iterations that it stands for."""
+        for number in self.checkpoints.whole()[:1]:
+            contexts_PC.copy_(self.checkpoints.tensors(number, "contexts")["all"])
+            weights = self.checkpoints.tensors(number, "block")
+            for name, parameter in block.named_parameters():
+                parameter.copy_(weights[name])
+            restore_optimizer(optimizer, self.checkpoints.tensors(number, "optimizer"))
+            return [Iteration(**entry) for entry in self.checkpoints.record(number)]
+        return []
+
+    def save(
+        self,
+        block: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        contexts_PC: Tensor,
+        iterations: Sequence[Iteration],
+        *,
+        last: bool,
+    ) -> None:
+        """Write what the next iteration needs; not if that was done recently and is not `last`."""
+        started = time.monotonic()
+        if started < self._due and not last:
+            return
+        groups: Groups = {
+            "contexts": {"all": contexts_PC},
+            "block": dict(block.named_parameters()),
+            "optimizer": optimizer_tensors(optimizer),
+        }
+        record = [asdict(iteration) for iteration in iterations]
+        self.checkpoints.write(iterations[-1].number, groups, record)
+        ended = time.monotonic()
+        self._due = ended + (ended - started) / _SHARE
+
+
 def oacd_loss(contexts_NC: Tensor, mean_weight: float = 0.1) -> Tensor:
     """``-||c - mean||_F / n + mean_weight ||mean||^2``, the mean over the batch's n positions.
 
-    Args:
-        contexts_NC: one batch of new contexts.
-        mean_weight: weight of the term that anchors the mean at the origin.
-
-    Returns:
-        A scalar.
+    The second term anchors the mean at the origin.
     """
     mean_C = contexts_NC.mean(0)
     dispersion = torch.linalg.vector_norm(contexts_NC - mean_C) / contexts_NC.shape[0]
@@ -126,35 +190,26 @@ def train_context_block(
         block: the context block, on `device`.
         embed: maps token ids to normalised embeddings, ``[..., D]``; it stays as it is.
         tokens_P: the stream.
-        settings: learning rate, noise, batch size, when to stop.
         seed: of the random start and the noise.
-        device: of the block.
         on_iteration: called after every iteration, and first for those that `state` brings back; on
             rank 0 only.
-        state: keeps on disk where training is, and brings that back; None: nothing is kept.
-
-    Returns:
-        The last contexts and a record of every iteration.
+        state: keeps on disk where training is, and brings that back.
 
     Raises:
-        ValueError: the stream is empty.
         NotFiniteError: the loss is not finite; the message names the iteration, a note the last
             good state.
     """
-    if len(tokens_P) == 0:
-        raise ValueError("phase 1 needs at least one token")
-    outcome = PhaseOne(torch.empty(0, block.context_dim, device=device))
+    outcome = PhaseOne(torch.empty(0, block.context_dim, device=device), [])
 
     def train() -> list[Iteration]:
-        nonlocal outcome
         distinct_U, entries_P = np.unique(np.asarray(tokens_P), return_inverse=True)
         entries = torch.from_numpy(entries_P.astype(np.int64)).to(device)
         with torch.no_grad():
             embedded_UD = embed(torch.from_numpy(distinct_U.astype(np.int64)).to(device))
+        projection = _VocabularyProjection(block, embedded_UD)
+        outcome.contexts_PC = initial_contexts(len(entries), block.context_dim, seed, device)
         with freed_memory_kept():
-            outcome = _iterate(
-                block, embedded_UD, entries, settings, seed, device, on_iteration, state
-            )
+            _iterate(outcome, entries, projection, settings, seed, on_iteration, state)
         return outcome.iterations
 
     frozen = {p: p.requires_grad for p in block.parameters()}
@@ -172,50 +227,39 @@ def train_context_block(
 
 
 def _iterate(
-    block: ContextBlock,
-    embedded_UD: Tensor,
+    outcome: PhaseOne,
     entries_P: Tensor,
+    projection: _VocabularyProjection,
     settings: PhaseOneSettings,
     seed: int,
-    device: torch.device,
     on_iteration: Callable[[Iteration], None],
     state: PhaseOneState | None,
-) -> PhaseOne:
-    started = time.perf_counter()
-    contexts_PC = initial_contexts(len(entries_P), block.context_dim, seed, device)
+) -> None:
+    block, contexts_PC, iterations = projection.block, outcome.contexts_PC, outcome.iterations
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
-    known = [] if state is None else state.restore(block, optimizer, contexts_PC)
-    outcome = PhaseOne(contexts_PC, known)
-    for iteration in known:
-        on_iteration(iteration)
-    projection = _VocabularyProjection(block, embedded_UD)
-
-    def record(loss: float | None, converged: float) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        iteration = Iteration(len(outcome.iterations) + 1, converged, loss, now - started)
-        started = now
-        outcome.iterations.append(iteration)
-        on_iteration(iteration)
-        if state is not None:
-            last = _ended(iteration, settings)
-            state.save(block, optimizer, contexts_PC, outcome.iterations, last=last)
-
-    if not known:
-        record(None, 0.0)
-    while not _ended(outcome.iterations[-1], settings):
-        number = outcome.iterations[-1].number + 1
-        loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number)
-        if not np.isfinite(loss):
-            error = NotFiniteError(f"phase 1: the loss of iteration {number} is {loss}")
-            if state is not None:
-                error.add_note(state.checkpoints.last())
-            raise error
-        torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
-        optimizer.step()
+    if state is not None:
+        iterations += state.restore(block, optimizer, contexts_PC)
         projection.refresh()
-        record(loss, converged)
-    return outcome
+    for iteration in iterations:
+        on_iteration(iteration)
+    while not (iterations and _ended(iterations[-1], settings)):
+        started = time.perf_counter()
+        number, loss, converged = len(iterations) + 1, None, 0.0
+        if number > 1:  # the first is the random start
+            loss, converged = refine(contexts_PC, entries_P, projection, settings, seed, number)
+            if not np.isfinite(loss):
+                error = NotFiniteError(f"phase 1: the loss of iteration {number} is {loss}")
+                if state is not None:
+                    error.add_note(state.checkpoints.last())
+                raise error
+            torch.nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
+            optimizer.step()
+            projection.refresh()
+        iterations.append(Iteration(number, converged, loss, time.perf_counter() - started))
+        on_iteration(iterations[-1])
+        if state is not None:
+            last = _ended(iterations[-1], settings)
+            state.save(block, optimizer, contexts_PC, iterations, last=last)
 
 
 def _ended(iteration: Iteration, settings: PhaseOneSettings) -> bool:
@@ -236,8 +280,6 @@ def refine(
         contexts_PC: the previous iteration's contexts, overwritten batch by batch.
         entries_P: row of each position's token in the projection's tables.
         projection: the tokens' part, up to date with the block.
-        settings: of phase 1.
-        seed: of the noise.
         number: of this iteration.
 
     Returns:

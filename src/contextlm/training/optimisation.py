@@ -1,11 +1,11 @@
-"""Optimisers, parameter groups, learning-rate schedules and precision as recipes describe them."""
+"""Optimisers, learning-rate schedules and precision as recipes describe them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,15 +13,9 @@ from torch import nn
 from contextlm.base.errors import InputError
 from contextlm.recipe.settings import TrainingSettings
 
-Precision = Literal["float32", "bfloat16"]
-
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Adam or AdamW over the trainable parameters, in the recipe's groups.
-
-    Raises:
-        InputError: a group's pattern matches no trainable parameter.
-    """
+    """Adam or AdamW over `parameter_groups`."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     groups = parameter_groups(model, settings)
     return kind(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
@@ -67,20 +61,29 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
     ]
 
 
-def build_schedule(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """The share of its learning rate at which a group takes the step after n steps, by n.
+def steps_per_epoch(settings: TrainingSettings, windows: int) -> int:
+    """Optimiser steps in an epoch of so many windows."""
+    whole, rest = divmod(windows, settings.batch_size)
+    return whole + (rest > 0 and not settings.drop_last)
 
-    ``linear`` and ``cosine`` fall from 1 after the warmup to 0 (or `minimum_ratio`) at the end of
-    the last epoch; with ``schedule_unit: epoch`` the share changes between epochs only.
+
+def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
+    """The share of its learning rate at which a group takes a step, by the number of those before.
+
+    In a warmup of W steps the share rises from 1/W at the first to 1 at the last. Then ``linear``
+    and ``cosine`` fall from 1 to 0 (or `minimum_ratio`) at the end of the last epoch; with
+    ``schedule_unit: epoch``, which has no warmup, the share changes between epochs only.
+
+    The warmup is shorter than all epochs of so many `steps`.
     """
     by_epoch = settings.schedule_unit == "epoch"
-    end = settings.epochs * (1 if by_epoch else steps_per_epoch)
+    end = settings.epochs * (1 if by_epoch else steps)
 
-    def share(steps: int) -> float:
-        now = steps // steps_per_epoch if by_epoch else steps
+    def share(before: int) -> float:
+        now = before // steps if by_epoch else before
         if now < settings.warmup:
-            return now / settings.warmup
-        done = (now - settings.warmup) / max(1, end - settings.warmup)
+            return (now + 1) / settings.warmup
+        done = (now - settings.warmup) / (end - settings.warmup)
         if settings.schedule == "linear":
             return max(0.0, 1 - done)
         if settings.schedule == "cosine":
@@ -91,25 +94,20 @@ def build_schedule(settings: TrainingSettings, steps_per_epoch: int) -> Callable
     return share
 
 
-def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """Turn ``auto`` into a type that suits the machine.
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """``float32`` or ``bfloat16``; ``auto`` becomes the one that suits the machine.
 
     The decision rests on what the hardware has, never on a timing, so that two runs on one machine
     agree: bfloat16 where matrix units for it exist (AMX or AVX512-BF16 on a CPU, Ampere or later on
     CUDA), float32 elsewhere.
-
-    Args:
-        wanted: ``auto``, ``float32`` or ``bfloat16``.
-        device: where training runs.
     """
-    if wanted == "float32":
-        return "float32"
-    if wanted == "bfloat16":
-        return "bfloat16"
+    if wanted != "auto":
+        return wanted
+    multiplies_bfloat16 = False
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
+        multiplies_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
         # Older torch cannot tell.
-        has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
-    return "float32"
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        multiplies_bfloat16 = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    return "bfloat16" if multiplies_bfloat16 else "float32"

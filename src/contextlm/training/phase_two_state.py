@@ -1,22 +1,17 @@
 """Where phase 2 is, kept on disk, so that it resumes to the bit after its process was killed.
 
 A checkpoint is written after every epoch, and inside one when much time has passed or the process
-is told to stop. It holds the weights that train, the optimiser's state, the random states, the loss
-of every step and the finished epochs; order of windows and learning rates follow from the step.
+is told to stop. It holds the weights that train, the optimiser's state, torch's random states, the
+loss of every step and the finished epochs; order of windows and rates follow from the step.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -73,25 +68,13 @@ def best_of(epochs: Sequence[Epoch]) -> Epoch:
 
 
 class PhaseTwoState:
-    """The checkpoints of one phase 2 in one process.
+    """The checkpoints of one phase 2, alone in their folder."""
 
-    Args:
-        folder: for the checkpoints.
-        training: what is trained and how, as JSON can hold it; checkpoints of another are not used.
-        device: whose random state is kept beside the processor's.
-        asked: whether the process was told to stop.
-        tell: takes one line for each damaged checkpoint, and when training resumes or stops.
-    """
-
-    def __init__(
-        self, folder: Path, training: Any, device: torch.device, asked: Deferred, tell: Tell
-    ):
+    def __init__(self, folder: Path, device: torch.device, asked: Deferred, tell: Tell):
         self.checkpoints = Checkpoints(folder, "step", tell)
-        self.training = hashlib.sha256(json.dumps(training).encode()).hexdigest()
         self.device = device
         self.asked = asked
         self.tell = tell
-        self._resumed: int | None = None
         self._saved = time.monotonic()
 
     def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> PhaseTwo:
@@ -99,28 +82,19 @@ class PhaseTwoState:
         whole = self.checkpoints.whole()
         for step in whole:
             record = self.checkpoints.record(step)
-            if record["training"] == self.training and set(record["needs"]) <= set(whole):
+            epochs = [Epoch(**entry) for entry in record["epochs"]]
+            if not epochs or best_of(epochs).step in whole:
                 self.tell(f"resuming from {self.checkpoints.place(step)}")
-                self._resumed = step
-                self.restore_random()
                 load_weights(model, self.checkpoints.tensors(step, "weights"))
                 restore_optimizer(optimizer, self.checkpoints.tensors(step, "optimizer"))
+                states = self.checkpoints.tensors(step, "random")
+                torch.set_rng_state(states["cpu"])
+                if self.device.type != "cpu":
+                    torch.get_device_module(self.device).set_rng_state(states["device"])
                 losses = self.checkpoints.tensors(step, "losses")["all"].tolist()
-                epochs = [Epoch(**entry) for entry in record["epochs"]]
                 return PhaseTwo(losses, epochs, record["seconds"])
             self.checkpoints.remove(step)
         return PhaseTwo()
-
-    def restore_random(self) -> None:
-        """Put back the random states of the checkpoint that training resumes from."""
-        assert self._resumed is not None
-        python, (kind, key, *rest) = self.checkpoints.record(self._resumed)["random"]
-        random.setstate((python[0], tuple(python[1]), python[2]))
-        np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
-        states = self.checkpoints.tensors(self._resumed, "random")
-        torch.set_rng_state(states["cpu"])
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(states["device"])
 
     def due(self) -> bool:
         """Whether a checkpoint is to be written inside an epoch."""
@@ -135,8 +109,6 @@ class PhaseTwoState:
 
         Raises:
             NotFiniteError: a weight is not finite, so that this would be no good checkpoint.
-            RunError: it could not be written.
-            KeyboardInterrupt: the process was told to stop.
         """
         step = len(done.losses)
         weights = trained_weights(model)
@@ -146,28 +118,17 @@ class PhaseTwoState:
         states = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             states["device"] = torch.get_device_module(self.device).get_rng_state()
-        kind, key, *rest = np.random.get_state(legacy=True)
-        best = [best_of(done.epochs).step] if done.epochs else []
-        record = {
-            "training": self.training,
-            "needs": best,
-            "epochs": [asdict(epoch) for epoch in done.epochs],
-            "seconds": done.seconds,
-            "random": [random.getstate(), [kind, np.asarray(key).tolist(), *rest]],
-        }
+        record = {"epochs": [asdict(epoch) for epoch in done.epochs], "seconds": done.seconds}
         groups = {
             "weights": weights,
             "optimizer": optimizer_tensors(optimizer),
             "losses": {"all": torch.tensor(done.losses, dtype=torch.float64)},
             "random": states,
         }
+        best = {best_of(done.epochs).step} if done.epochs else set()
         self.checkpoints.write(step, groups, record, keep=best)
         self._saved = time.monotonic()
         self.asked.raise_now()
-
-    def best_weights(self, done: PhaseTwo) -> dict[str, Tensor]:
-        """The weights of the best epoch."""
-        return self.checkpoints.tensors(best_of(done.epochs).step, "weights")
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:
