@@ -13,11 +13,13 @@ from test_next_token import CPU, NEOX, VOCABULARY, Watcher, make_windows
 from torch import nn
 
 from contextlm.base.errors import NotFiniteError
+from contextlm.base.interrupts import Deferred
 from contextlm.models.build import build_config, create_model
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training import phase_two_state
 from contextlm.training.checkpoints import Checkpoints
 from contextlm.training.next_token import train_next_token
+from contextlm.training.phase_two_state import Epoch, PhaseTwo, PhaseTwoState
 
 
 class Killed(BaseException):
@@ -75,6 +77,23 @@ def same(one, other) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return resumable(tmp_path_factory.mktemp("whole"))[0]
+
+
+def test_the_checkpoint_to_fall_back_on_keeps_its_best_weights(tmp_path):
+    """Epoch 2 is worse than 1 and 3 better; with 3 damaged, 2 still needs the weights of 1."""
+    model = create_model(build_config(NEOX, VOCABULARY), 0)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = PhaseTwoState(tmp_path, CPU, Deferred(), lambda text: None)
+    done = PhaseTwo()
+    for number, loss in enumerate((1.0, 2.0, 0.5), 1):
+        done.losses.append(loss)
+        done.epochs.append(Epoch(number, number, loss, loss, 0.0, 1e-3, 0.1))
+        state.save(model, optimizer, done)
+    (tmp_path / "step-3" / "state.safetensors").write_bytes(b"damaged")
+    back = state.restore(model, optimizer)
+    assert [epoch.number for epoch in back.epochs] == [1, 2]
+    assert back.best_epoch == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,10 @@ class PhaseTwoState:
             "losses": {"all": torch.tensor(done.losses, dtype=torch.float64)},
             "random": states,
         }
-        best = {best_of(done.epochs).step} if done.epochs else set()
-        self.checkpoints.write(step, groups, record, keep=best)
+        # The checkpoint before this one, which is to serve if this is damaged, may need another.
+        before = [epochs for epochs in (done.epochs, done.epochs[:-1]) if epochs]
+        bests = {best_of(epochs).step for epochs in before}
+        self.checkpoints.write(step, groups, record, keep=bests)
         self._saved = time.monotonic()
         self.asked.raise_now()
 
