@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from contextlm.cli import app
+from contextlm.cli.shell import execute
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -51,14 +55,19 @@ def test_there_is_one_place_for_the_generated_results() -> None:
     assert README.index(begin) < README.index(end)
 
 
-def test_commands_and_python_work_in_order(tmp_path: Path) -> None:
+def test_commands_and_python_work_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (commands,) = fenced("bash")
     lines = [line for line in commands.splitlines() if line.strip()]
     assert len(lines) >= 5
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
     for line in lines:
-        assert line.startswith("contextlm ")
-        # A shell, for quotes and comments as the reader would type them.
-        assert run("bash", "-c", line, folder=tmp_path).strip()
+        name, *arguments = shlex.split(line, comments=True)
+        assert name == "contextlm"
+        assert execute(app, arguments) == 0, line
+        assert capsys.readouterr().out.strip(), line
     examples = fenced("python")
     assert len(examples) == 2
     for example in examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ def send(number: signal.Signals) -> None:
 
 
 WARNINGS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1] if os.name != "nt" else []
+
+
+@pytest.fixture(autouse=True)
+def warnings_end_the_process() -> Iterator[None]:
+    """As a terminal's shell starts it; nohup has SIGHUP ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in WARNINGS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", WARNINGS)

@@ -33,7 +33,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(cache, monkeypatch) -> None:
+def no_other_cache(cache, monkeypatch) -> None:
     monkeypatch.setenv("CONTEXTLM_CACHE", str(cache))
     monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

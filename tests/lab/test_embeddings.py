@@ -44,17 +44,9 @@ def pretrained(path: str, vocab_size: int, width: int):
     return load_pretrained(path, words(vocab_size), vocab_size, width)
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
-def alone(shared_cache, monkeypatch):
-    """No hub, and a cache of our own."""
+def no_hub(monkeypatch):
     monkeypatch.setattr("contextlm.data.hub.hub_reachable", lambda: False)
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(shared_cache))
-    monkeypatch.delenv("CONTEXTLM_DATA", raising=False)
 
 
 def save_gpt2(folder, vocab_size: int = V, width: int = D) -> torch.Tensor:

@@ -53,6 +53,7 @@ def bench(
     if plot is not None and (plot.suffix != ".png" or not is_folder(plot.parent)):
         raise InputError(f"--plot {plot}: expected a .png file in a folder that exists")
 
+    import gc
     import importlib
 
     import torch
@@ -62,7 +63,12 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     module = importlib.import_module(f"contextlm.benchmarks.{question.replace('-', '_')}")
-    answer: Answer = module.measure(Options(repeats, smoke))
+    gc.collect()
+    gc.freeze()  # what was imported: collecting it again before each call would take most time
+    try:
+        answer: Answer = module.measure(Options(repeats, smoke))
+    finally:
+        gc.unfreeze()
     if plot is not None:
         draw(question, answer, plot)
     _show(answer, judged=not smoke)

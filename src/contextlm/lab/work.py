@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -85,7 +86,10 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         shutil.rmtree(run / job.working, ignore_errors=True)
         store = prepared.recipe.context_store
         if store is not None and not store.keep and not planner.left(run, job.seed):
-            shutil.rmtree(run / stores_folder(job.seed), ignore_errors=True)  # they are large
+            place = run / stores_folder(job.seed)
+            shutil.rmtree(place, ignore_errors=True)  # they are large
+            with suppress(OSError):  # another seed's are in there
+                place.parent.rmdir()
 
 
 def _write_divergence(

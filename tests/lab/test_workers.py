@@ -112,8 +112,8 @@ def test_two_workers_give_the_figures_of_one_process_to_the_bit(command, toy, tm
         assert code == 0, err
         one, two = (tmp_path / name / "toy-grid-001" for name in ("one", "two"))
         assert figures(one) == figures(two)
-        # At each point two files of two seeds and of a trial, and a result of one that diverged.
-        assert len(figures(one)) == 2 * (2 * 2 + 2 + 1)
+        # At each point a result and a history of two seeds and of two trials.
+        assert len(figures(one)) == 2 * 2 * (2 + 2)
         for point in one.glob("*/recipe.yaml"):
             results = [outcome.result for outcome in read_run(point.parent).outcomes]
             assert [(r.seed, r.learning_rate) for r in results] == [(0, 1e-3), (1, 1e-3)]
