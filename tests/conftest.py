@@ -40,3 +40,17 @@ def saved() -> Iterator[Callable[[Path, Any], Path]]:
     logging.disable_progress_bar()  # a command of its own process has these off from the start
     yield save
     logging.enable_progress_bar()
+
+
+# What takes longest begins first, so that no worker is left with it at the end.
+_LONGEST = (
+    "test_readme",
+    "test_survive",
+    "test_workers",
+    "test_several_processes",
+    "test_security",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
