@@ -11,6 +11,7 @@ variables), modules without a docstring, and files that do not parse.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import os
@@ -29,11 +30,12 @@ _LEFT_OUT = frozenset({"test", "tests", "idle_test", "idlelib", "turtledemo", "_
 _TOPICS = "pydoc_data.topics"
 
 
+@functools.cache
 def pydocs(share: float = VALIDATION_SHARE) -> Corpus:
     """The corpus ``pydocs`` of the running Python: about 2 million characters.
 
     One document per module, class and function docstrings under their qualified names, and one per
-    help topic; sorted by name, `share` of the text held out.
+    help topic; sorted by name, `share` of the text held out. Read once in a process.
 
     Raises:
         RunError: this Python comes without its library's source files.
