@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(BIN)/contextlm run demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The list is for a person to read: each message must name the culprit and say what would be right.
 fuzz: $(VENV)/.installed-dev

@@ -23,7 +23,6 @@ from contextlm.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from contextlm.results.result import PhaseTwoRow, StepRow, read_run, seed_folder
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("running")  # whose run is trained once
 
 
 @pytest.fixture(scope="module")

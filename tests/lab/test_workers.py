@@ -20,7 +20,6 @@ RATE = "training.learning_rate"
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra: workers)"
 )
-pytestmark = pytest.mark.xdist_group("ray")  # Ray starts once
 
 
 @pytest.fixture
