@@ -36,7 +36,6 @@ def launch(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProc
 
 
 # One worker runs them all: what they share takes a minute to make.
-pytestmark = pytest.mark.xdist_group("several processes")
 
 
 @pytest.fixture(scope="module")
