@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -175,10 +176,10 @@ def _found(row: Contender, column: str, show: tables.Show) -> str:
     return text.removesuffix(" ± 0")
 
 
-def _ratio(line: object) -> str:
+def _ratio(line: Any) -> str:
     if line is None:
         return numbers.ABSENT
-    measured, target = float(line.measured), line.target  # type: ignore[attr-defined]
+    measured, target = float(line.measured), line.target
     shown = numbers.count(measured) if measured >= 1000 else f"{measured:.3g}"
     if not target:
         return shown

@@ -49,7 +49,7 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's file is private to its owner
+            temporary.chmod(0o666 & ~umask())  # mkstemp's file is private to its owner
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield partial
             sync_files(partial)
-            partial.chmod(0o777 & ~_umask())
+            partial.chmod(0o777 & ~umask())
             if path.exists():
                 replaced = partial.with_name(f"{partial.name}.old{_PART}")
                 path.rename(replaced)
@@ -143,7 +143,7 @@ def disk_faults_named(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Rust libraries raise classes of their own, and plain Exception
         cause = _disk_fault(error)
         if cause is None:
             raise
@@ -162,10 +162,11 @@ def _disk_fault(error: Exception) -> str | None:
     return None
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def umask() -> int:
+    """The permissions that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -134,3 +134,12 @@ class _RichBar:
     def advance(self, n: int = 1, text: str | None = None) -> None:
         described = None if text is None else visible(text)
         self._display.update(self._task, advance=n, description=described)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 1:
+        return "< 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -12,11 +12,11 @@ import typer
 
 from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
+from contextlm.base.progress import duration
 from contextlm.base.visible import shown, visible
 from contextlm.cli.options import AsJson, Device
 from contextlm.cli.output import (
     REPORT_FILES,
-    duration,
     print_comparison,
     print_json,
     print_runs,

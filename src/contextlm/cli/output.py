@@ -105,15 +105,6 @@ def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds < 1:
-        return "< 1 s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
-
-
 def writable_folder(text: str, option: str) -> Path:
     """The folder that an option names, which need not exist yet.
 

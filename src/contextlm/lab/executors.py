@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from contextlm.base import distribution
 from contextlm.base.errors import ContextLMError, InputError, RunError
-from contextlm.base.progress import Progress, SilentProgress
+from contextlm.base.progress import Progress, SilentProgress, duration
 from contextlm.lab.jobs import Job, Planner
 
 EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
@@ -116,14 +116,8 @@ class _Clock:
         if self._seconds:
             mean = sum(self._seconds.values()) / len(self._seconds)
             togo = sum(self._seconds.get(other.contender, mean) for other in left)
-            said += f", about {_duration(togo)} to go"
+            said += f", about {duration(togo)} to go"
         return f"{said})"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class RayWorkers(Executor):

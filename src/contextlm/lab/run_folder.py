@@ -6,7 +6,6 @@ process resumes from, the lock, and `run.json`, whose presence marks the run as 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import remove_parts, write_json, write_text
+from contextlm.base.files import remove_parts, umask, write_json, write_text
 from contextlm.base.locks import locked
 from contextlm.lab.jobs import WORKING, Planner, differing_keys, write_job
 from contextlm.recipe.loading import dump_recipe, load_recipe
@@ -61,9 +60,7 @@ def new_folder(out: Path, name: str, fill: Callable[[Path], None]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out, prefix=f".{name}.", suffix=".part"))
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        partial.chmod(0o777 & ~umask())
         fill(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
