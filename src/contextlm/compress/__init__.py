@@ -1,1 +1,7 @@
-"""Smaller caches for models that are trained already."""
+"""Smaller caches for models that are trained already: a policy a file, registered by importing it here."""
+
+from contextlm.compress import full as full
+from contextlm.compress import inputs as inputs
+from contextlm.compress import window as window
+from contextlm.compress import representatives as representatives
+from contextlm.compress import interval as interval
