@@ -10,6 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -106,7 +107,7 @@ class Attention:
     """One attention module, read by the names of its architecture.
 
     Attributes:
-        module: the module itself.
+        module: the module itself; `base` the model without its head.
         heads, groups: H and G, of queries and of keys and values.
         head_width: E.
         width: D, of the module's input.
@@ -117,7 +118,7 @@ class Attention:
 
     def __init__(self, module: Any, names: Names, base: Any):
         config = module.config
-        self.module, self.names = module, names
+        self.module, self.names, self.base = module, names, base
         self.heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or self.heads
         self.width = config.hidden_size
@@ -190,6 +191,26 @@ class Attention:
     def queries(self, inputs_BTD: Tensor) -> Tensor:
         """Queries before rotary positions, ``[B, H, T, E]``."""
         return self.normed(QUERY, self.projection(QUERY).heads(inputs_BTD))
+
+    def weights(self, products: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention weights of queries' products with keys, normalised at least in float32 inside.
+
+        Args:
+            products: ``[..., T, S]``.
+            mask: of booleans or of addends; a row that sees nothing stays finite.
+        """
+        scores = products * self.scaling
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        precision = torch.promote_types(scores.dtype, torch.float32)
+        # Eager attention normalises in float32 even in a float64 model; so do we.
+        if self.implementation == "eager" and self.names.upcasts:
+            precision = torch.float32
+        return scores.softmax(-1, dtype=precision).to(scores.dtype)
 
     def output(self, mixed_BTF: Tensor) -> Tensor:
         """What the module does behind attention, ``[B, T, D]``."""

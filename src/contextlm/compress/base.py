@@ -55,7 +55,8 @@ class Policy(BaseModel, ABC):
         for number, (field, value) in enumerate(self):
             if value == type(self).model_fields[field].default:
                 continue
-            parts.append(f"{value}" if number == 0 else f"{field}:{value}")
+            bare = field if value is True else f"{field}:{value}"
+            parts.append(f"{value}" if number == 0 else bare)
         return f"{self.name}:{','.join(parts)}" if parts else self.name
 
     @abstractmethod
@@ -174,7 +175,9 @@ def _one(text: str, spec: str) -> Policy:
     given: dict[str, Any] = {}
     for number, setting in enumerate(filter(None, settings.split(","))):
         key, colon, value = (part.strip() for part in setting.partition(":"))
-        if not colon:
+        if not colon and key in fields and policy.model_fields[key].annotation is bool:
+            value = "true"
+        elif not colon:
             if number >= len(fields):
                 raise InputError(f"policy {shown(spec)}: {name} takes {_taken(fields)}")
             key, value = fields[number], key

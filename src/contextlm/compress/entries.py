@@ -164,8 +164,7 @@ class EntryReader(Reader):
             made_BGSE = self.projection(KEY).heads(entries_BSZ, slice(start))
             keys_BGSE = rotated(attention.normed(KEY, made_BGSE), turns)
             scores_BGJTS = scores_BGJTS + query_BGJTE[..., :start] @ keys_BGSE[:, :, None].mT
-        scores_BHTS = scores_BGJTS.flatten(1, 2) * attention.scaling
-        weights_BHTS = self.softmax(scores_BHTS, plan.mask)
+        weights_BHTS = attention.weights(scores_BGJTS.flatten(1, 2), plan.mask)
         weights_BGJTS = weights_BHTS.unflatten(1, (attention.groups, -1))
         weight_GEZ, bias_GE = self.projection(VALUE)
         mixed_BGJTZ = torch.einsum("bgjts,bsz->bgjtz", weights_BGJTS, entries_BSZ)
@@ -173,18 +172,3 @@ class EntryReader(Reader):
         mixed_BTGJE = mixed_BTGJE + torch.einsum("bgjts,ge->btgje", weights_BGJTS, bias_GE)
         eager = attention.implementation == "eager"
         return attention.output(mixed_BTGJE.flatten(2)), weights_BHTS if eager else None
-
-    def softmax(self, scores_BHTS: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention weights, at least in float32 inside; a row that sees nothing stays finite."""
-        attention = self.attention
-        if attention.softcap is not None:
-            scores_BHTS = (scores_BHTS / attention.softcap).tanh() * attention.softcap
-        if mask is not None and mask.dtype == torch.bool:
-            scores_BHTS = scores_BHTS.masked_fill(~mask, torch.finfo(scores_BHTS.dtype).min)
-        elif mask is not None:
-            scores_BHTS = scores_BHTS + mask
-        precision = torch.promote_types(scores_BHTS.dtype, torch.float32)
-        # Eager attention normalises in float32 even in a float64 model; so do we.
-        if attention.implementation == "eager" and attention.names.upcasts:
-            precision = torch.float32
-        return scores_BHTS.softmax(-1, dtype=precision).to(scores_BHTS.dtype)

@@ -207,7 +207,7 @@ class Group:
         seen_BTS = self.visible(query_BT[:, :, None], index_BS[:, None, :])
         after_B = start_B + steps_BT[:, -1]
         keep_BS = self.visible(after_B[:, None].to(torch.int32), index_BS)
-        keep_BK = None if self.keeps_all else columns(keep_BS)
+        keep_BK = None if self.keeps_all else self.columns(keep_BS, layer)
         layer.counts, layer.index = after_B, index_BS
         if keep_BK is not None:
             layer.index = index_BS.masked_fill(~keep_BS, NOTHING).gather(1, keep_BK)
@@ -234,6 +234,10 @@ class Group:
         if seen_BTS.shape[1] == 1 and bool(seen_BTS.all()):
             return None
         return attention_mask(seen_BTS[:, None], self.leader.implementation, dtype)
+
+    def columns(self, keep_BS: Tensor, layer: Any) -> Tensor | None:
+        """The columns of entries that stay, ``[B, K]``, at least those marked; None: all."""
+        return columns(keep_BS)
 
     def _in_order(self, given: Tensor | None, past: int, like: Tensor) -> Tensor | None:
         """The mask where every token is there and none is hidden but later ones."""
