@@ -1,7 +1,7 @@
 """What a policy is: a way to keep less than all keys and values, named by a spec.
 
-A spec such as ``window:256,sinks:4`` names a policy and its settings; ``window:256+int8`` stacks two:
-which tokens are kept, and in what form.
+A spec such as ``window:256,sinks:4`` names a policy and its settings; ``window:256+int8`` stacks
+two: which tokens are kept, and in what form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from contextlm.base.errors import InputError, unknown_name
 from contextlm.base.visible import shown
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.kept import Rule
+from contextlm.compress.kept import EVERYTHING, Rule
 from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
 
@@ -82,7 +82,7 @@ class Form(Policy):
 
     @abstractmethod
     def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
+        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = EVERYTHING
     ) -> list[Reader]:
         """As in `Policy`, of the tokens that `rule` does not hide."""
 
@@ -138,8 +138,8 @@ def register_policy(name: str) -> Callable[[P], P]:
 
 
 def policies() -> dict[str, type[Policy]]:
-    """All policies by name, in the order of their registration."""
-    return dict(_REGISTRY)
+    """All policies, sorted by name."""
+    return dict(sorted(_REGISTRY.items()))
 
 
 def parse_policy(spec: str) -> Policy:

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from contextlm.compress.adaptors import Attention, rotated
 from contextlm.compress.base import Costs, Policy, register_policy
 from contextlm.compress.kept import (
+    EVERYTHING,
     NOTHING,
     Group,
     KeyValueLayer,
-    Rule,
     attention_mask,
     open_of,
     real_tokens,
@@ -80,7 +80,7 @@ class ScoredReader(Reader):
         seen_BGTS[..., -new:] |= torch.eye(new, dtype=torch.bool, device=hidden_BTD.device)
         seen_BHTS = seen_BGTS.repeat_interleave(self.attention.heads // self.attention.groups, 1)
         mask = given
-        if layer.held or given is None and not bool(real_BT.all()):
+        if layer.held or (given is None and not bool(real_BT.all())):
             mask = attention_mask(seen_BHTS, self.attention.implementation, hidden_BTD.dtype)
             if new == 1 and bool(seen_BGTS.all()):
                 mask = None
@@ -109,9 +109,8 @@ class ScoredReader(Reader):
         age_T = torch.arange(last - 1, -1, -1, device=hidden_BTD.device)
         counts_BT = real_BT[:, -last:] * 0.5 ** (age_T / HALF_LIFE)
         got_BGS = torch.einsum("bgjts,bt->bgs", weights_BGJTS.float(), counts_BT)
-        got_BGS = F.avg_pool1d(
-            got_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False
-        )
+        real_BGS = (layer.tokens != NOTHING).to(got_BGS)
+        got_BGS = _pooled(got_BGS * real_BGS) / _pooled(real_BGS).clamp(min=1 / NEIGHBOURS)
         if layer.scores is not None:
             got_BGS[..., : layer.scores.shape[-1]] += layer.scores * 0.5 ** (new / HALF_LIFE)
         layer.scores = got_BGS
@@ -127,7 +126,15 @@ class ScoredReader(Reader):
         layer.tokens = layer.tokens.masked_fill(useless_BGS, NOTHING).gather(2, keep_BGK)
         layer.scores = layer.scores.gather(2, keep_BGK)
         keep_BGKE = keep_BGK[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
-        layer.keys, layer.values = layer.keys.gather(2, keep_BGKE), layer.values.gather(2, keep_BGKE)
+        layer.keys, layer.values = (
+            layer.keys.gather(2, keep_BGKE),
+            layer.values.gather(2, keep_BGKE),
+        )
+
+
+def _pooled(counts_BGS: Tensor) -> Tensor:
+    """Means over neighbours; beyond the ends there is nothing."""
+    return F.avg_pool1d(counts_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2)
 
 
 @register_policy("evict")
@@ -137,11 +144,10 @@ class Evict(Policy):
     budget: int = Field(gt=RECENT)
 
     def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
-        rule = Rule()
         return [
             ScoredReader(
                 attention,
-                Group(rule, attention),
+                Group(EVERYTHING, attention),
                 min(self.budget, (attention.window or self.budget + 1) - 1),
             )
             for attention in attentions

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Policy, register_policy
-from contextlm.compress.kept import Rule
+from contextlm.compress.kept import EVERYTHING
 from contextlm.compress.reading import Forward, Reader, groups_of
 
 
@@ -34,5 +34,5 @@ class Full(Policy):
     def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
         return [
             PlainReader(attention, group)
-            for attention, group in zip(attentions, groups_of(attentions, Rule()), strict=True)
+            for attention, group in zip(attentions, groups_of(attentions, EVERYTHING), strict=True)
         ]

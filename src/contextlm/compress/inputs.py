@@ -13,7 +13,7 @@ from contextlm.compress.adaptors import KEY, VALUE, Attention, Projection
 from contextlm.compress.base import Costs, Form, register_policy
 from contextlm.compress.entries import EntryReader
 from contextlm.compress.installed import CompressedCache
-from contextlm.compress.kept import Rule
+from contextlm.compress.kept import EVERYTHING, Rule
 from contextlm.compress.reading import Reader, groups_of
 
 
@@ -34,7 +34,7 @@ class Input(Form):
     """The attention's input instead of keys and values: exact, half where heads are not grouped."""
 
     def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
+        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = EVERYTHING
     ) -> list[Reader]:
         for attention in attentions:
             check_readable(attention)

@@ -23,7 +23,7 @@ from contextlm.compress.adaptors import KEY, VALUE, Attention, Projection
 from contextlm.compress.base import Costs, Form, register_policy
 from contextlm.compress.entries import EntryReader
 from contextlm.compress.inputs import check_readable
-from contextlm.compress.kept import Group, Rule
+from contextlm.compress.kept import EVERYTHING, Group, Rule
 from contextlm.compress.reading import Reader, groups_of
 
 _FLOOR = 1e-8  # of the largest variance: directions that the text does not show are not free
@@ -185,7 +185,7 @@ class Latent(Form):
         return rank
 
     def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
+        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = EVERYTHING
     ) -> list[Reader]:
         rank = self.mean_rank(attentions)
         for attention in attentions:
@@ -199,9 +199,7 @@ class Latent(Form):
         if self.spread:
             ranks = spread([layer.energy_Z for layer in found], rank * len(found))
         groups = groups_of(attentions, rule, turns=True)
-        return [
-            LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)
-        ]
+        return [LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Latent | None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.base import Costs, Form, register_policy
-from contextlm.compress.kept import Group, KeyValueLayer, Rule, columns, taken
-from contextlm.compress.reading import KeyValueReader, Reader
+from contextlm.compress.base import Form, register_policy
+from contextlm.compress.kept import EVERYTHING, Group, KeyValueLayer, Rule, columns, taken
+from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
 GROUP = 64
 
@@ -97,7 +97,10 @@ class QuantisedLayer(KeyValueLayer):
             keys, values = self.keys[:, :, :full], self.values[:, :, :full]
             packed = Packed.of(keys.mT, self.bits), Packed.of(values, self.bits)
             self.blocks.append(Block(*packed, full))
-            self.keys, self.values = self.keys[:, :, full:].clone(), self.values[:, :, full:].clone()
+            self.keys, self.values = (
+                self.keys[:, :, full:].clone(),
+                self.values[:, :, full:].clone(),
+            )
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
@@ -158,11 +161,9 @@ class QuantisedReader(KeyValueReader):
         self.bits = bits
 
     def new_layer(self, key: int) -> QuantisedLayer:
-        return QuantisedLayer(key, croppable=self.group.keeps_all, bits=self.bits)
+        return QuantisedLayer(key, croppable=self.group.croppable, bits=self.bits)
 
-    def attend(
-        self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any
-    ) -> Any:
+    def attend(self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any) -> Any:
         plan = self.plan(layer, hidden_BTD, kwargs)
         both: tuple[Tensor, ...] = ()
 
@@ -184,20 +185,15 @@ class Quantised(Form):
     bits: ClassVar[int]
 
     def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
+        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = EVERYTHING
     ) -> list[Reader]:
         if find_spec("hqq") is None:
             raise InputError(
                 f"policy {self.name} needs hqq, which is not installed: "
                 "pip install 'contextlm[quantised]'"
             )
-        groups: dict[int | None, QuantisedGroup] = {}
-        for attention in attentions:
-            groups.setdefault(attention.window, QuantisedGroup(rule, attention))
-        return [
-            QuantisedReader(attention, groups[attention.window], self.bits)
-            for attention in attentions
-        ]
+        groups = groups_of(attentions, rule, QuantisedGroup)
+        return [QuantisedReader(*pair, self.bits) for pair in zip(attentions, groups, strict=True)]
 
 
 @register_policy("int8")

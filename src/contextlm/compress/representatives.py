@@ -21,7 +21,7 @@ from torch import Tensor
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Costs, Policy, register_policy
 from contextlm.compress.kept import NOTHING, Group, KeyValueLayer, Plan, Rule
-from contextlm.compress.reading import Forward, Reader
+from contextlm.compress.reading import Forward, Reader, groups_of
 from contextlm.compress.window import SINKS
 
 
@@ -140,10 +140,8 @@ class Representatives(Policy):
 
     def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
         rule = Spans(self.window // 2, self.sinks)
-        groups: dict[int | None, SpanGroup] = {}
-        for attention in attentions:
-            groups.setdefault(attention.window, SpanGroup(rule, attention))
-        return [SpanReader(attention, groups[attention.window]) for attention in attentions]
+        groups = groups_of(attentions, rule, SpanGroup)
+        return [SpanReader(*pair) for pair in zip(attentions, groups, strict=True)]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Representatives | None:
