@@ -153,7 +153,7 @@ class EntryReader(Reader):
             query_BHTE = rotated(query_BHTE, (turns[0][:, -new:], turns[1][:, -new:]))
         query_BGJTE = query_BHTE.unflatten(1, (attention.groups, -1))
         weight_GEZ, bias_GE = self.projection(KEY)
-        scores_BGJTS = 0
+        scores_BGJTS = query_BHTE.new_zeros(())
         if start < attention.head_width:
             still_BGJTE = query_BGJTE[..., start:]
             on_entries_BGJTZ = torch.einsum("bgjte,gez->bgjtz", still_BGJTE, weight_GEZ[:, start:])

@@ -175,7 +175,7 @@ class Group:
         mask: Tensor | None,
         positions: Tensor | None,
     ) -> Plan:
-        """The plan of the forward pass under way: the leader's layer makes it, the others get it."""
+        """The plan of the forward pass under way: made for the leader's layer, used by all."""
         if attention is self.leader:
             self._plan = self._made(layer, hidden_BTD, mask, positions)
         assert self._plan is not None

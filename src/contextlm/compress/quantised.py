@@ -1,11 +1,12 @@
-"""`int8` and `int4`: the same keys and values in fewer bits, by hqq (an extra: contextlm[quantised]).
+"""`int8` and `int4`: keys and values in fewer bits, by hqq (an extra: contextlm[quantised]).
 
-As in KIVI (Liu et al., arXiv:2402.02750) a scale and a zero serve `GROUP` tokens of one channel of keys,
-whose channels differ most, and `GROUP` channels of one token's values; the newest tokens stay as they
-are until there are `GROUP` of them. Unlike transformers' `QuantizedCache`, which has the same library
-behind it, a block is quantised once and not anew with every later one, tokens can be dropped (so
-that it stacks with `window`) or cropped, and hqq's solver is left out: it takes 30 times as long as the
-rest and lowers the error by 4%. Without it, quantising again what was quantised changes nothing.
+As in KIVI (Liu et al., arXiv:2402.02750) a scale and a zero serve `GROUP` tokens of one channel of
+keys, whose channels differ most, and `GROUP` channels of one token's values; the newest tokens
+stay as they are until there are `GROUP` of them. Unlike transformers' `QuantizedCache`, which has
+the same library behind it, a block is quantised once and not anew with every later one, tokens can
+be dropped (so that it stacks with `window`) or cropped, and hqq's solver is left out: it takes 30
+times as long as the rest and lowers the error by 4%. Without it, quantising again what was
+quantised changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.base import Form, register_policy
+from contextlm.compress.base import Costs, Form, register_policy
+from contextlm.compress.calibration import Calibration
 from contextlm.compress.kept import EVERYTHING, Group, KeyValueLayer, Rule, columns, taken
 from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
@@ -106,7 +108,9 @@ class QuantisedLayer(KeyValueLayer):
         super()._change(change)
         self.blocks = [
             Block(
-                *(Packed.of(change(part.unpacked()), self.bits) for part in block[:2]), block.tokens
+                Packed.of(change(block.keys.unpacked()), self.bits),
+                Packed.of(change(block.values.unpacked()), self.bits),
+                block.tokens,
             )
             for block in self.blocks
         ]
@@ -184,16 +188,31 @@ class Quantised(Form):
 
     bits: ClassVar[int]
 
-    def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = EVERYTHING
-    ) -> list[Reader]:
+    def check(self, attentions: Sequence[Attention]) -> None:
         if find_spec("hqq") is None:
             raise InputError(
                 f"policy {self.name} needs hqq, which is not installed: "
                 "pip install 'contextlm[quantised]'"
             )
+
+    def readers(
+        self,
+        attentions: Sequence[Attention],
+        calibration: Calibration | None,
+        rule: Rule = EVERYTHING,
+    ) -> list[Reader]:
         groups = groups_of(attentions, rule, QuantisedGroup)
         return [QuantisedReader(*pair, self.bits) for pair in zip(attentions, groups, strict=True)]
+
+    @classmethod
+    def share(cls, costs: Costs) -> float:
+        """Of the model's own cache, in the long run."""
+        return cls.bits / costs.bits + 2 / GROUP
+
+    @classmethod
+    def proposed(cls, share: float, costs: Costs) -> Quantised | None:
+        """Whatever the share, where it is smaller at all."""
+        return cls() if cls.share(costs) < 1 else None
 
 
 @register_policy("int8")

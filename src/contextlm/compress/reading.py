@@ -83,7 +83,7 @@ class KeyValueReader(Reader):
 def groups_of(
     attentions: Sequence[Attention],
     rule: Rule,
-    kind: type[G] = Group,  # type: ignore[assignment]
+    kind: type[G],
     **given: Any,
 ) -> list[G]:
     """The group of each attention module, of some kind of `Group` that takes `given`."""
