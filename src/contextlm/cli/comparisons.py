@@ -14,7 +14,7 @@ from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
 from contextlm.base.progress import duration
 from contextlm.base.visible import shown, visible
-from contextlm.cli.options import AsJson, Device
+from contextlm.cli.options import AsJson, Device, Imports
 from contextlm.cli.output import (
     REPORT_FILES,
     print_comparison,
@@ -120,6 +120,7 @@ def run(
         ),
     ] = None,
     workers: Workers = None,
+    imports: Imports = None,
     device: Device = "auto",
     out: Annotated[
         str,
@@ -321,6 +322,7 @@ def params(
     recipe: RecipeName,
     scale: Scale = None,
     overrides: Overrides = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """Count every contender's parameters on the real modules, without training or memory.

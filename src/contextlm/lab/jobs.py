@@ -21,6 +21,7 @@ from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
+from contextlm.models.outside import sources
 from contextlm.recipe.settings import EmbeddingSettings, TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
 from contextlm.results.result import read_outcome, read_trial, seed_folder
@@ -239,8 +240,13 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
     """What decides the figures of every training of a contender."""
     recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
     store = recipe.context_store if entry.reads_store else None
+    decides: dict[str, Any] = {}
+    if budget is not None:
+        decides["budget"] = {"block": budget.block, "text": budget.text}
+    if code := sources(entry.meta):
+        decides["code"] = code
     return {
-        **({} if budget is None else {"budget": {"block": budget.block, "text": budget.text}}),
+        **decides,
         "seed": seed,
         "device": prepared.device.type,
         "data": dict(prepared.fingerprint),
