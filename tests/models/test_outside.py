@@ -1,4 +1,4 @@
-"""Architectures from outside the package: what is imported, what its hash covers, what is refused."""
+"""Architectures from outside: what is imported, what its hash covers, what is refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_an_installed_package_offers_is_imported(tmp_path, monkeypatch):
     assert not outside()["offered"].on_request
     assert "gated_delta" in registry()
     offer("broken")
-    with pytest.raises(InputError, match="entry point broken: ModuleNotFoundError: .*nowhere"):
+    with pytest.raises(InputError, match=r"entry point broken: ModuleNotFoundError: .*nowhere"):
         import_offered()
 
 

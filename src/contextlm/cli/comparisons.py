@@ -130,7 +130,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print contenders, parameters, tokens, FLOPs, rough time and memory.",
+            help="Only print contenders, parameters, tokens, FLOPs, memory, and the time that a "
+            "few steps of each let expect.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -342,10 +343,18 @@ def params(
     if as_json:
         print_json({"contenders": counts})
         return
-    print_table(
-        ["contender", "parameters", "trainable"],
-        [(c.name, f"{c.total:,}", f"{c.trainable:,}") for c in counts],
-    )
+    from contextlm.report.numbers import signed_percent
+
+    headings = ["contender", "parameters", "vs baseline", "trainable"]
+    rows = [
+        [c.name, f"{c.total:,}", signed_percent(c.versus_baseline_percent), f"{c.trainable:,}"]
+        for c in counts
+    ]
+    if any(c.matched for c in counts):
+        headings.append("matched by")
+        for row, c in zip(rows, counts, strict=True):
+            row.append(", ".join(f"{field} {value:,}" for field, value in c.matched.items()))
+    print_table(headings, rows)
 
 
 def read_seeds(text: str) -> list[int]:
@@ -387,16 +396,18 @@ def _show_cost(recipe: Recipe, device: str, as_json: bool) -> None:
             f"{c.epochs:,}",
             f"{c.seeds:,}",
             scientific(c.flops),
-            duration(c.seconds_estimate),
+            "too large" if c.seconds_estimate is None else duration(c.seconds_estimate),
             human_bytes(c.memory_bytes_estimate),
         )
         for c in cost.contenders
     ]
     headings = ["contender", "parameters", "trainable", "tokens an epoch", "epochs"]
-    headings += ["seeds", "FLOPs", "training time, roughly", "weights, optimiser, logits"]
+    headings += ["seeds", "FLOPs", "training time", "weights, optimiser, logits"]
     print_comparison(headings, rows)
-    total = sum(c.seconds_estimate for c in cost.contenders)
-    print(f"training time in all, roughly: {duration(total)}")
+    known = [c.seconds_estimate for c in cost.contenders if c.seconds_estimate is not None]
+    print(f"training time in all, from a few steps of each: {duration(sum(known))}")
+    if len(known) < len(cost.contenders):
+        print("too large: more than the memory that this machine has free, so not timed")
     trials = cost.contenders[0].tuning_trials
     if trials:
         print(f"of it {trials} learning rates a contender on a part of the text; more may be tried")

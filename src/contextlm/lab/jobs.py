@@ -223,7 +223,7 @@ def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")
-    share = entry.budget and entry.budget.share
+    share = None if entry.budget is None else entry.budget.share
     return Job("contender", entry.contender.name, seed, _canonical(decides), budget=share)
 
 

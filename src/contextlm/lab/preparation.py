@@ -34,6 +34,7 @@ from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
+from contextlm.lab.matching import Match, matched
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -49,7 +50,7 @@ class Entry:
     """One contender, ready to train.
 
     Attributes:
-        contender, training: as the recipe has them, overrides applied.
+        contender, training: as the recipe has them, overrides applied and widths matched.
         precision: the type that training computes in.
         config: with the tokenizer's ids.
         meta: its model on the meta device, to count and to ask.
@@ -104,6 +105,7 @@ class Prepared:
     Attributes:
         recipe, device: what is run, and where.
         entries: its contenders by name, in the recipe's order.
+        matches: what was chosen for those whose width was to be found.
         stream, validation_stream: the text behind all contenders' samples, as token ids.
         validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
             for lines, and where tokens do not decode to the text.
@@ -117,6 +119,7 @@ class Prepared:
     device: torch.device
     tokenizer: PreTrainedTokenizerFast
     entries: Mapping[str, Entry]
+    matches: Mapping[str, Match]
     stream: np.ndarray
     validation_stream: np.ndarray
     validation_bytes: int | None
@@ -131,6 +134,7 @@ class Prepared:
 class _Checked:
     """A contender that fits its recipe, as far as can be told without the corpus."""
 
+    contender: Contender
     config: PreTrainedConfig
     meta: PreTrainedModel
     training: TrainingSettings
@@ -151,7 +155,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             "only they, are trained with unit 'answers'"
         )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
-    checked = _check_contenders(recipe, expected_size)
+    checked, matches = _check_contenders(recipe, expected_size)
     limits = recipe.documents
     corpus = load_corpus(
         recipe.corpus,
@@ -162,7 +166,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
-        checked = _check_contenders(recipe, vocab_size)
+        checked, matches = _check_contenders(recipe, vocab_size)
     ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
     stores = [
         build_token_store(corpus, split, tokenizer, cache_folder())
@@ -173,16 +177,16 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     pools = _pools(recipe, stores[0], tokenizer, checked, train)
     budgets = _budgets(recipe, pools[recipe.baseline.name], len(train[recipe.baseline.name]))
     entries = {}
-    for contender in recipe.contenders:
-        name = contender.name
-        training = checked[name].training
+    for name, fits in checked.items():
+        contender = fits.contender
+        training = fits.training
         entries[name] = Entry(
             contender=contender,
             training=training,
             precision=resolve_precision(training.precision, device),
             config=build_config(contender.model, vocab_size, **ids),
-            meta=checked[name].meta,
-            reads_store=reads_store(recipe, contender, checked[name].meta),
+            meta=fits.meta,
+            reads_store=reads_store(recipe, contender, fits.meta),
             train=train[name],
             validation=validation[name],
             pool=pools[name],
@@ -228,6 +232,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         device=device,
         tokenizer=tokenizer,
         entries=entries,
+        matches=matches,
         stream=stream,
         validation_stream=validation_stream,
         validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
@@ -359,14 +364,17 @@ def _check_steps(
             )
 
 
-def _check_contenders(recipe: Recipe, vocab_size: int) -> dict[str, _Checked]:
+def _check_contenders(
+    recipe: Recipe, vocab_size: int
+) -> tuple[dict[str, _Checked], dict[str, Match]]:
+    contenders, matches = matched(recipe, vocab_size)
     checked = {}
-    for contender in recipe.contenders:
+    for contender in contenders:
         try:
             checked[contender.name] = _check_contender(recipe, contender, vocab_size)
         except InputError as error:
             raise InputError(f"contenders.{contender.name}: {error}") from None
-    return checked
+    return checked, matches
 
 
 def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _Checked:
@@ -397,7 +405,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
         )
     if reads_store(recipe, contender, model):
         _check_frozen(model)
-    return _Checked(config, model, training)
+    return _Checked(contender, config, model, training)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:

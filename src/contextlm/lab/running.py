@@ -286,6 +286,8 @@ def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planne
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     if repetition := prepared.facts.repetition():
         progress.line(repetition)
+    for match in prepared.matches.values():
+        progress.line(match.sentence)
     for rank, fingerprint in enumerate(distribution.everyones(prepared.fingerprint)):
         if fingerprint != prepared.fingerprint:
             raise InputError(

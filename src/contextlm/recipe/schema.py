@@ -22,6 +22,7 @@ from contextlm.recipe.settings import (
     ContextStoreSettings,
     EmbeddingSettings,
     EvaluationSettings,
+    MatchSettings,
     PhaseOneSettings,
     Settings,
     TrainingSettings,
@@ -47,6 +48,9 @@ class Contender(Settings):
     baseline: bool = False
     model: dict[str, JsonValue] = Field(
         description="`type`, and fields of that architecture's config"
+    )
+    match: MatchSettings | None = Field(
+        None, description="find the width at which it has as many parameters as the baseline"
     )
     phase1: PhaseOneSettings | None = None
     training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
@@ -127,6 +131,10 @@ class Recipe(Settings):
             raise ValueError(f"contenders: {sorted(twice)[0]!r} is named twice")
         if sum(contender.baseline for contender in self.contenders) != 1:
             raise ValueError("contenders: exactly one must have 'baseline: true'")
+        if self.baseline.match is not None:
+            raise ValueError(
+                f"contenders.{self.baseline.name}.match: the baseline is what others match"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: a seed is named twice")
         for contender in self.contenders:

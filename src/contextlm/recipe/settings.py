@@ -107,6 +107,14 @@ class TuningSettings(Settings):
         return self
 
 
+class MatchSettings(Settings):
+    """A contender is made as large as the baseline, by one field of its model."""
+
+    field: str = Field(description="a whole number of the model's configuration")
+    within: float = Field(0.02, gt=0, lt=1, description="of the baseline's parameters")
+    multiple_of: Count = Field(1, description="the field's value is a multiple of this")
+
+
 class ParameterGroup(Settings):
     """Parameters whose names match get their own learning rate or weight decay."""
 
