@@ -151,9 +151,10 @@ class ContextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
 
 # Arguments of other models that would change the answer.

@@ -30,7 +30,7 @@ from contextlm.models.attention import attend, rotate
 from contextlm.models.cache import EntriesLayer
 from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import RMSNorm
+from contextlm.models.layers import RMSNorm, linear_weight
 
 
 class LatentLayer(Taps, EntriesLayer):
@@ -149,7 +149,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """The same with what is kept as the one key and value, ``[B, T, H E]``."""
         key_HEC, value_HEC = (
-            _weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
+            linear_weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
             for layer in (self.key, self.value)
         )
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
@@ -171,15 +171,3 @@ def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
     if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
         return 0  # values cannot be looked at here
     return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
-
-
-def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
-    """What a projection multiplies with, ``[H E, C]``.
-
-    An adapter or a quantised layer may have taken its place, or an offloaded layer's weight may be
-    elsewhere until it is called. It is linear still: its answers to unit vectors are the columns.
-    """
-    if type(layer) is nn.Linear and layer.weight.device == like.device:
-        return layer.weight
-    answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
-    return answers.T
