@@ -30,7 +30,7 @@ from contextlm.models.attention import attend, rotate
 from contextlm.models.cache import EntriesLayer
 from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import RMSNorm
+from contextlm.models.layers import RMSNorm, linear_weight
 
 
 class LatentLayer(Taps, EntriesLayer):
@@ -109,7 +109,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
-        positions_BT, theta = new.columns(0), self.config.rope_theta
+        positions_BT, theta = new.places(), self.config.rope_theta
         query, latent = self.query(x_BTD), self.compress(x_BTD)
         if self.convolution is not None:
             inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)
@@ -123,10 +123,12 @@ class LatentAttention(nn.Module):
         if state is not None:
             entries_BSX = state.append(entries_BSX, new)
         if entries_BSX.shape[1] == new.tokens:
-            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX))
+            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX, new))
         return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSX, new))
 
-    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor) -> Tensor:
+    def _rebuilt(
+        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor, new: NewTokens
+    ) -> Tensor:
         """Causal attention with the keys and values of all heads, ``[B, T, H E]``."""
         latent_BSC, shared_BSR = entries_BSX.split((self.latent, self.rotary), dim=-1)
         key_BHSE, value_BHSE = (
@@ -138,7 +140,8 @@ class LatentAttention(nn.Module):
         # As wide as the keys, which fast attention asks for.
         value_BHSX = F.pad(value_BHSE, (0, self.rotary))
         query_BHTX = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
-        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, None)
+        mask = None if new.places_BT is None else new.visible(0)
+        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, mask)
         return mixed.unflatten(-1, (self.heads, -1))[..., : self.content].flatten(2)
 
     def _absorbed(
@@ -146,18 +149,16 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """The same with what is kept as the one key and value, ``[B, T, H E]``."""
         key_HEC, value_HEC = (
-            _weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
+            linear_weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
             for layer in (self.key, self.value)
         )
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
         query_BHTX = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
         kept = entries_BSX.shape[1] - new.tokens
-        key_B1S = new.columns(kept).unsqueeze(1)
-        visible_BTS = (key_B1S <= key_B1S[..., kept:].mT) & (key_B1S >= 0)
         entries_B1SX = entries_BSX.unsqueeze(1).to(query_BHTX.dtype)
         scaling = (self.content + self.rotary) ** -0.5
         mixed, _ = attend(
-            self, query_BHTX, entries_B1SX, entries_B1SX, visible_BTS.unsqueeze(1), scaling=scaling
+            self, query_BHTX, entries_B1SX, entries_B1SX, new.visible(kept), scaling=scaling
         )
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)
@@ -170,15 +171,3 @@ def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
     if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
         return 0  # values cannot be looked at here
     return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
-
-
-def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
-    """What a projection multiplies with, ``[H E, C]``.
-
-    An adapter or a quantised layer may have taken its place, or an offloaded layer's weight may be
-    elsewhere until it is called. It is linear still: its answers to unit vectors are the columns.
-    """
-    if type(layer) is nn.Linear and layer.weight.device == like.device:
-        return layer.weight
-    answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
-    return answers.T
