@@ -124,8 +124,10 @@ class GatedRecurrence(OwnStart):
     ) -> Tensor:
         """h of every new token, ``[B, T, C]``, in float32 at least; moves the state on."""
         batch, _, width = inputs_BTC.shape
-        begins_BT = new.columns(0) == 0
+        begins_BT = new.places() == 0
         gates_BTC, added_BTC = self.terms(inputs_BTC, begins_BT)
+        if new.places_BT is not None:  # what another document left is forgotten
+            gates_BTC = gates_BTC.masked_fill(begins_BT.unsqueeze(-1), 0)
         start_BC = added_BTC.new_zeros(batch, width)
         if state is not None:
             start_BC = state.continue_from(start_BC)

@@ -122,7 +122,7 @@ class LatentAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        positions_BT, theta = new.columns(0), self.config.rope_theta
+        positions_BT, theta = new.places(), self.config.rope_theta
         query, latent = self.query(x_BTD), self.compress(x_BTD)
         if self.convolution is not None:
             inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)
@@ -136,10 +136,12 @@ class LatentAttention(Mixer):
         if state is not None:
             entries_BSX = state.append(entries_BSX, new)
         if entries_BSX.shape[1] == new.tokens:
-            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX))
+            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX, new))
         return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSX, new))
 
-    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor) -> Tensor:
+    def _rebuilt(
+        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor, new: NewTokens
+    ) -> Tensor:
         """Causal attention with the keys and values of all heads, ``[B, T, H E]``."""
         latent_BSC, shared_BSR = entries_BSX.split((self.latent, self.rotary), dim=-1)
         key_BHSE, value_BHSE = (
@@ -151,7 +153,8 @@ class LatentAttention(Mixer):
         # As wide as the keys, which fast attention asks for.
         value_BHSX = F.pad(value_BHSE, (0, self.rotary))
         query_BHTX = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
-        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, None)
+        mask = None if new.places_BT is None else new.visible(0)
+        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, mask)
         return mixed.unflatten(-1, (self.heads, -1))[..., : self.content].flatten(2)
 
     def _absorbed(
@@ -165,12 +168,10 @@ class LatentAttention(Mixer):
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
         query_BHTX = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
         kept = entries_BSX.shape[1] - new.tokens
-        key_B1S = new.columns(kept).unsqueeze(1)
-        visible_BTS = (key_B1S <= key_B1S[..., kept:].mT) & (key_B1S >= 0)
         entries_B1SX = entries_BSX.unsqueeze(1).to(query_BHTX.dtype)
         scaling = (self.content + self.rotary) ** -0.5
         mixed, _ = attend(
-            self, query_BHTX, entries_B1SX, entries_B1SX, visible_BTS.unsqueeze(1), scaling=scaling
+            self, query_BHTX, entries_B1SX, entries_B1SX, new.visible(kept), scaling=scaling
         )
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)

@@ -145,6 +145,7 @@ class SelectiveMixer(Mixer, OwnStart):
             self.skip,
             None if state is None else state.state,
             mask_BT=new.real_first_mask,
+            begins_BT=None if new.places_BT is None else new.places_BT == 0,
         )
         if state is not None:
             state.update_state(final_BHNP, new)
