@@ -7,6 +7,7 @@ in `Timings`. Pydantic only: reading a run needs no torch.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ from contextlm.results.facts import (
     Finite,
     Perplexity,
     PhaseOneFacts,
+    PositionLoss,
     Positive,
     Record,
     RetrievalAccuracy,
@@ -42,8 +44,9 @@ class Result(Record):
     length only if every token is predicted from all before it. It is None, too, where samples are
     lines or questions, and where the tokenizer has one token for all unknown words.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
-    same without the seed: results of one setting are seeds of one experiment, in whichever runs.
+    empty but for a synthetic task, `positions` but for `evaluation.long`. `job` is the identity of
+    the job that made it, `setting` the same without the seed: results of one setting are seeds of
+    one experiment, in whichever runs.
     `diverged` says what happened where training did not stay finite: then losses are infinite, and
     nothing was measured.
     """
@@ -68,6 +71,7 @@ class Result(Record):
     train_ppl: Perplexity
     train_ppl_windows: Count | None = None
     retrieval: list[RetrievalAccuracy] = []
+    positions: list[PositionLoss] = []
     best_epoch: Count
     epochs: Count
     learning_rate: Figure | None = None
@@ -82,6 +86,15 @@ class Result(Record):
     job: str | None = None
     setting: str | None = None
     diverged: str | None = None
+
+    def ppl_at(self) -> dict[int, float]:
+        """Perplexity of the first N tokens of long texts, for each N where a stretch ends."""
+        found, loss, tokens = {}, 0.0, 0
+        for bucket in self.positions:
+            loss += bucket.tokens * bucket.loss
+            tokens += bucket.tokens
+            found[bucket.last] = math.exp(min(loss / tokens, 200.0))
+        return found
 
 
 class TrialResult(Record):
