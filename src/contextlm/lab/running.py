@@ -193,7 +193,7 @@ def _extend(
 
 
 def merged(run: Path, given: Recipe) -> Recipe:
-    """`given`, and what only the run holds: its contenders, in front, and its seeds.
+    """`given`, and what only the run holds: its contenders, in front, its seeds and budgets.
 
     Raises:
         InputError: the run is one of another recipe, or has another baseline.
@@ -208,8 +208,16 @@ def merged(run: Path, given: Recipe) -> Recipe:
         )
     mine = {contender.name: contender for contender in given.contenders}
     before = [mine.pop(contender.name, contender) for contender in known.contenders]
-    seeds = list(dict.fromkeys([*known.seeds, *given.seeds]))
-    return given.model_copy(update={"contenders": [*before, *mine.values()], "seeds": seeds})
+    if (known.budgets is None) != (given.budgets is None):
+        has, lacks = ("the run", "recipe") if given.budgets is None else ("the recipe", "run")
+        raise InputError(f"{run}: {has} has budgets, the {lacks} none")
+    both: dict[str, Any] = {
+        "contenders": [*before, *mine.values()],
+        "seeds": list(dict.fromkeys([*known.seeds, *given.seeds])),
+    }
+    if given.budgets is not None:
+        both["budgets"] = sorted({*(known.budgets or []), *given.budgets})
+    return given.model_copy(update=both)
 
 
 def folder_name(points: Sequence[Point]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     JsonValue,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -90,6 +92,12 @@ class Recipe(Settings):
     documents: Split | None = Field(None, description="use only the first documents of each split")
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
     samples: Split | None = Field(None, description="use only the first samples of each split")
+    budgets: list[PositiveFloat] | None = Field(
+        None,
+        min_length=1,
+        description="train each contender once a budget, on this share of the training samples; "
+        "more than 1 goes on with the samples that follow them in the text",
+    )
     seeds: list[Seed] = Field([0], min_length=1)
     embedding: EmbeddingSettings = EmbeddingSettings()
     context_store: ContextStoreSettings | None = Field(
@@ -138,6 +146,23 @@ class Recipe(Settings):
             raise ValueError(
                 f"{key}: needs a stream of text, which unit {self.unit!r} does not have"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_count_samples_once(self) -> Self:
+        if self.budgets is None:
+            return self
+        if any(b <= a for a, b in pairwise(self.budgets)):
+            raise ValueError("budgets must ascend")
+        if self.context_store is not None:
+            raise ValueError("budgets: take a part of the text, which a context_store forbids")
+        for contender in self.contenders:
+            if self.training_of(contender).epochs > 1:
+                own = "epochs" in contender.training
+                key = f"contenders.{contender.name}.training" if own else "training"
+                raise ValueError(
+                    f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                )
         return self
 
     @model_validator(mode="after")
