@@ -177,7 +177,7 @@ def run(
         raise InputError("missing argument 'RECIPE'")
     points = _points(recipe, scale, overrides, grid, seeds)
     place = writable_folder(str(into or out), "--into" if into else "--out")
-    from contextlm.data.token_store import cache_folder
+    from contextlm.base.files import cache_folder
 
     cache_folder()  # so that one that cannot be used is told before the corpus is prepared
     if dry_run:

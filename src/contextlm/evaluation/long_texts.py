@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder
 from contextlm.data.samples import Answers
 from contextlm.data.synthetic import MARK, Task, find_task, synthetic
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import TokenStore, build_token_store
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.measure import MEASURED, SEQUENCE_LENGTH, Split, open_corpus
 from contextlm.evaluation.memory import CHUNK, feed_all, measure_cache, position_limit

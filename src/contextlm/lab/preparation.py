@@ -13,15 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder
 from contextlm.data.corpora import load_corpus
 from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
-from contextlm.data.token_store import (
-    TokenStore,
-    build_token_store,
-    cache_folder,
-    repeated_documents,
-)
+from contextlm.data.token_store import TokenStore, build_token_store, repeated_documents
 from contextlm.data.tokenizers import (
     known_vocab_size,
     load_tokenizer,

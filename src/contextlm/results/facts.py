@@ -130,6 +130,15 @@ class StoreFacts(Record):
     drift_validation: Figure
 
 
+class PositionLoss(Record):
+    """The targets at positions ``first`` to ``last - 1`` of long texts: their mean loss in nats."""
+
+    first: Count
+    last: Positive
+    tokens: Positive
+    loss: Figure
+
+
 class TuningTrial(Record):
     """One learning rate tried; the loss is the best epoch's, in nats per token.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +26,7 @@ from contextlm.results.facts import (
     Finite,
     Perplexity,
     PhaseOneFacts,
+    PositionLoss,
     Positive,
     Record,
     RetrievalAccuracy,
@@ -46,8 +48,9 @@ class Result(Record):
     repeats counted; `budget` is the share of the recipe's training samples that they come from,
     where the recipe names such, and `corpus` then counts that share.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
-    same without the seed: results of one setting are seeds of one experiment, in whichever runs.
+    empty but for a synthetic task, `positions` but for `evaluation.long`. `job` is the identity of
+    the job that made it, `setting` the same without the seed: results of one setting are seeds of
+    one experiment, in whichever runs.
     `diverged` says what happened where training did not stay finite: then losses are infinite, and
     nothing was measured.
     """
@@ -73,6 +76,7 @@ class Result(Record):
     train_ppl: Perplexity
     train_ppl_windows: Count | None = None
     retrieval: list[RetrievalAccuracy] = []
+    positions: list[PositionLoss] = []
     best_epoch: Count
     epochs: Count
     trained_tokens: Count | None = None
@@ -88,6 +92,15 @@ class Result(Record):
     job: str | None = None
     setting: str | None = None
     diverged: str | None = None
+
+    def ppl_at(self) -> dict[int, float]:
+        """Perplexity of the first N tokens of long texts, for each N where a stretch ends."""
+        found, loss, tokens = {}, 0.0, 0
+        for bucket in self.positions:
+            loss += bucket.tokens * bucket.loss
+            tokens += bucket.tokens
+            found[bucket.last] = math.exp(min(loss / tokens, 200.0))
+        return found
 
 
 class TrialResult(Record):
