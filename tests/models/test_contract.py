@@ -337,16 +337,77 @@ def test_a_mask_must_cover_the_past_and_have_the_rows_of_the_tokens(model):
             model(ids, attention_mask=mask)
 
 
-def test_packed_documents_are_refused(model):
+PACKED = (5, 1, 13, 3, 11)  # documents of a row, longer and shorter than the tiny windows
+
+
+def packed_forms(lengths: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """How transformers' and TRL's collators say where the documents of one row begin."""
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    seq_idx = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    both = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 13, "max_length_k": 13}
+    return [
+        {"position_ids": positions},
+        {"position_ids": positions, "attention_mask": torch.ones_like(positions)},
+        {"seq_idx": seq_idx.int()},
+        both,
+        {"position_ids": positions, "seq_idx": seq_idx.int(), **both},
+    ]
+
+
+def test_packed_documents_are_as_alone(own):
+    documents = [make_tokens(own, batch=1, length=length) for length in PACKED]
+    row = torch.cat(documents, dim=1)
+    weights = torch.linspace(-1, 1, own.config.vocab_size, dtype=torch.float64)
+    alone = torch.cat([own(document).logits for document in documents], dim=1)
+    (alone * weights).sum().backward()
+    expected = {name: p.grad for name, p in own.named_parameters()}
+    for form in packed_forms(PACKED):
+        own.zero_grad()
+        outputs = own(row, **form)
+        assert outputs.past_key_values is None
+        assert_close(outputs.logits, alone)
+        (outputs.logits * weights).sum().backward()
+        for name, parameter in own.named_parameters():
+            if expected[name] is None:
+                assert parameter.grad is None, name
+            else:
+                assert_close(parameter.grad, expected[name])
+
+
+def test_packed_documents_may_be_padded(model):
+    """In several rows, and with padding on the left, between documents and within one."""
+    numbers = torch.tensor([[9, 9, 9, 0, 0, 0, 9, 1, 9, 1, 1, 2], [0] * 7 + [1] * 5])
+    mask = (numbers != 9).long()
+    ids = make_tokens(model, length=12) * mask
+    positions = torch.stack(
+        [(number == numbers).long().cumsum(1) - 1 for number in range(3)]
+    ).clamp(min=0)
+    positions = positions.gather(0, numbers.clamp(max=2).unsqueeze(0)).squeeze(0) * mask
+    for form in ({"position_ids": positions}, {"seq_idx": numbers}):
+        logits = model(ids, attention_mask=mask, **form).logits
+        for row in range(2):
+            for number in range(3):
+                here = numbers[row] == number
+                if here.any():
+                    assert_close(logits[row, here], model(ids[row : row + 1, here]).logits[0])
+
+
+def test_borders_of_documents_must_fit(model):
     ids = make_tokens(model, length=9)
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).repeat(2, 1)
-    for mask in (None, torch.ones_like(ids)):
-        with pytest.raises(ValueError, match="packed documents"):
-            model(ids, attention_mask=mask, position_ids=packed)
-    apart = torch.ones_like(ids)
-    apart[:, 3] = 0  # padding between the documents
-    with pytest.raises(ValueError, match="packed documents"):
-        model(ids, attention_mask=apart, position_ids=packed)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="packed documents go together neither with a cache"):
+        model(ids, position_ids=packed, past_key_values=model.new_cache())
+    with pytest.raises(ValueError, match="for one row"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    with pytest.raises(ValueError, match="ends at 8 of 9 tokens"):
+        model(ids[:1], cu_seq_lens_k=torch.tensor([0, 4, 8]))
+    with pytest.raises(ValueError, match=r"\[2, 9\]"):
+        model(ids, seq_idx=torch.zeros(2, 8))
+
+
+def test_positions_of_padding_say_nothing(model):
+    ids = make_tokens(model, length=9)
     rows, mask = pad_first_row(ids, 4)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     assert_close(
@@ -357,7 +418,7 @@ def test_packed_documents_are_refused(model):
 
 def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    for name in ("cache", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+    for name in ("cache", "cache_params", "encoder_hidden_states"):
         with pytest.raises(ValueError, match=f"does not take {name}"):
             model(ids, **{name: torch.zeros(1)})
         model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
 from contextlm.base.files import cache_folder
-from contextlm.compress.input_cache import InputCache
+from contextlm.compress.inputs import InputCache
 from contextlm.data.corpora import Corpus, load_corpus, whole_corpus
 from contextlm.data.token_store import TokenStore, build_token_store
 from contextlm.data.windows import Windows

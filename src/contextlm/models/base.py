@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -151,16 +151,14 @@ class ContextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
 
-# Arguments of other models that would change the answer: caches of other kinds, packed documents.
-_NOT_READ = (
-    *("cache", "cache_params", "past_key_value", "encoder_hidden_states", "head_mask"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-)
+# Arguments of other models that would change the answer.
+_NOT_READ = ("cache", "cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
 
 
 class ContextDecoder(ContextPreTrainedModel):
@@ -171,11 +169,14 @@ class ContextDecoder(ContextPreTrainedModel):
         embed_norm: the norm behind it, where a context block reads the embeddings.
         reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
             of the last tokens only.
+        reads_packed: whether `decode` heeds `NewTokens.places`; otherwise it is given the documents
+            of a packed row with a row each, as many columns wide as the longest.
     """
 
     embed_tokens: nn.Module
     embed_norm: nn.Module
     reads_only_last: ClassVar[bool] = False
+    reads_packed: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -203,20 +204,30 @@ class ContextDecoder(ContextPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         contexts: Tensor | None = None,
         last: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states.
 
+        A row may hold several documents, packed without padding as transformers' and TRL's
+        collators do it; none sees another, and no cache is made.
+
         Args:
             input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
             attention_mask: ``[B, past + T]``, 0 at padding.
             position_ids: ``[B, T]``; only learned and rotary positions over all tokens follow them,
-                by default positions are counted over each row's real tokens.
+                by default positions are counted over each document's real tokens. Where they do not
+                increase a new document begins.
             past_key_values: the cache that an earlier call returned, or `new_cache()`.
             inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
             use_cache: return a cache.
+            cu_seq_lens_q: ``[documents + 1]``, where the documents of one row begin, and its end.
+            cu_seq_lens_k: the same.
+            seq_idx: ``[B, T]``, the number of each token's document.
             contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
                 window (zeros before the stream's start) and of the window's own; the recurrence is
                 not run then, and nothing cached.
@@ -228,8 +239,9 @@ class ContextDecoder(ContextPreTrainedModel):
         Raises:
             ValueError: neither or both of tokens and embeddings are given, the cache is not of this
                 model's making, has other rows or would be moved on twice by gradient checkpointing,
-                the mask does not fit, documents are packed, stored contexts do not fit, or an
-                argument is given that would change the answer and is not read.
+                the mask or the borders of documents do not fit, documents are packed together with
+                a cache, stored contexts do not fit, or an argument is given that would change the
+                answer and is not read.
         """
         self._refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -252,10 +264,24 @@ class ContextDecoder(ContextPreTrainedModel):
             contexts=contexts,
             last=last,
         )
-        new.refuse_packed()
+        new = new.with_documents(
+            [ends for ends in (cu_seq_lens_q, cu_seq_lens_k) if ends is not None],
+            seq_idx,
+            in_graph=self.reads_packed,
+        )
+        if new.places_BT is not None:
+            if past_key_values is not None or contexts is not None:
+                raise ValueError(
+                    "packed documents go together neither with a cache nor with stored contexts"
+                )
+            cache, new = None, replace(new, cache=None)
         if contexts is not None:
             self._check_contexts(contexts, new)
-        hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
+        if new.places_BT is None or self.reads_packed:
+            hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
+        else:
+            apart = new.apart()
+            hidden_BTD = apart.packed(self.decode(apart.rows(inputs_embeds), apart.new, **kwargs))
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
 
     def _counter(self, cache: Cache, batch: int) -> RowStateLayer:

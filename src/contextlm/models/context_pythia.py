@@ -193,7 +193,6 @@ class ContextPythiaModel(ContextDecoder):
             inputs_embeds=stream_BTX,
             attention_mask=new.attention_mask,
             past_key_values=new.cache,
-            position_ids=position_ids,
         )
         rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)
         for layer in self.layers:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from contextlm.models.attention import attend
+from contextlm.models.attention import attend, same_document
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.config import ContextConfig
@@ -131,6 +131,7 @@ class PostLNTransformerModel(ContextDecoder):
     _no_split_modules = ["PostLNLayer"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PostLNLayer, "attentions": PostLNAttention}
+    reads_packed = True
 
     def __init__(self, config: PostLNTransformerConfig):
         super().__init__(config)
@@ -158,7 +159,7 @@ class PostLNTransformerModel(ContextDecoder):
             inputs_embeds=x_BTD,
             attention_mask=new.attention_mask,
             past_key_values=new.cache,
-            position_ids=positions_BT,
+            and_mask_function=same_document(new),
         )
         for layer in self.layers:
             x_BTD = layer(x_BTD, mask, past_key_values=new.cache, **kwargs)

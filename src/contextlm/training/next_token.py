@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ from contextlm.base import distribution
 from contextlm.base.errors import InputError, NotFiniteError, RunError
 from contextlm.base.interrupts import deferred
 from contextlm.data.windows import IGNORED, model_inputs
+from contextlm.models.head import split_head
+from contextlm.ops.linear_cross_entropy import linear_cross_entropy
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.checkpoints import Tell
 from contextlm.training.host_memory import freed_memory_kept
@@ -238,12 +240,39 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, targets: float) -> Te
     return summed / targets
 
 
+class NextTokenLoss(nn.Module):
+    """A model's `next_token_loss`, whose logits are never held all at once where that can be.
+
+    `whole` asks for all logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, whole: bool = False):
+        super().__init__()
+        self.model = model
+        self._parts = None if whole else split_head(model)
+
+    def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> Tensor:
+        """Arguments as of `next_token_loss`, and the model's own in place of logits."""
+        if self._parts is None:
+            logits_BTV = self.model(**arguments, use_cache=False).logits
+            return next_token_loss(logits_BTV, labels_BT, targets)
+        head, hidden_BTD = self._parts.head, self._parts.hidden(**arguments)
+        summed = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            head.weight,
+            head.bias,
+            labels_BT.flatten(),
+            ignore_index=IGNORED,
+        )
+        return summed / targets
+
+
 class _Stepper:
     """Takes optimiser steps, each on this rank's share of a batch.
 
     Attributes:
         model: what is trained: `model`, but for FSDP2, which shards a copy.
-        parallel: the same, wrapped for several processes.
+        parallel: it, or its loss, wrapped for several processes.
         optimizer: of `model`.
     """
 
@@ -276,7 +305,10 @@ class _Stepper:
         self.clip = settings.clip
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._share = build_schedule(settings, steps)
-        self.parallel, self._optimizer = self.accelerator.prepare(model, self.optimizer)
+        sharded = self.accelerator.is_fsdp2  # a head by itself would not have its weights gathered
+        trained = model if sharded else NextTokenLoss(model)
+        self.parallel, self._optimizer = self.accelerator.prepare(trained, self.optimizer)
+        self._loss = NextTokenLoss(self.parallel, whole=True) if sharded else self.parallel
 
     def learning_rate(self, step: int) -> float:
         """The recipe's rate at `step`, counted from 1."""
@@ -313,8 +345,7 @@ class _Stepper:
         """Add a micro-batch's gradients; its part of the loss."""
         arguments, labels_BT = model_inputs(send_to_device(batch, self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits_BTV = self.parallel(**arguments, use_cache=False).logits
-            loss = next_token_loss(logits_BTV, labels_BT, targets)
+            loss = self._loss(labels_BT, targets, **arguments)
         # Ranks' gradients are averaged, and are to be summed.
         self.accelerator.backward(loss * distribution.world())
         return loss.detach()
