@@ -218,8 +218,9 @@ class Planner:
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    # A result holds no speeds.
-    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude={"speed_tokens"})
+    # A result holds no speeds; long texts are named where they are scored, as runs before them.
+    left_out = {"speed_tokens"} if recipe.evaluation.long else {"speed_tokens", "long"}
+    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")

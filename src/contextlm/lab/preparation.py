@@ -103,6 +103,7 @@ class Prepared:
         entries: its contenders by name, in the recipe's order.
         matches: what was chosen for those whose width was to be found.
         stream, validation_stream: the text behind all contenders' samples, as token ids.
+        validation_documents: the validation split's documents, for `evaluation.long`.
         validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
             for lines, and where tokens do not decode to the text.
         embedding: replaces the models' own, where the recipe names a pretrained one.
@@ -118,6 +119,7 @@ class Prepared:
     matches: Mapping[str, Match]
     stream: np.ndarray
     validation_stream: np.ndarray
+    validation_documents: list[np.ndarray] = field(repr=False)
     validation_bytes: int | None
     facts: CorpusFacts
     embedding: Embedding | None
@@ -231,6 +233,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         matches=matches,
         stream=stream,
         validation_stream=validation_stream,
+        validation_documents=stores[1].documents,
         validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
         facts=facts,
         embedding=embedding,

@@ -20,6 +20,7 @@ from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
+from contextlm.evaluation.long_texts import score_positions
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -247,7 +248,12 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
-    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
+    if recipe.evaluation.long:
+        documents = prepared.validation_documents
+        long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
+        positions, lengths = long.positions, [*lengths, *long.edges]
+    cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
     epochs = trained.phase2.epochs
@@ -276,6 +282,7 @@ def _run(
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
+        "positions": positions,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "trained_tokens": best.tokens,

@@ -146,6 +146,7 @@ class Recipe(Settings):
         names = ("stride", "tokens", "context_store", "tuning")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given["target_offset"] = self.target_offset > 1
+        given["evaluation.long"] = self.evaluation.long
         for contender in self.contenders:
             key = f"contenders.{contender.name}"
             given[f"{key}.phase1"] = contender.phase1

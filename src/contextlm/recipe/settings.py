@@ -205,3 +205,6 @@ class EvaluationSettings(Settings):
     train_samples: PositiveInt | None = Field(
         None, description="training windows on which the best weights are scored again; null: all"
     )
+    long: bool = Field(
+        False, description="also score long texts, up to eight times the windows, by position"
+    )

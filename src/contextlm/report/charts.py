@@ -292,7 +292,7 @@ def curves(group: Sequence[Contender]) -> Drawn:
     lines = [(row, label, *_curves(row)) for row, label in _labels(group).items()]
     train = pd.concat([_curve(row, label, losses) for row, label, losses, _ in lines])
     validation = pd.concat([_curve(row, label, losses) for row, label, _, losses in lines])
-    if train.empty and validation.empty:
+    if validation.empty:
         return None
     x = (
         alt.X("x:Q")
@@ -317,19 +317,26 @@ def curves(group: Sequence[Contender]) -> Drawn:
 
 def _curves(row: Contender) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The losses of training and of validation: a column a seed, a row a number of tokens."""
+    epochs, steps = _with_tokens(row, row.epochs()), _with_tokens(row, row.steps())
+    validation = _losses(epochs, "validation_loss")
+    return (_losses(epochs, "train_loss") if steps.empty else _losses(steps, "loss")), validation
+
+
+def _with_tokens(row: Contender, lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a history with the tokens trained on; older ones only count steps and epochs."""
+    if lines.empty or lines.tokens.notna().all():
+        return lines
     epoch_tokens = row.value("train_windows") * row.value("sequence_length")
-    epochs, steps = row.epochs(), row.steps()
-    validation = _losses(epochs, "validation_loss", epochs.epoch * epoch_tokens)
-    if steps.empty:
-        return _losses(epochs, "train_loss", epochs.epoch * epoch_tokens), validation
+    if "step" not in lines:
+        return lines.assign(tokens=lines.epoch * epoch_tokens)
     # Steps may be written down every so often: the last one of the first epoch tells its length.
-    epoch_steps = steps.step[steps.epoch == steps.epoch.min()].max()
-    return _losses(steps, "loss", steps.step / epoch_steps * epoch_tokens), validation
+    epoch_steps = lines.step[lines.epoch == lines.epoch.min()].max()
+    return lines.assign(tokens=lines.step / epoch_steps * epoch_tokens)
 
 
-def _losses(lines: pd.DataFrame, column: str, tokens: pd.Series[float]) -> pd.DataFrame:
+def _losses(lines: pd.DataFrame, column: str) -> pd.DataFrame:
     """A column a seed, a row for each number of tokens that all seeds reached undiverged."""
-    lines = lines.assign(tokens=tokens.astype(float), loss=lines[column].astype(float))
+    lines = lines.assign(tokens=lines.tokens.astype(float), loss=lines[column].astype(float))
     lines = lines.drop_duplicates(["tokens", "seed"], keep="last")
     losses = lines.pivot(index="tokens", columns="seed", values="loss")
     return losses[losses < DIVERGED_LOSS].dropna()

@@ -134,12 +134,12 @@ class Contender:
 
     def positions(self) -> dict[int, Stat]:
         """Perplexity over the seeds of each stretch of long texts, by the stretch's end."""
-        losses: dict[int, list[float]] = {}
+        found: dict[int, list[float]] = {}
         for outcome in self.outcomes:
             for bucket in outcome.result.positions:
-                losses.setdefault(bucket.last, []).append(math.exp(min(bucket.loss, 200.0)))
-        found = {last: stat(values) for last, values in losses.items()}
-        return {last: one for last, one in found.items() if one is not None}
+                found.setdefault(bucket.last, []).append(bucket.ppl)
+        told = {last: stat(values) for last, values in found.items()}
+        return {last: one for last, one in told.items() if one is not None}
 
     def columns(self, start: str) -> list[str]:
         """Its columns of the seed frame that begin so and hold something."""

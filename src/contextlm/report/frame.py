@@ -45,12 +45,13 @@ def seed_frame(runs: Sequence[Run]) -> pd.DataFrame:
     Columns are flat. Losses are in nats a token, ranks in dimensions of `context_dim`, shares in
     0..1, rates in tokens a second, sizes in bytes. ``cache_bytes_N`` (logical) and
     ``cache_resident_N`` are those after N tokens, ``ppl_at_N`` the perplexity of a long text's
-    first N tokens, ``answers_LEVEL`` the share of right answers at a
-    level of a synthetic task, ``reported_KEY`` the source document's own figures,
-    ``host_bytes_STAGE`` and ``accelerator_bytes_STAGE`` the memory in use at the end of a stage;
-    spaces in levels and stages become underscores. `epoch_limit` is what the recipe allows,
-    `epochs` what was trained. `diverged` says that the validation loss is not finite or at least
-    `DIVERGED_LOSS`. What a contender does not have is missing (NA or NaN).
+    first N tokens, ``answers_LEVEL`` the share of right answers at a level of a synthetic task,
+    ``reported_KEY`` the source document's own figures, ``host_bytes_STAGE`` and
+    ``accelerator_bytes_STAGE`` the memory in use at the end of a stage; spaces in levels and stages
+    become underscores. `share` is the recipe's budget as a share of its training samples,
+    `epoch_limit` the epochs that it allows, `epochs` those that were trained. `diverged` says that
+    the validation loss is not finite or at least `DIVERGED_LOSS`. What a contender does not have is
+    missing (NA or NaN).
     """
     rows = [
         {"run": label, **_row(run, outcome)}
@@ -97,6 +98,7 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         "architecture": result.architecture,
         "baseline": result.baseline,
         "seed": result.seed,
+        "share": result.budget,
         "job": result.job,
         "setting": result.setting,
         "target_offset": result.target_offset,

@@ -210,17 +210,18 @@ def _files(runs: Sequence[Run], group: Sequence[Contender], folder: Path) -> lis
         "checkpoint": say("checkpoint"),
     }
 
-    def links(label: str, contender: str, seed: int) -> Markup:
-        place = os.path.relpath(seed_folder(folders[label], contender, seed), folder)
-        shown = (
-            Markup('<a href="{}/{}">{}</a>').format(quote(place), file, said)
-            for file, said in names.items()
-        )
-        head = say("seed {seed}:", seed=seed)
-        return Markup("{} {}").format(head, Markup(" · ").join(shown))
+    def links(row: Contender) -> list[Markup]:
+        found = []
+        for label, outcome in zip(row.seeds.run, row.outcomes, strict=True):
+            result = outcome.result
+            own = (result.contender, result.seed, result.budget)
+            place = quote(os.path.relpath(seed_folder(folders[label], *own), folder))
+            link = Markup('<a href="{}/{}">{}</a>').format
+            shown = Markup(" · ").join(link(place, file, said) for file, said in names.items())
+            found.append(Markup("{} {}").format(say("seed {seed}:", seed=result.seed), shown))
+        return found
 
-    columns = ["run", "contender", "seed"]
-    return [[links(*line) for line in row.seeds[columns].itertuples(index=False)] for row in group]
+    return [links(row) for row in group]
 
 
 def _csv(rows: Sequence[Contender]) -> str:

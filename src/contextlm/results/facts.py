@@ -131,12 +131,16 @@ class StoreFacts(Record):
 
 
 class PositionLoss(Record):
-    """The targets at positions ``first`` to ``last - 1`` of long texts: their mean loss in nats."""
+    """The targets at positions ``first`` to ``last - 1`` of long texts.
+
+    `loss` is the mean over all `tokens` of them, in nats.
+    """
 
     first: Count
     last: Positive
     tokens: Positive
     loss: Figure
+    ppl: Figure
 
 
 class TuningTrial(Record):
