@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from contextlm.base.errors import InputError
 from contextlm.compress.input_cache.layer import input_layers
+from contextlm.models.cache import CACHE
 
 
 def absorbing_pays(new: int, past: int, width: int, heads: int, rotary: int) -> bool:
@@ -252,7 +253,7 @@ class GPTNeoXReader(Reader):
 class GPT2Reader(Reader):
     """Reads for `GPT2Attention`, whose weight is ``[D, 3 D]``: queries, keys, values."""
 
-    cache_argument = "past_key_values"
+    cache_argument = CACHE
 
     def projection(self) -> Projection:
         module: Any = self.attention.c_attn
