@@ -200,8 +200,9 @@ class Planner:
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    # A result holds no speeds.
-    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude={"speed_tokens"})
+    # A result holds no speeds; a job without tasks is what it was before there were any.
+    left_out = {"speed_tokens", *(() if recipe.evaluation.tasks else ("tasks",))}
+    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")

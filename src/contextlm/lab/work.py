@@ -30,6 +30,7 @@ from contextlm.evaluation.quality import (
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.tasks import load_tasks, task_scores
 from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
@@ -235,6 +236,10 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
+    tasks = []
+    if recipe.evaluation.tasks:
+        loaded = load_tasks(recipe.evaluation.tasks)
+        tasks = task_scores(model, prepared.tokenizer, loaded, size)
     cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -264,6 +269,7 @@ def _run(
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
+        "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "tuning": tuning,

@@ -181,3 +181,4 @@ class EvaluationSettings(Settings):
     train_samples: PositiveInt | None = Field(
         None, description="training windows on which the best weights are scored again; null: all"
     )
+    tasks: list[str] = Field([], description="of lm-eval, by name (extra lm-eval)")

@@ -19,6 +19,8 @@ from contextlm.results.result import Outcome, PhaseTwoRow, Run, StepRow
 
 CACHE = "cache_bytes_"
 ANSWERS = "answers_"
+SCORE = "score_"
+STDERR = "stderr_"
 REPORTED = "reported_"
 # Contenders that share all of these may be ranked: the same data, target and budget.
 _COMPARABLE = [
@@ -67,6 +69,11 @@ class Contender:
     def levels(self) -> list[str]:
         """The columns of the levels that it answered."""
         return self._columns(ANSWERS)
+
+    @property
+    def scores(self) -> list[str]:
+        """The figures of tasks of lm-eval, without what their columns begin with."""
+        return [name.removeprefix(SCORE) for name in self._columns(SCORE)]
 
     @property
     def reported(self) -> list[str]:
@@ -166,6 +173,7 @@ def row_facts(row: Contender) -> dict[str, Any]:
     shared += ["parameters", "trainable", "learning_rate", "cache_dtype", "speed_tokens"]
     varying = ["validation_loss", "validation_ppl", "unigram_share", "bits_per_byte", "accuracy"]
     varying += ["train_ppl", "train_ppl_running", "best_epoch", "epochs", *row.levels]
+    varying += [start + name for name in row.scores for start in (SCORE, STDERR)]
     varying += ["phase1_iterations", "phase1_converged", "rank_train", "rank_validation"]
     varying += ["seconds_per_epoch", "training_rate", "prefill_rate", "decode_rate"]
     caches = [name for n in row.cache_lengths for name in (f"{CACHE}{n}", f"cache_resident_{n}")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from contextlm.results.facts import TaskScore
 from contextlm.results.result import Outcome, Run
 
 DIVERGED_LOSS = 80.0  # nats a token; no vocabulary's uniform guess comes near it
@@ -45,7 +46,8 @@ def seed_frame(runs: Sequence[Run]) -> pd.DataFrame:
     Columns are flat. Losses are in nats a token, ranks in dimensions of `context_dim`, shares in
     0..1, rates in tokens a second, sizes in bytes. ``cache_bytes_N`` (logical) and
     ``cache_resident_N`` are those after N tokens, ``answers_LEVEL`` the share of right answers at a
-    level of a synthetic task, ``reported_KEY`` the source document's own figures,
+    level of a synthetic task, ``score_TASK_METRIC`` a figure of a task of lm-eval and
+    ``stderr_TASK_METRIC`` its standard error, ``reported_KEY`` the source document's own figures,
     ``host_bytes_STAGE`` and ``accelerator_bytes_STAGE`` the memory in use at the end of a stage;
     spaces in levels and stages become underscores. `epoch_limit` is what the recipe allows,
     `epochs` what was trained. `diverged` says that the validation loss is not finite or at least
@@ -136,6 +138,8 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         **{f"cache_bytes_{cache.tokens}": cache.logical for cache in result.cache},
         **{f"cache_resident_{cache.tokens}": cache.resident for cache in result.cache},
         **{f"answers_{_plain(entry.level)}": entry.accuracy for entry in result.retrieval},
+        **{f"score_{_figure(score)}": score.value for score in result.tasks},
+        **{f"stderr_{_figure(score)}": score.stderr for score in result.tasks},
         **{f"reported_{reported_name(key)}": value for key, value in result.reported.items()},
         "seconds_per_epoch": sum(seconds) / len(seconds) if seconds else None,
         "seconds": timings.total_seconds,
@@ -150,6 +154,10 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         **{f"host_bytes_{_plain(s.stage)}": s.host_bytes for s in timings.stages},
         **{f"accelerator_bytes_{_plain(s.stage)}": s.accelerator_bytes for s in timings.stages},
     }
+
+
+def _figure(score: TaskScore) -> str:
+    return _plain(f"{score.task}_{score.metric}")
 
 
 def _plain(text: str) -> str:
@@ -170,10 +178,10 @@ def _place(name: str) -> tuple[int, int]:
     for place, start in enumerate(("cache_bytes_", "cache_resident_"), start=1):
         if name.startswith(start):
             return place, int(name.removeprefix(start))
-    for place, start in enumerate(("answers_", "reported_"), start=3):
+    for place, start in enumerate(("answers_", "score_", "stderr_", "reported_"), start=3):
         if name.startswith(start):
             return place, 0
-    return (5 if name in TIMED else 6 if name.startswith(_STAGES) else 0), 0
+    return (7 if name in TIMED else 8 if name.startswith(_STAGES) else 0), 0
 
 
 def _column(values: list[Any]) -> pd.Series[Any]:

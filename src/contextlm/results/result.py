@@ -28,6 +28,7 @@ from contextlm.results.facts import (
     Record,
     RetrievalAccuracy,
     StoreFacts,
+    TaskScore,
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
@@ -68,6 +69,7 @@ class Result(Record):
     train_ppl: Perplexity
     train_ppl_windows: Count | None = None
     retrieval: list[RetrievalAccuracy] = []
+    tasks: list[TaskScore] = []
     best_epoch: Count
     epochs: Count
     learning_rate: Figure | None = None
