@@ -504,7 +504,7 @@ def test_a_stored_runs_checkpoint_gives_its_figures_over_the_whole_stream(tmp_pa
     ("override", "key"),
     [
         ("freeze_embedding=false", "embed_tokens.weight learns in phase 2"),
-        ("freeze_context=false", "context_block.layers.0.weight learns in phase 2"),
+        ("freeze_context=false", "context_block.layers.0.update.weight learns in phase 2"),
     ],
 )
 def test_a_store_needs_what_the_contexts_depend_on_frozen(tmp_path, override, key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from contextlm.models.cache import CACHE, NAMES, RowStateLayer, given_cache
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import ContextBlock, OwnStart
+from contextlm.models.layers import ContextBlock, OwnStart, start_update
 from contextlm.models.stub import auto_map
 
 
@@ -164,16 +164,16 @@ class ContextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.reset_parameters()
+        elif getattr(module, "is_update", False):
+            start_update(module)
+        else:
+            super()._init_weights(module)
 
 
-# Arguments of other models that would change the answer: caches of other kinds, packed documents.
-_NOT_READ = (
-    *("cache_params", "past_key_value", "encoder_hidden_states", "head_mask"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-)
+# Arguments of other models that would change the answer.
+_NOT_READ = ("cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
 
 
 class ContextDecoder(ContextPreTrainedModel):
@@ -184,11 +184,19 @@ class ContextDecoder(ContextPreTrainedModel):
         embed_norm: the norm behind it, where a context block reads the embeddings.
         reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
             of the last tokens only.
+        reads_packed: whether `decode` heeds `NewTokens.places`; otherwise it is given the documents
+            of a packed row with a row each, as many columns wide as the longest.
     """
 
     embed_tokens: nn.Module
     embed_norm: nn.Module
     reads_only_last: ClassVar[bool] = False
+    reads_packed: ClassVar[bool] = False
+
+    @property
+    def sees_borders(self) -> bool:
+        """Whether `decode` is given packed rows: they need a mask, which flash attention lacks."""
+        return self.reads_packed and "flash" not in self.config._attn_implementation
 
     @property
     def width(self) -> int:
@@ -216,6 +224,9 @@ class ContextDecoder(ContextPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         contexts: Tensor | None = None,
         last: int = 0,
         cache: Cache | None = None,
@@ -223,40 +234,51 @@ class ContextDecoder(ContextPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states.
 
+        A row may hold several documents, packed without padding as transformers' and TRL's
+        collators do it; none sees another, and no cache is made.
+
         Args:
             input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
             attention_mask: ``[B, past + T]``, 0 at padding.
             position_ids: ``[B, T]``; only learned and rotary positions over all tokens follow them,
-                by default positions are counted over each row's real tokens.
+                by default positions are counted over each document's real tokens. Where they do not
+                increase a new document begins.
             past_key_values: the cache that an earlier call returned, or `new_cache()`; `cache` is
                 what transformers calls it since 5.24.
             inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
             use_cache: return a cache.
+            cu_seq_lens_q: ``[documents + 1]``, where the documents of one row begin, and its end.
+            cu_seq_lens_k: the same.
+            seq_idx: ``[B, T]``, the number of each token's document.
             contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
                 window (zeros before the stream's start) and of the window's own; the recurrence is
                 not run then, and nothing cached.
             last: how many hidden states are wanted, 0 for all; where `reads_only_last`, no others
                 may be given.
-            **kwargs: `output_hidden_states` and `output_attentions`, where they are recorded, and
-                arguments of attention functions.
+            **kwargs: `output_hidden_states`, where there are no layers to record of the embeddings
+                and the last ones; `output_attentions`, where they are recorded; and arguments of
+                attention functions.
 
         Raises:
             ValueError: neither or both of tokens and embeddings are given, the cache is not of this
                 model's making, has other rows or would be moved on twice by gradient checkpointing,
-                the mask does not fit, documents are packed, stored contexts do not fit, or an
-                argument is given that would change the answer and is not read.
+                the mask or the borders of documents do not fit, documents are packed together with
+                a cache, stored contexts do not fit, or an argument is given that would change the
+                answer and is not read.
         """
         self._refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache, past, seen_B = given_cache(cache, past_key_values), 0, None
+        given = given_cache(cache, past_key_values)
+        cache, past, seen_B = given, 0, None
         if cache is None and use_cache and contexts is None:
             cache = self.new_cache()
         if cache is not None:
             counter = self._counter(cache, inputs_embeds.shape[0])
             past, seen_B = counter.get_seq_length(), counter.counts
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         new = NewTokens.of(
             inputs_embeds,
             attention_mask,
@@ -265,13 +287,31 @@ class ContextDecoder(ContextPreTrainedModel):
             cache=cache,
             position_ids=position_ids,
             contexts=contexts,
-            last=last,
+            last=0 if wants_states else last,
         )
-        new.refuse_packed()
+        new = new.with_documents(
+            [ends for ends in (cu_seq_lens_q, cu_seq_lens_k) if ends is not None],
+            seq_idx,
+            in_graph=self.sees_borders,
+        )
+        if new.places_BT is not None:
+            if given is not None or contexts is not None:
+                raise ValueError(
+                    "packed documents go together neither with a cache nor with stored contexts"
+                )
+            cache, new = None, replace(new, cache=None)
         if contexts is not None:
             self._check_contexts(contexts, new)
-        hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, **{CACHE: cache})
+        if new.places_BT is None or self.sees_borders:
+            hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
+        else:
+            self._refuse_recording_apart(kwargs)
+            apart = new.apart()
+            hidden_BTD = apart.packed(self.decode(apart.rows(inputs_embeds), apart.new, **kwargs))
+        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_BTD, **{CACHE: cache})
+        if wants_states and "hidden_states" not in self._recorded:
+            outputs.hidden_states = (inputs_embeds, hidden_BTD)
+        return outputs
 
     def _counter(self, cache: Cache, batch: int) -> RowStateLayer:
         """The layer of our own kind of cache that counts each row's tokens: there must be one."""
@@ -309,9 +349,20 @@ class ContextDecoder(ContextPreTrainedModel):
         for name, value in kwargs.items():
             if isinstance(value, Cache) or (name in _NOT_READ and value is not None):
                 raise ValueError(f"{self.config.model_type} does not take {name}")
-        for name in ("hidden_states", "attentions"):
-            if kwargs.get(f"output_{name}") and name not in (self._can_record_outputs or {}):
-                raise ValueError(f"{self.config.model_type} does not record {name}")
+        if kwargs.get("output_attentions") and "attentions" not in self._recorded:
+            raise ValueError(f"{self.config.model_type} does not record attentions")
+
+    def _refuse_recording_apart(self, kwargs: dict[str, Any]) -> None:
+        for name in self._recorded:
+            if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)):
+                raise ValueError(
+                    f"{self.config.model_type} does not record {name} of packed documents"
+                )
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        """What is recorded of modules, by its name."""
+        return self._can_record_outputs or {}
 
 
 class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
@@ -332,6 +383,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             "supports_gradient_checkpointing",
             "_no_split_modules",
             "_can_compile_fullgraph",
+            "_supports_flash_attn",
+            "_supports_flex_attn",
         ):
             setattr(cls, name, getattr(cls.decoder_class, name))
         super().__init_subclass__(**kwargs)
@@ -348,6 +401,17 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
     def new_cache(self) -> Cache:
         """An empty cache of this model's own kind."""
         return self.model.new_cache()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for these models, whose cache has no pages of keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.config.model_type} has a cache of its own kind, which continuous batching does "
+            "not know: use generate()"
+        )
 
     def _prepare_cache_for_generation(
         self,

@@ -142,6 +142,7 @@ class ContextPythiaModel(ContextDecoder):
     config_class = ContextPythiaConfig
     _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
     _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_flex_attn = True
     _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,
@@ -192,7 +193,6 @@ class ContextPythiaModel(ContextDecoder):
             config=self.layer_config,
             inputs_embeds=stream_BTX,
             attention_mask=new.attention_mask,
-            position_ids=position_ids,
             **{CACHE: new.cache},
         )
         rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)

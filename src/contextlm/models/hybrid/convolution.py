@@ -55,7 +55,7 @@ class CausalConvolution(OwnStart):
         init.zeros_(self.bias)
 
     def forward(self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens) -> Tensor:
-        """``[B, T, C]``, real tokens first; inputs before a row's first token are zero."""
+        """``[B, T, C]``, real tokens first; inputs before a document's first token are zero."""
         before, tokens = self.taps - 1, inputs_BTC.shape[1]
         if state is None:
             all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
@@ -64,5 +64,8 @@ class CausalConvolution(OwnStart):
         out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
         for back in range(1, self.taps):
             earlier_BTC = all_BSC[:, before - back : before - back + tokens]
+            if new.places_BT is not None:
+                outside_BT = new.places_BT < back
+                earlier_BTC = earlier_BTC.masked_fill(outside_BT.unsqueeze(-1), 0)
             out_BTC = torch.addcmul(out_BTC, earlier_BTC, self.weight[back])
         return out_BTC

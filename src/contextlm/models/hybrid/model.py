@@ -186,6 +186,7 @@ class ContextHybridModel(ContextDecoder):
     _no_split_modules = ["HybridLayer"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HybridLayer}
+    reads_packed = True
 
     def __init__(self, config: ContextHybridConfig):
         super().__init__(config)

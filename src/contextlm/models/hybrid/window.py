@@ -74,11 +74,8 @@ class WindowedAttention(nn.Module):
         if tokens > self.window and total > 2 * self.window:
             return self._in_blocks(query_BHTE, key_BGSE, value_BGSE, new)
         mask = None
-        if new.seen_B is not None or total > self.window:
-            key_B1S = new.columns(total - tokens).unsqueeze(1)
-            query_BT1 = key_B1S[..., total - tokens :].mT
-            near_BTS = (key_B1S <= query_BT1) & (key_B1S > query_BT1 - self.window)
-            mask = (near_BTS & (key_B1S >= 0)).unsqueeze(1)
+        if new.seen_B is not None or new.places_BT is not None or total > self.window:
+            mask = new.visible(total - tokens, self.window)
         return attend(self, query_BHTE, key_BGSE, value_BGSE, mask)[0]
 
     def _in_blocks(
@@ -99,11 +96,11 @@ class WindowedAttention(nn.Module):
             for x in (key_BGSE, value_BGSE)
         )
         column_S = torch.arange(2 * window, device=device)
-        query_W1 = column_S[:window].unsqueeze(1)
-        near_WS = (column_S > query_W1) & (column_S <= query_W1 + window)
-        first_BJ = new.starts + window * (torch.arange(blocks, device=device) - 1)
-        filled_BJ1S = first_BJ[..., None, None] + column_S >= 0
-        mask = (near_WS & filled_BJ1S).expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        own_W1 = column_S[window:].unsqueeze(1)
+        reach_BT = new.places().clamp(max=window - 1)
+        reach_BJW1 = F.pad(reach_BT, (0, behind)).unflatten(1, (blocks, window)).unsqueeze(-1)
+        mask = (column_S <= own_W1) & (column_S >= own_W1 - reach_BJW1)
+        mask = mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         mixed, _ = attend(self, query, key, value, mask)
         return mixed.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :tokens]
