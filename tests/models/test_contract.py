@@ -22,6 +22,7 @@ from transformers import (
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
+from contextlm.models.cache import CACHE, NAMES
 
 VARIANTS = [(name, index) for name, entry in registry().items() for index in range(len(entry.tiny))]
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_generate_is_greedy_decoding(model):
     expected = greedy(model, ids, 8)
     begun = model(ids[:, :6], past_key_values=model.new_cache(), use_cache=True).past_key_values
     chunked = [{"prefill_chunk_size": size} for size in (1, 3, 100)]
-    for options in ({}, {"past_key_values": begun}, *chunked):
+    for options in ({}, {CACHE: begun}, *chunked):
         assert torch.equal(generate(model, ids, max_new_tokens=8, **options), expected), options
 
 
@@ -262,7 +263,7 @@ def test_gradient_checkpointing_changes_no_gradient(own):
         gradients.append([p.grad.clone() for p in own.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(recomputed, plain)
-    with pytest.raises(ValueError, match="train without past_key_values"):
+    with pytest.raises(ValueError, match=f"train without {CACHE}"):
         own(ids[:, 5:], past_key_values=cache)  # it would be moved on twice
 
 
@@ -322,6 +323,17 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model):
     logits = model(following[:2], past_key_values=cache, use_cache=True).logits
     whole = torch.cat([ids[[1, 0]], following[:2]], dim=1)
     assert_close(logits, model(whole).logits[:, -3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_of_transformers_names_for_the_cache_are_read(model, name):
+    ids = make_tokens(model)
+    cache = model(ids[:, :5], use_cache=True, **{name: model.new_cache()})[CACHE]
+    assert cache.get_seq_length() == 5
+    whole = model(ids).logits
+    assert_close(model(ids[:, 5:], use_cache=True, **{name: cache}).logits, whole[:, 5:])
+    with pytest.raises(ValueError, match="give the cache once"):
+        model(ids, **dict.fromkeys(NAMES, cache))
 
 
 def test_other_kinds_of_cache_are_refused(model):
@@ -425,10 +437,12 @@ def test_positions_of_padding_say_nothing(model):
 
 def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    for name in ("cache", "cache_params", "encoder_hidden_states"):
+    for name in ("cache_params", "encoder_hidden_states"):
         with pytest.raises(ValueError, match=f"does not take {name}"):
             model(ids, **{name: torch.zeros(1)})
         model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})
+    with pytest.raises(ValueError, match="does not take layer_past"):
+        model(ids, layer_past=model.new_cache())
     if not isinstance(model.model, ReadsStoredContexts):
         with pytest.raises(ValueError, match="reads no contexts"):
             model(ids, contexts=torch.zeros(2, 3, 5))

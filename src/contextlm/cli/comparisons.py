@@ -81,7 +81,7 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, "
+        help="Do the jobs in N workers of Ray (pip install ray): on this machine, "
         "or on the cluster that RAY_ADDRESS names.",
     ),
 ]

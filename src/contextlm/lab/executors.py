@@ -18,7 +18,7 @@ from contextlm.base.errors import ContextLMError, InputError, RunError
 from contextlm.base.progress import Progress, SilentProgress, duration
 from contextlm.lab.jobs import Job, Planner
 
-EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
+EXTRA = "--workers needs Ray: pip install 'ray>=2.50'"
 
 Runs = Sequence[tuple[Path, Planner]]
 

@@ -175,6 +175,20 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _tasks_ask_for_the_next_token(self) -> Self:
+        if not self.evaluation.tasks:
+            return self
+        if self.unit == "answers":
+            raise ValueError("evaluation.tasks: a synthetic task's tokens spell no text")
+        for contender in self.contenders:
+            if self.target_offset_of(contender) > 1:
+                raise ValueError(
+                    f"evaluation.tasks: they ask for the next token, which {contender.name} does "
+                    "not predict: its target_offset is more than 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _tuning_takes_windows(self) -> Self:
         if self.tuning is not None and self.context_store is not None:
             raise ValueError("tuning: takes a share of the windows, which a context_store forbids")

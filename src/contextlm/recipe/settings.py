@@ -208,3 +208,4 @@ class EvaluationSettings(Settings):
     long: bool = Field(
         False, description="also score long texts, up to eight times the windows, by position"
     )
+    tasks: list[str] = Field([], description="of lm-eval, by name (extra lm-eval)")
