@@ -13,7 +13,7 @@ from naive_parts import turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
-from contextlm.models.gated_recurrence import GatedRecurrence
+from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
 from contextlm.models.hybrid import ContextHybridConfig, ContextHybridForCausalLM
 from contextlm.models.hybrid.convolution import CausalConvolution
 from contextlm.models.hybrid.latent import LatentAttention, LatentLayer
@@ -59,6 +59,10 @@ def convolved(conv: CausalConvolution | None, inputs: list[Tensor]) -> list[Tens
 # R -------------------------------------------------------------------------------------------
 
 
+def recurrent(**fields) -> RecurrentMixer:
+    return RecurrentMixer(config(pattern="R", **fields))
+
+
 def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     """DESIGN 2 and Griffin, one token and one channel block at a time."""
     width = x_TD.shape[1]
@@ -89,10 +93,10 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("gates", ["none", "dense", "block_diagonal"])
 @pytest.mark.parametrize("taps", [0, 4])
-def test_r_is_its_equations(blocks, taps):
-    mixer = RecurrentMixer(12, blocks, taps)
+def test_r_is_its_equations(gates, taps):
+    mixer = recurrent(convolution=taps, gates=gates)
     randomise(mixer)
     x = torch.randn(1, 37, 12)
     assert_close(mixer(x, None, NewTokens.of(x))[0], naive_recurrence(mixer, x[0]))
@@ -103,14 +107,14 @@ def test_r_starts_with_slow_decays_and_an_identity_convolution():
     assert 0.9 <= a.min() < 0.905
     assert 0.998 < a.max() <= 0.999
     x = torch.randn(1, 5, 12)
-    convolution = RecurrentMixer(12, 3, 4).convolution
+    convolution = recurrent().convolution
     torch.testing.assert_close(convolution(x, None, NewTokens.of(x)), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "numba", "parallel"])
 def test_the_parallel_scan_is_the_step_recurrence_with_its_gradients(backend, monkeypatch):
     monkeypatch.setenv("CONTEXTLM_BACKEND", f"linear_scan={backend}")
-    mixer = RecurrentMixer(6, 2, 4)
+    mixer = recurrent(hidden_size=6, num_attention_heads=2)
     randomise(mixer)
     x = torch.randn(2, 63, 6, requires_grad=True)
     leaves = [x, *mixer.parameters()]
@@ -135,7 +139,7 @@ def test_decays_near_0_and_near_1_over_4096_tokens_in_float32(extreme):
     for kind in (torch.float64, torch.float32):
         module = gates.to(kind)
         inputs = x.to(kind).requires_grad_()
-        states = module(inputs, None, NewTokens.of(inputs))
+        states = gated_states(module, inputs, None, NewTokens.of(inputs))
         grads = torch.autograd.grad(states.square().mean(), [inputs, module.decay])
         outcomes.append([states.double(), *(g.double() for g in grads)])
     for exact, single in zip(*outcomes, strict=True):
@@ -149,7 +153,7 @@ def test_the_root_has_a_bounded_gradient():
     gates = GatedRecurrence(3, 0)
     with torch.no_grad():
         gates.decay.fill_(-1000.0)  # a is 1 exactly: the root's derivative would be infinite
-    a, added = gates.terms(torch.ones(1, 2, 3), None)
+    a, added = gates(torch.ones(1, 2, 3))
     assert (a == 1).all()
     (gradient,) = torch.autograd.grad(added.sum(), gates.decay)
     assert torch.isfinite(gradient).all()
@@ -383,6 +387,17 @@ def test_the_model_is_its_layers_written_out():
     assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
 
 
+def test_an_exported_graph_serves_all_lengths():
+    model = ContextHybridForCausalLM(config(pattern="RWL", window=5, latent_dim=7, rope_dim=6))
+    model.eval()
+    ids = torch.randint(0, 53, (1, 23))
+    length = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    graph = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=length)
+    for tokens in (2, 5, 6, 23, 40):
+        ids = torch.randint(0, 53, (1, tokens))
+        assert_close(graph.module()(ids, use_cache=False).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("pattern", ["RW", "LR"])
 def test_layers_may_lie_on_several_devices(pattern):
     """The meta device stands for a second one: it refuses tensors of another."""
@@ -411,7 +426,7 @@ def test_without_an_l_memory_is_constant_and_counted():
 
 
 def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
-    mixer = RecurrentMixer(12, 3, 4).bfloat16()
+    mixer = recurrent().bfloat16()
     state = RecurrenceLayer()
     x = torch.randn(1, 9, 12).bfloat16()
     mixer(x, state, NewTokens.of(x))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from contextlm.models.inputs import NewTokens
 
 
 def attend(
@@ -48,6 +52,13 @@ def attend(
         **kwargs,
     )
     return out_BTHE.flatten(2), weights
+
+
+def same_document(new: NewTokens) -> Callable[..., Any] | None:
+    """What `create_causal_mask` asks besides, so that packed documents do not see each other."""
+    if new.places_BT is None:
+        return None
+    return packed_sequence_mask_function((new.positions() == 0).cumsum(1))
 
 
 class _Heads:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
 
@@ -31,6 +34,58 @@ def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
 def is_installed(package: str) -> bool:
     """Whether an optional package can be imported; it is not imported for this."""
     return find_spec(package) is not None
+
+
+_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
+# Chosen while torch.compile traces, which cannot trace the choosing.
+_requested = torch.compiler.assume_constant_result(requested_backend)
+# Below, a handful of torch's calls costs less than any set-up.
+_FEWEST_TOKENS = 4
+
+
+def recurrence_backend(
+    op: str, given: str, known: Sequence[str], tensors: Sequence[Tensor], kernels: Sequence[str]
+) -> str:
+    """The backend for a recurrence over T tokens, whose plain forms are eager, numba and chunked.
+
+    Left open it is ``eager`` for a few tokens, else ``numba`` on a CPU, one of the kernels on CUDA,
+    and ``chunked`` for all else.
+
+    Args:
+        op: its name.
+        given: what the call says.
+        known: all that the op has.
+        tensors: ``[B, T, ...]`` the first.
+        kernels: packages for CUDA whose kernels fit the call.
+
+    Raises:
+        ValueError: the backend is unknown, or does not fit the tensors.
+    """
+    name = _requested(op, given, known)
+    if name in ("eager", "chunked"):
+        return name
+    obstacles = {
+        name: _obstacle(name, tensors) if name in ("numba", *kernels) else "does not fit the call"
+        for name in known
+        if name not in ("eager", "chunked")
+    }
+    if name != AUTO:
+        if obstacles[name]:
+            raise ValueError(f"{op} backend {name!r} {obstacles[name]}")
+        return name
+    if tensors[0].shape[1] < _FEWEST_TOKENS:
+        return "eager"
+    return next((name for name, obstacle in obstacles.items() if not obstacle), "chunked")
+
+
+def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
+    """Why what runs outside of torch cannot take these tensors; empty if it can."""
+    if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
+        return "cannot be traced"
+    device = "cpu" if package == "numba" else "cuda"
+    if any(tensor.device.type != device for tensor in tensors):
+        return f"is for {device.upper()} only"
+    return "" if is_installed(package) else f"needs the package {package}"
 
 
 def _from_environment(op: str) -> str:

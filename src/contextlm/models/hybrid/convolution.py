@@ -1,9 +1,11 @@
 """The short convolution before a recurrence or an attention: each channel, a few tokens back.
 
-J is a number of taps before the current token here.
+J is a number of taps here, or of those before the current token.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,29 +35,35 @@ class Taps:
 
 
 class CausalConvolution(OwnStart):
-    """A depthwise convolution over a token and those before it, started as the identity.
+    """A depthwise convolution over a token and those before it.
 
     Args:
         width: C.
-        taps: tokens that each output sees, itself included; at least 1.
+        taps: J, tokens that each output sees, itself included; at least 1.
+        start: as the identity, or evenly in ``[-1 / sqrt(J), 1 / sqrt(J)]``.
     """
 
-    def __init__(self, width: int, taps: int):
+    def __init__(self, width: int, taps: int, start: Literal["identity", "uniform"] = "identity"):
         super().__init__()
-        self.taps = taps
+        self.taps, self.start = taps, start
         self.weight = nn.Parameter(torch.empty(taps, width))  # the current token's first
         self.bias = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as the identity."""
+        """Start the weights anew."""
+        if self.start == "uniform":
+            most = self.taps**-0.5
+            init.uniform_(self.weight, -most, most)
+            init.uniform_(self.bias, -most, most)
+            return
         identity = torch.zeros_like(self.weight)
         identity[0] = 1
         init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
         init.zeros_(self.bias)
 
     def forward(self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens) -> Tensor:
-        """``[B, T, C]``, real tokens first; inputs before a row's first token are zero."""
+        """``[B, T, C]``, real tokens first; inputs before a document's first token are zero."""
         before, tokens = self.taps - 1, inputs_BTC.shape[1]
         if state is None:
             all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
@@ -64,5 +72,8 @@ class CausalConvolution(OwnStart):
         out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
         for back in range(1, self.taps):
             earlier_BTC = all_BSC[:, before - back : before - back + tokens]
+            if new.places_BT is not None:
+                outside_BT = new.places_BT < back
+                earlier_BTC = earlier_BTC.masked_fill(outside_BT.unsqueeze(-1), 0)
             out_BTC = torch.addcmul(out_BTC, earlier_BTC, self.weight[back])
         return out_BTC
