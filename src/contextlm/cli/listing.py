@@ -15,7 +15,7 @@ def list_known(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="recipes|models|corpora",
+            metavar="recipes|models|corpora|policies",
             show_default=False,
             help="What to list; everything by default.",
         ),
@@ -23,7 +23,7 @@ def list_known(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes, the model types and the corpora that recipes can name.
+    """List recipes, model types and corpora, and the policies of `contextlm compress`.
 
     Examples:
 
@@ -33,7 +33,7 @@ def list_known(
     contextlm list models --json
     ```
     """
-    sources = {"recipes": _recipes, "models": _models, "corpora": _corpora}
+    sources = {"recipes": _recipes, "models": _models, "corpora": _corpora, "policies": _policies}
     if kind is not None and kind not in sources:
         raise unknown_name("kind of thing to list:", kind, sources)
     found = {name: make() for name, make in sources.items() if kind in (None, name)}
@@ -70,6 +70,20 @@ def _corpora() -> list[dict[str, Any]]:
     from contextlm.data.corpora import CORPORA
 
     return [{"name": name, "description": description} for name, description in CORPORA.items()]
+
+
+def _policies() -> list[dict[str, Any]]:
+    from contextlm import compress as compress  # registers them
+    from contextlm.compress.base import policies
+
+    return [
+        {
+            "name": name,
+            "settings": list(policy.model_fields),
+            "description": (policy.__doc__ or "").partition("\n")[0],
+        }
+        for name, policy in policies().items()
+    ]
 
 
 def _shown(value: Any) -> str:

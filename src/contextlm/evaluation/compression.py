@@ -1,7 +1,7 @@
 """What a smaller cache costs: a policy beside the model's own cache, on one text.
 
-The text is read once in pieces of `PIECE` tokens with the policy's cache, as decoding would see it: a
-policy that drops or rounds tokens only after a piece, does so after each of these. Next-token
+The text is read once in pieces of `PIECE` tokens with the policy's cache, as decoding would see it:
+a policy that drops or rounds tokens only after a piece does so after each of these. Next-token
 distributions are compared with those of the full cache, which stand in a file meanwhile.
 """
 
@@ -142,7 +142,9 @@ class Measuring:
         for start, stop in pairwise([0, *ends]):
             logits_BTV, cache = feed_all(self.model, self.text_1T[:, start:stop], cache)
             log_TV = logits_BTV[0].float().log_softmax(-1)
-            losses.append(F.nll_loss(log_TV, self.text_1T[0, start + 1 : stop + 1], reduction="none"))
+            losses.append(
+                F.nll_loss(log_TV, self.text_1T[0, start + 1 : stop + 1], reduction="none")
+            )
             if first:
                 self._reference[start:stop] = log_TV.cpu().numpy()
             full_TV = torch.from_numpy(self._reference[start:stop]).to(log_TV.device)

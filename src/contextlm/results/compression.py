@@ -1,4 +1,4 @@
-"""What `contextlm compress` finds of one model: one record a policy, beside the model's own cache."""
+"""What `contextlm compress` finds of one model: a record for each policy."""
 
 from __future__ import annotations
 
