@@ -83,9 +83,9 @@ def serves(name: str, spec: str) -> bool:
     return not ("input" in spec and grouped)
 
 
-PAIRS = [
-    (name, spec) for name in CONFIGS for spec in (*SPECS.values(), *STACKS) if serves(name, spec)
-]
+PAIRS = [(name, spec) for name in CONFIGS for spec in SPECS.values() if serves(name, spec)]
+# Stacks are no code of an architecture's own: one with a sliding window and two without.
+PAIRS += [(name, spec) for name in ("smollm", "gemma3", "gpt_neox") for spec in STACKS]
 
 
 def models() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def models() -> dict[str, Any]:
         for name in CONFIGS:
             _models[name] = build(name)
             _models[f"{name} eager"] = build(name, "eager")
-            _models[f"{name} bfloat16"] = build(name, dtype=torch.bfloat16)
+            _models[f"{name} bfloat16"] = copy.deepcopy(_models[name]).bfloat16()
     return _models
 
 
@@ -207,7 +207,9 @@ def test_eager_and_sdpa_agree_and_bfloat16_is_near(name: str, spec: str) -> None
         plain, _ = in_pieces(model, ids, [76, 1])
     eager = models()[f"{name} eager"]
     with installed(eager, spec):
-        assert_close(in_pieces(eager, ids, [76, 1])[0], plain)
+        # Rounded numbers differ by a whole step where they differ at all.
+        tolerance = 0.05 if spec in QUANTISED else 1e-4
+        assert_close(in_pieces(eager, ids, [76, 1])[0], plain, tolerance)
     half = models()[f"{name} bfloat16"]
     # Latents fitted in another precision lose other things.
     kept = spec.replace("latent:9", "latent:100%")
@@ -242,10 +244,10 @@ def test_generate_sees_what_the_same_pieces_give(name: str, spec: str) -> None:
             logits, _ = in_pieces(model, sequences[:, :-1], [*sizes, 1], policy.new_cache())
             return logits[:, -3:]
 
-        sampled = generated(model, ids, do_sample=True, num_return_sequences=2)
-        assert_close(torch.stack(sampled.logits, 1), expected(sampled.sequences, 33))
-        chunked = generated(model, ids, prefill_chunk_size=20)
-        assert_close(torch.stack(chunked.logits, 1), expected(chunked.sequences, 20, 13))
+        sampled = generated(
+            model, ids, do_sample=True, num_return_sequences=2, prefill_chunk_size=20
+        )
+        assert_close(torch.stack(sampled.logits, 1), expected(sampled.sequences, 20, 13))
         cache = policy.new_cache()
         greedy = generated(model, ids, past_key_values=cache)
         assert_close(torch.stack(greedy.logits, 1), expected(greedy.sequences, 33))
