@@ -86,8 +86,8 @@ def test_a_users_walk(
     for spec, one in policies.items():
         full = policies["full"]
         for held, own in zip(one["cache"], full["cache"], strict=True):
-            # At 64 tokens nothing is quantised yet, and a latent's positions weigh.
-            assert held["logical"] <= 1.1 * own["logical"], spec
+            # Heads are so narrow here that an index or a score weighs beside a key.
+            assert held["logical"] <= 1.3 * own["logical"], spec
         assert math.isfinite(one["loss"])
         assert one["kl"] >= -1e-6
     assert policies["full"]["kl"] == pytest.approx(0, abs=1e-9)
@@ -185,7 +185,7 @@ def test_policies_are_listed(command: Command) -> None:
     assert all(entry["description"].endswith(".") for entry in listed.values())
 
 
-# --- what is said of figures -----------------------------------------------------------------------
+# --- what is said of figures ------------------------------------------------------------
 
 
 def figures(spec: str, share: float, kl: float, loss: float, found: float) -> PolicyFigures:
