@@ -51,8 +51,9 @@ class ContextConfig(PreTrainedConfig):
         """Nothing to do: what is saved always brings `auto_map` and its module."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with `auto_map`."""
-        return {**super().to_dict(), **({"auto_map": self.auto_map} if self.auto_map else {})}
+        """As in transformers, with what clients look for: `auto_map`, and the number of heads."""
+        asked = {name: getattr(self, name, None) for name in ("auto_map", "num_attention_heads")}
+        return {**super().to_dict(), **{name: value for name, value in asked.items() if value}}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the module that `auto_map` names."""
