@@ -167,7 +167,7 @@ class ContextPreTrainedModel(PreTrainedModel):
         if isinstance(module, OwnStart):
             module.reset_parameters()
         elif getattr(module, "is_update", False):
-            start_update(module)
+            start_update(module)  # type: ignore[arg-type]
         else:
             super()._init_weights(module)
 
