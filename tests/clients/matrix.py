@@ -1,4 +1,4 @@
-"""`make clients`: every registered architecture in the programs that people use beside transformers.
+"""`make clients`: every registered architecture in programs that people use beside transformers.
 
     python tests/clients/matrix.py [--all] [--only NAME,...]
 
@@ -11,6 +11,7 @@ examples are run. It is no part of the test suite: the clients are installed for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import os
 import subprocess
@@ -347,7 +348,8 @@ def outcome(client_name: str, model_type: str, fields: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as place:
         try:
             save(model_type, fields, Path(place, "checkpoint"))
-            CLIENTS[client_name](Path(place, "checkpoint"))
+            with contextlib.redirect_stdout(sys.stderr):
+                CLIENTS[client_name](Path(place, "checkpoint"))
         except Exception as error:  # whatever a client raises is a row of the table
             if known:
                 return "no"
