@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.progress import SilentProgress
@@ -41,7 +40,7 @@ def test_the_run_folder_holds_what_it_should(demo):
     assert demo.folder.name == "demo-001"
     top = {path.name for path in demo.folder.iterdir()}
     files = {"recipe.yaml", "environment.json", "report.md", "report.html"}
-    assert top == files | {"curves.png", "frontier.png"} | {
+    assert top == files | {"figures"} | {
         contender["name"] for contender in demo.recipe["contenders"]
     }
     for outcome in demo.outcomes:
@@ -50,9 +49,10 @@ def test_the_run_folder_holds_what_it_should(demo):
         assert names == {"job.json", "history.jsonl", "result.json", "timings.json", "checkpoint"}
         assert (place / "checkpoint" / "model.safetensors").is_file()
         assert (place / "checkpoint" / "tokenizer.json").is_file()
-    for name in ("curves.png", "frontier.png"):
-        with Image.open(demo.folder / name) as image:
-            assert min(image.size) > 300
+    figures = {path.name for path in (demo.folder / "figures").iterdir()}
+    assert figures == {
+        f"{name}.{suffix}" for name in ("curves", "frontier") for suffix in ("png", "svg", "pdf")
+    }
 
 
 def test_every_contender_and_seed_has_a_result(demo):
@@ -208,6 +208,7 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
     forward = 2 * (weights + attention)
     assert pythia.flops == pytest.approx(3 * forward * pythia.tokens_per_epoch * 2, rel=0.02)
     assert pythia.seconds_estimate > 0
+    assert pythia.steps == 2 * 48 / 8
     assert list(tmp_path.iterdir()) == []
 
 
@@ -440,7 +441,7 @@ def test_stores_are_removed_after_the_run(tmp_path):
     done = finish(stored(), tmp_path)
     assert stores_of(done.folder) == []
     folders = {path.name for path in done.folder.iterdir() if path.is_dir()}
-    assert folders == {"final-only", "layerwise"}
+    assert folders == {"final-only", "layerwise", "figures"}
 
 
 def test_contenders_with_the_same_block_share_a_store_that_may_be_kept(tmp_path):
@@ -504,7 +505,7 @@ def test_a_stored_runs_checkpoint_gives_its_figures_over_the_whole_stream(tmp_pa
     ("override", "key"),
     [
         ("freeze_embedding=false", "embed_tokens.weight learns in phase 2"),
-        ("freeze_context=false", "context_block.layers.0.weight learns in phase 2"),
+        ("freeze_context=false", "context_block.layers.0.update.weight learns in phase 2"),
     ],
 )
 def test_a_store_needs_what_the_contexts_depend_on_frozen(tmp_path, override, key):

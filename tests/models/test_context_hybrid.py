@@ -13,7 +13,7 @@ from naive_parts import turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
-from contextlm.models.gated_recurrence import GatedRecurrence
+from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
 from contextlm.models.hybrid import ContextHybridConfig, ContextHybridForCausalLM
 from contextlm.models.hybrid.convolution import CausalConvolution
 from contextlm.models.hybrid.latent import LatentAttention, LatentLayer
@@ -139,7 +139,7 @@ def test_decays_near_0_and_near_1_over_4096_tokens_in_float32(extreme):
     for kind in (torch.float64, torch.float32):
         module = gates.to(kind)
         inputs = x.to(kind).requires_grad_()
-        states = module(inputs, None, NewTokens.of(inputs))
+        states = gated_states(module, inputs, None, NewTokens.of(inputs))
         grads = torch.autograd.grad(states.square().mean(), [inputs, module.decay])
         outcomes.append([states.double(), *(g.double() for g in grads)])
     for exact, single in zip(*outcomes, strict=True):
@@ -153,7 +153,7 @@ def test_the_root_has_a_bounded_gradient():
     gates = GatedRecurrence(3, 0)
     with torch.no_grad():
         gates.decay.fill_(-1000.0)  # a is 1 exactly: the root's derivative would be infinite
-    a, added = gates.terms(torch.ones(1, 2, 3), None)
+    a, added = gates(torch.ones(1, 2, 3))
     assert (a == 1).all()
     (gradient,) = torch.autograd.grad(added.sum(), gates.decay)
     assert torch.isfinite(gradient).all()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from contextlm.base.errors import unknown_name
-from contextlm.cli.options import AsJson
+from contextlm.cli.options import AsJson, Imports
 from contextlm.cli.output import print_json, print_table
 
 
@@ -20,6 +20,7 @@ def list_known(
             help="What to list; everything by default.",
         ),
     ] = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes, the model types and the corpora that recipes can name.

@@ -20,7 +20,7 @@ from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, NotFiniteError, is_out_of_memory
 from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress, SilentProgress
-from contextlm.lab.environment import describe_environment, note_changes
+from contextlm.lab.environment import check_imported, describe_environment, note_changes
 from contextlm.lab.executors import Executor, Runs, carry_out, new_executor
 from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner, check_job, write_job
@@ -173,6 +173,7 @@ def _extend(
         for run, recipe in recipes.items():
             wanted = recipe
             if run in known:
+                check_imported(run)
                 wanted = distribution.by_main(partial(merged, run, recipe))
             runs.append((run, _planner(wanted, own_device, progress)))
         if distribution.is_main():
@@ -193,7 +194,7 @@ def _extend(
 
 
 def merged(run: Path, given: Recipe) -> Recipe:
-    """`given`, and what only the run holds: its contenders, in front, and its seeds.
+    """`given`, and what only the run holds: its contenders, in front, its seeds and budgets.
 
     Raises:
         InputError: the run is one of another recipe, or has another baseline.
@@ -208,8 +209,16 @@ def merged(run: Path, given: Recipe) -> Recipe:
         )
     mine = {contender.name: contender for contender in given.contenders}
     before = [mine.pop(contender.name, contender) for contender in known.contenders]
-    seeds = list(dict.fromkeys([*known.seeds, *given.seeds]))
-    return given.model_copy(update={"contenders": [*before, *mine.values()], "seeds": seeds})
+    if (known.budgets is None) != (given.budgets is None):
+        has, lacks = ("the run", "recipe") if given.budgets is None else ("the recipe", "run")
+        raise InputError(f"{run}: {has} has budgets, the {lacks} none")
+    both: dict[str, Any] = {
+        "contenders": [*before, *mine.values()],
+        "seeds": list(dict.fromkeys([*known.seeds, *given.seeds])),
+    }
+    if given.budgets is not None:
+        both["budgets"] = sorted({*(known.budgets or []), *given.budgets})
+    return given.model_copy(update=both)
 
 
 def folder_name(points: Sequence[Point]) -> str:
@@ -277,6 +286,8 @@ def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planne
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     if repetition := prepared.facts.repetition():
         progress.line(repetition)
+    for match in prepared.matches.values():
+        progress.line(match.sentence)
     for rank, fingerprint in enumerate(distribution.everyones(prepared.fingerprint)):
         if fingerprint != prepared.fingerprint:
             raise InputError(

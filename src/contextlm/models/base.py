@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import ContextBlock, OwnStart
+from contextlm.models.layers import ContextBlock, OwnStart, start_update
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,12 @@ class ContextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.reset_parameters()
+        elif getattr(module, "is_update", False):
+            start_update(module)
+        else:
+            super()._init_weights(module)
 
 
 # Arguments of other models that would change the answer.
@@ -177,6 +180,11 @@ class ContextDecoder(ContextPreTrainedModel):
     embed_norm: nn.Module
     reads_only_last: ClassVar[bool] = False
     reads_packed: ClassVar[bool] = False
+
+    @property
+    def sees_borders(self) -> bool:
+        """Whether `decode` is given packed rows: they need a mask, which flash attention lacks."""
+        return self.reads_packed and "flash" not in self.config._attn_implementation
 
     @property
     def width(self) -> int:
@@ -233,8 +241,9 @@ class ContextDecoder(ContextPreTrainedModel):
                 not run then, and nothing cached.
             last: how many hidden states are wanted, 0 for all; where `reads_only_last`, no others
                 may be given.
-            **kwargs: `output_hidden_states` and `output_attentions`, where they are recorded, and
-                arguments of attention functions.
+            **kwargs: `output_hidden_states`, where there are no layers to record of the embeddings
+                and the last ones; `output_attentions`, where they are recorded; and arguments of
+                attention functions.
 
         Raises:
             ValueError: neither or both of tokens and embeddings are given, the cache is not of this
@@ -254,6 +263,7 @@ class ContextDecoder(ContextPreTrainedModel):
         if cache is not None:
             counter = self._counter(cache, inputs_embeds.shape[0])
             past, seen_B = counter.get_seq_length(), counter.counts
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         new = NewTokens.of(
             inputs_embeds,
             attention_mask,
@@ -262,12 +272,12 @@ class ContextDecoder(ContextPreTrainedModel):
             cache=cache,
             position_ids=position_ids,
             contexts=contexts,
-            last=last,
+            last=0 if wants_states else last,
         )
         new = new.with_documents(
             [ends for ends in (cu_seq_lens_q, cu_seq_lens_k) if ends is not None],
             seq_idx,
-            in_graph=self.reads_packed,
+            in_graph=self.sees_borders,
         )
         if new.places_BT is not None:
             if past_key_values is not None or contexts is not None:
@@ -277,12 +287,16 @@ class ContextDecoder(ContextPreTrainedModel):
             cache, new = None, replace(new, cache=None)
         if contexts is not None:
             self._check_contexts(contexts, new)
-        if new.places_BT is None or self.reads_packed:
+        if new.places_BT is None or self.sees_borders:
             hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
         else:
+            self._refuse_recording_apart(kwargs)
             apart = new.apart()
             hidden_BTD = apart.packed(self.decode(apart.rows(inputs_embeds), apart.new, **kwargs))
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+        if wants_states and "hidden_states" not in self._recorded:
+            outputs.hidden_states = (inputs_embeds, hidden_BTD)
+        return outputs
 
     @cached_property
     def _cache_kinds(self) -> list[type]:
@@ -323,9 +337,20 @@ class ContextDecoder(ContextPreTrainedModel):
         for name in _NOT_READ:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{self.config.model_type} does not take {name}")
-        for name in ("hidden_states", "attentions"):
-            if kwargs.get(f"output_{name}") and name not in (self._can_record_outputs or {}):
-                raise ValueError(f"{self.config.model_type} does not record {name}")
+        if kwargs.get("output_attentions") and "attentions" not in self._recorded:
+            raise ValueError(f"{self.config.model_type} does not record attentions")
+
+    def _refuse_recording_apart(self, kwargs: dict[str, Any]) -> None:
+        for name in self._recorded:
+            if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)):
+                raise ValueError(
+                    f"{self.config.model_type} does not record {name} of packed documents"
+                )
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        """What is recorded of modules, by its name."""
+        return self._can_record_outputs or {}
 
 
 class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
@@ -346,6 +371,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             "supports_gradient_checkpointing",
             "_no_split_modules",
             "_can_compile_fullgraph",
+            "_supports_flash_attn",
+            "_supports_flex_attn",
         ):
             setattr(cls, name, getattr(cls.decoder_class, name))
         super().__init_subclass__(**kwargs)
@@ -362,6 +389,17 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
     def new_cache(self) -> Cache:
         """An empty cache of this model's own kind."""
         return self.model.new_cache()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for these models, whose cache has no pages of keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.config.model_type} has a cache of its own kind, which continuous batching does "
+            "not know: use generate()"
+        )
 
     def _prepare_cache_for_generation(
         self,

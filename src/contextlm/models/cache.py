@@ -108,6 +108,61 @@ class RowStateLayer(CacheLayerMixin):
             )
 
 
+class CroppableLayer(RowStateLayer):
+    """Can forget the newest tokens, as far as none is padding.
+
+    By itself it only counts, beside transformers' own layers of keys and values.
+    """
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._real_tail = 0  # newest tokens that were real in every row
+
+    def advance(self, new: NewTokens) -> None:
+        """Count the new tokens, and how far back none is padding."""
+        self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
+        super().advance(new)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._real_tail = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every row.
+
+        Args:
+            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
+
+        Raises:
+            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
+                padding.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
+        if not self.is_croppable:
+            super().crop(tokens_to_remove)
+        if self.counts is None or tokens_to_remove == 0:
+            return
+        if -tokens_to_remove >= self._seen:
+            return self.reset()
+        if -tokens_to_remove > self._real_tail:
+            raise ValueError(
+                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
+                f"the newest {self._real_tail} can be taken back"
+            )
+        self.take_back(-tokens_to_remove)
+
+    def take_back(self, tokens: int) -> None:
+        """Forget so many tokens, all real and fewer than were seen."""
+        assert self.counts is not None
+        self.counts = self.counts - tokens
+        self._seen -= tokens
+        self._real_tail -= tokens
+
+
 class ContextStateLayer(RowStateLayer):
     """Keeps one context vector per sequence: constant memory, whatever the length.
 
@@ -178,6 +233,15 @@ class RecentLayer(EntriesLayer):
     def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
         """The newest."""
         return newest(both_BSE, new.ends(kept), self.limit)
+
+
+def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
+    """How many of the newest tokens are real in every row, after T more."""
+    if mask_BT is None:
+        return before + tokens
+    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
+        return 0  # values cannot be looked at here
+    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
 
 
 def newest(entries_BSE: Tensor, end_B: Tensor | None, limit: int) -> Tensor:

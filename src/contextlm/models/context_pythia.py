@@ -142,6 +142,7 @@ class ContextPythiaModel(ContextDecoder):
     config_class = ContextPythiaConfig
     _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
     _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_flex_attn = True
     _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,

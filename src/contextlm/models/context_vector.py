@@ -27,6 +27,7 @@ wait for each other. Phase 1 can train it, as it trains Context-Pythia's.
 H is the width of the MLP here, C that of all context vectors together.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
 
 _DEFAULT_POSITIONS = 32
+_RECOMPUTED = 32  # tokens at a time, of whose steps gradient checkpointing keeps nothing
 
 
 @strict
@@ -66,6 +68,7 @@ class ContextVectorConfig(ContextConfig):
     """
 
     model_type = "context_vector"
+    num_hidden_layers = num_attention_heads = 1  # there are none, but clients ask for them
 
     vocab_size: int = 1000
     hidden_size: int = 256
@@ -167,7 +170,7 @@ class ContextVectorModel(ContextDecoder):
     """Embedding, MLP and context update, without the head."""
 
     config_class = ContextVectorConfig
-    supports_gradient_checkpointing = False  # the loop over tokens has no layers to recompute
+    _no_split_modules = ["GatedContextBlock", "ContextUpdate"]
     _can_compile_fullgraph = True
 
     def __init__(self, config: ContextVectorConfig):
@@ -191,6 +194,7 @@ class ContextVectorModel(ContextDecoder):
         else:
             gated = config.update == "gated"
             self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
+        self.gradient_checkpointing = False
         self.freeze_parts()
         self.post_init()
 
@@ -224,7 +228,15 @@ class ContextVectorModel(ContextDecoder):
         # Over a gated recurrence, at once.
         (contexts_BTC,) = self.context_block.run(self.embed_norm(embeds_BTD), new, state)
         before_BTC = torch.cat([start_BC.unsqueeze(1), contexts_BTC[:, :-1]], dim=1)
-        return self._hidden(self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype))
+        return self._recomputed(
+            self._hidden, self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype)
+        )
+
+    def _recomputed(self, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        """What a function makes of tensors; gradient checkpointing computes it again."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(function, *tensors)
+        return function(*tensors)
 
     def _hidden(self, token: Tensor, context: Tensor) -> Tensor:
         """The MLP's output, ``[..., H]``, for the tokens' part and the contexts before them."""
@@ -241,17 +253,33 @@ class ContextVectorModel(ContextDecoder):
         state: ContextStateLayer | None,
     ) -> Tensor:
         """The MLP's outputs, which change the context, ``[B, T, H]``; moves the state on."""
+        token_BTH = self.token_input(tokens_BTD)
+        size = _RECOMPUTED if self.gradient_checkpointing and self.training else new.tokens
         outputs = []
-        for t, token_BH in enumerate(self.token_input(tokens_BTD).unbind(1)):
+        for start in range(0, new.tokens, size):
+            piece = slice(start, start + size)
+            mask = None if new.mask_BT is None else new.mask_BT[:, piece]
+            hidden_BTH, context_BC = self._recomputed(
+                self._loop, token_BTH[:, piece], context_BC, mask
+            )
+            outputs.append(hidden_BTH)
+        if state is not None:
+            state.update_state(context_BC, new)
+        return torch.cat(outputs, dim=1)
+
+    def _loop(
+        self, token_BTH: Tensor, context_BC: Tensor, mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The MLP's outputs and the context after them."""
+        outputs = []
+        for t, token_BH in enumerate(token_BTH.unbind(1)):
             hidden_BH = self._hidden(token_BH, context_BC)
             outputs.append(hidden_BH)
             new_BC = self.update(hidden_BH, context_BC)
-            if new.mask_BT is not None:  # padding leaves the context as it is
-                new_BC = torch.where(new.mask_BT[:, t, None], new_BC, context_BC)
+            if mask_BT is not None:  # padding leaves the context as it is
+                new_BC = torch.where(mask_BT[:, t, None], new_BC, context_BC)
             context_BC = new_BC
-        if state is not None:
-            state.update_state(context_BC, new)
-        return torch.stack(outputs, dim=1)
+        return torch.stack(outputs, dim=1), context_BC
 
 
 # At these widths the document's 0.02 starts so near zero that one batch takes long to learn.

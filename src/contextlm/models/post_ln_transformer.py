@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from contextlm.models.attention import attend, same_document
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import RowStateLayer
+from contextlm.models.cache import CroppableLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.inputs import NewTokens
 
@@ -131,6 +131,7 @@ class PostLNTransformerModel(ContextDecoder):
     _no_split_modules = ["PostLNLayer"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PostLNLayer, "attentions": PostLNAttention}
+    _supports_flash_attn = _supports_flex_attn = True
     reads_packed = True
 
     def __init__(self, config: PostLNTransformerConfig):
@@ -148,7 +149,7 @@ class PostLNTransformerModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and each row's count of tokens."""
-        return Cache(layers=[*(DynamicLayer() for _ in self.layers), RowStateLayer()])
+        return Cache(layers=[*(DynamicLayer() for _ in self.layers), CroppableLayer()])
 
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, D]``; a `ValueError` for more tokens than learned positions."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     JsonValue,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -20,6 +22,7 @@ from contextlm.recipe.settings import (
     ContextStoreSettings,
     EmbeddingSettings,
     EvaluationSettings,
+    MatchSettings,
     PhaseOneSettings,
     Settings,
     TrainingSettings,
@@ -45,6 +48,9 @@ class Contender(Settings):
     baseline: bool = False
     model: dict[str, JsonValue] = Field(
         description="`type`, and fields of that architecture's config"
+    )
+    match: MatchSettings | None = Field(
+        None, description="find the width at which it has as many parameters as the baseline"
     )
     phase1: PhaseOneSettings | None = None
     training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
@@ -90,6 +96,12 @@ class Recipe(Settings):
     documents: Split | None = Field(None, description="use only the first documents of each split")
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
     samples: Split | None = Field(None, description="use only the first samples of each split")
+    budgets: list[PositiveFloat] | None = Field(
+        None,
+        min_length=1,
+        description="train each contender once a budget, on this share of the training samples; "
+        "more than 1 goes on with the samples that follow them in the text",
+    )
     seeds: list[Seed] = Field([0], min_length=1)
     embedding: EmbeddingSettings = EmbeddingSettings()
     context_store: ContextStoreSettings | None = Field(
@@ -119,6 +131,10 @@ class Recipe(Settings):
             raise ValueError(f"contenders: {sorted(twice)[0]!r} is named twice")
         if sum(contender.baseline for contender in self.contenders) != 1:
             raise ValueError("contenders: exactly one must have 'baseline: true'")
+        if self.baseline.match is not None:
+            raise ValueError(
+                f"contenders.{self.baseline.name}.match: the baseline is what others match"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: a seed is named twice")
         for contender in self.contenders:
@@ -130,6 +146,7 @@ class Recipe(Settings):
         names = ("stride", "tokens", "context_store", "tuning")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given["target_offset"] = self.target_offset > 1
+        given["evaluation.long"] = self.evaluation.long
         for contender in self.contenders:
             key = f"contenders.{contender.name}"
             given[f"{key}.phase1"] = contender.phase1
@@ -138,6 +155,23 @@ class Recipe(Settings):
             raise ValueError(
                 f"{key}: needs a stream of text, which unit {self.unit!r} does not have"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_count_samples_once(self) -> Self:
+        if self.budgets is None:
+            return self
+        if any(b <= a for a, b in pairwise(self.budgets)):
+            raise ValueError("budgets must ascend")
+        if self.context_store is not None:
+            raise ValueError("budgets: take a part of the text, which a context_store forbids")
+        for contender in self.contenders:
+            if self.training_of(contender).epochs > 1:
+                own = "epochs" in contender.training
+                key = f"contenders.{contender.name}.training" if own else "training"
+                raise ValueError(
+                    f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                )
         return self
 
     @model_validator(mode="after")

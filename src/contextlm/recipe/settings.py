@@ -107,6 +107,14 @@ class TuningSettings(Settings):
         return self
 
 
+class MatchSettings(Settings):
+    """A contender is made as large as the baseline, by one field of its model."""
+
+    field: str = Field(description="a whole number of the model's configuration")
+    within: float = Field(0.02, gt=0, lt=1, description="of the baseline's parameters")
+    multiple_of: Count = Field(1, description="the field's value is a multiple of this")
+
+
 class ParameterGroup(Settings):
     """Parameters whose names match get their own learning rate or weight decay."""
 
@@ -134,11 +142,19 @@ class TrainingSettings(Settings):
     patience: Count | None = Field(
         1, description="stop after this many epochs without a better validation loss; null: never"
     )
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "constant", description="of the learning rate; wsd: warmup, stable, decay"
+    )
     schedule_unit: Literal["step", "epoch"] = "step"
     warmup: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(0, description="in steps")
     minimum_ratio: float = Field(
-        0.0, ge=0, le=1, description="the cosine schedule ends at this share of the learning rate"
+        0.0, ge=0, le=1, description="cosine and wsd end at this share of the learning rate"
+    )
+    cooldown: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="wsd: the last share of the steps, in which the rate falls; null: 0.2",
     )
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     shuffle: bool = True
@@ -161,9 +177,17 @@ class TrainingSettings(Settings):
         decays = [self.weight_decay, *(group.weight_decay for group in self.parameter_groups)]
         if self.optimizer == "adam" and any(decays):
             raise ValueError("weight_decay is for optimizer adamw; adam has none")
-        if self.minimum_ratio and self.schedule != "cosine":
-            raise ValueError(f"minimum_ratio is for schedule cosine, not {self.schedule}")
+        if self.minimum_ratio and self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"minimum_ratio is for schedules cosine and wsd, not {self.schedule}")
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ValueError(f"cooldown is for schedule wsd, not {self.schedule}")
+        if self.schedule == "wsd" and self.schedule_unit == "epoch":
+            raise ValueError("schedule wsd changes the rate by step: schedule_unit must be step")
         return self
+
+    def stable_until(self, steps: int) -> int:
+        """How many of a training's steps schedule wsd takes before the rate begins to fall."""
+        return steps - max(1, round((0.2 if self.cooldown is None else self.cooldown) * steps))
 
     def decay_rate(self) -> float:
         """The weight decay of parameters outside the groups."""
@@ -180,4 +204,7 @@ class EvaluationSettings(Settings):
     speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
     train_samples: PositiveInt | None = Field(
         None, description="training windows on which the best weights are scored again; null: all"
+    )
+    long: bool = Field(
+        False, description="also score long texts, up to eight times the windows, by position"
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.cache import ContextStateLayer
-from contextlm.models.gated_recurrence import GatedRecurrence
+from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
 from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
@@ -60,5 +60,5 @@ class RecurrentMixer(Mixer):
         inner_BTD = self.inner(x_BTD)
         if self.convolution is not None:
             inner_BTD = self.convolution(inner_BTD, state, new)
-        states_BTD = self.recurrence(inner_BTD, state, new).to(x_BTD.dtype)
+        states_BTD = gated_states(self.recurrence, inner_BTD, state, new).to(x_BTD.dtype)
         return self.output(F.gelu(self.gate(x_BTD)) * states_BTD)
