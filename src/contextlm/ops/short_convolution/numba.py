@@ -144,13 +144,14 @@ def short_convolution_numba(
     silu: bool,
 ) -> Tensor:
     """As `short_convolution`, on a CPU; once differentiable."""
-    batch, width, kind = inputs_BTC.shape[0], inputs_BTC.shape[2], weight_JC.dtype
-    if inputs_BTC.dtype not in (kind, torch.bfloat16) or kind == torch.float64:
+    batch, _, width = inputs_BTC.shape
+    wanted = torch.promote_types(inputs_BTC.dtype, weight_JC.dtype)
+    kind = torch.promote_types(wanted, torch.float32)
+    if inputs_BTC.dtype != torch.bfloat16 or kind == torch.float64:
         inputs_BTC = inputs_BTC.to(kind)
     if before_BJC is None:
-        before_BJC = inputs_BTC.new_empty(batch, 0, width, dtype=kind)
+        before_BJC = inputs_BTC.new_empty(batch, 0, width)
     if places_BT is None:
         places_BT = torch.empty(batch, 0, dtype=torch.long)
-    places_BT = places_BT.expand(batch, -1).contiguous()
-    given = (inputs_BTC, before_BJC.to(kind), places_BT, weight_JC, bias_C, silu)
-    return _ShortConvolution.apply(*given)
+    given = (inputs_BTC, before_BJC.to(kind), places_BT.contiguous())
+    return _ShortConvolution.apply(*given, weight_JC.to(kind), bias_C.to(kind), silu).to(wanted)
