@@ -243,9 +243,7 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
             'any model of transformers takes generate(cache_implementation="quantized")'
         )
     if getattr(config, "add_cross_attention", False):
-        raise InputError(
-            "a model with cross-attention (add_cross_attention: true) is not supported"
-        )
+        raise InputError("a model with cross-attention (add_cross_attention: true) is not supported")
     names = ARCHITECTURES[kind]
     layers = operator.attrgetter(names.layers)(base)
     found = [Attention(getattr(layer, names.attention), names, base) for layer in layers]

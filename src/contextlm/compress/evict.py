@@ -80,7 +80,7 @@ class ScoredReader(Reader):
         seen_BGTS[..., -new:] |= torch.eye(new, dtype=torch.bool, device=hidden_BTD.device)
         seen_BHTS = seen_BGTS.repeat_interleave(self.attention.heads // self.attention.groups, 1)
         mask = given
-        if layer.held or (given is None and not bool(real_BT.all())):
+        if layer.held or given is None and not bool(real_BT.all()):
             mask = attention_mask(seen_BHTS, self.attention.implementation, hidden_BTD.dtype)
             if new == 1 and bool(seen_BGTS.all()):
                 mask = None
@@ -109,7 +109,9 @@ class ScoredReader(Reader):
         age_T = torch.arange(last - 1, -1, -1, device=hidden_BTD.device)
         counts_BT = real_BT[:, -last:] * 0.5 ** (age_T / HALF_LIFE)
         got_BGS = torch.einsum("bgjts,bt->bgs", weights_BGJTS.float(), counts_BT)
-        got_BGS = F.avg_pool1d(got_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
+        got_BGS = F.avg_pool1d(
+            got_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False
+        )
         if layer.scores is not None:
             got_BGS[..., : layer.scores.shape[-1]] += layer.scores * 0.5 ** (new / HALF_LIFE)
         layer.scores = got_BGS
@@ -125,10 +127,7 @@ class ScoredReader(Reader):
         layer.tokens = layer.tokens.masked_fill(useless_BGS, NOTHING).gather(2, keep_BGK)
         layer.scores = layer.scores.gather(2, keep_BGK)
         keep_BGKE = keep_BGK[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
-        layer.keys, layer.values = (
-            layer.keys.gather(2, keep_BGKE),
-            layer.values.gather(2, keep_BGKE),
-        )
+        layer.keys, layer.values = layer.keys.gather(2, keep_BGKE), layer.values.gather(2, keep_BGKE)
 
 
 @register_policy("evict")

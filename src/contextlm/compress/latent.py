@@ -199,7 +199,9 @@ class Latent(Form):
         if self.spread:
             ranks = spread([layer.energy_Z for layer in found], rank * len(found))
         groups = groups_of(attentions, rule, turns=True)
-        return [LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)]
+        return [
+            LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)
+        ]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Latent | None:

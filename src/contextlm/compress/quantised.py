@@ -20,7 +20,7 @@ from torch import Tensor
 
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.base import Form, register_policy
+from contextlm.compress.base import Costs, Form, register_policy
 from contextlm.compress.kept import Group, KeyValueLayer, Rule, columns, taken
 from contextlm.compress.reading import KeyValueReader, Reader
 
@@ -97,10 +97,7 @@ class QuantisedLayer(KeyValueLayer):
             keys, values = self.keys[:, :, :full], self.values[:, :, :full]
             packed = Packed.of(keys.mT, self.bits), Packed.of(values, self.bits)
             self.blocks.append(Block(*packed, full))
-            self.keys, self.values = (
-                self.keys[:, :, full:].clone(),
-                self.values[:, :, full:].clone(),
-            )
+            self.keys, self.values = self.keys[:, :, full:].clone(), self.values[:, :, full:].clone()
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
@@ -163,7 +160,9 @@ class QuantisedReader(KeyValueReader):
     def new_layer(self, key: int) -> QuantisedLayer:
         return QuantisedLayer(key, croppable=self.group.keeps_all, bits=self.bits)
 
-    def attend(self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any) -> Any:
+    def attend(
+        self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any
+    ) -> Any:
         plan = self.plan(layer, hidden_BTD, kwargs)
         both: tuple[Tensor, ...] = ()
 

@@ -72,14 +72,18 @@ class KeyValueReader(Reader):
     def new_layer(self, key: int) -> KeptLayer:
         return KeyValueLayer(key, croppable=self.group.keeps_all)
 
-    def attend(self, layer: KeptLayer, forward: Forward, hidden_BTD: Tensor, kwargs: Any) -> Any:
+    def attend(
+        self, layer: KeptLayer, forward: Forward, hidden_BTD: Tensor, kwargs: Any
+    ) -> Any:
         plan = self.plan(layer, hidden_BTD, kwargs)
         result = forward(hidden_BTD, **self.through(layer.append, plan.mask, kwargs))
         layer.settle(plan.keep_BK, hidden_BTD.shape[1])
         return result
 
 
-def groups_of(attentions: Sequence[Attention], rule: Rule, *, turns: bool = False) -> list[Group]:
+def groups_of(
+    attentions: Sequence[Attention], rule: Rule, *, turns: bool = False
+) -> list[Group]:
     """The group of each attention module."""
     groups: dict[int | None, Group] = {}
     for attention in attentions:
