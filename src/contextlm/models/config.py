@@ -20,6 +20,7 @@ class ContextConfig(PreTrainedConfig):
         bos_token_id: begins a text.
         eos_token_id: ends it.
         pad_token_id: fills rows up.
+        tie_word_embeddings: the head's weight is the embedding's.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
