@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# They stand in the package, where pytest does not look for assertions to explain.
+pytest.register_assert_rewrite("contextlm.contract.architecture")
+
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
@@ -49,8 +52,9 @@ def forgetting() -> Iterator[None]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from contextlm.models import base, outside
+    from contextlm.models.hybrid import mixer
 
-    registries = (base._REGISTRY, CONFIG_MAPPING._extra_content)
+    registries = (base._REGISTRY, mixer._MIXERS, CONFIG_MAPPING._extra_content)
     known, modules = [set(names) for names in registries], set(outside._OUTSIDE)
     yield
     for names, before in zip(registries, known, strict=True):
