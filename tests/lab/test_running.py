@@ -62,7 +62,8 @@ def test_long_texts_are_scored_where_the_cache_is_measured(demo):
         result = outcome.result
         assert result.positions[-1].last == 8 * result.corpus.sequence_length
         assert sorted(result.ppl_at()) == [bucket.last for bucket in result.positions]
-        assert set(result.ppl_at()) <= {cache.tokens for cache in result.cache}
+        longer = {tokens for tokens in result.ppl_at() if tokens >= result.corpus.sequence_length}
+        assert longer == {cache.tokens for cache in result.cache}
         first, second, *_ = result.positions
         together = (first.tokens * first.loss + second.tokens * second.loss) / (
             first.tokens + second.tokens
@@ -118,7 +119,7 @@ def test_a_checkpoint_gives_the_figures_of_its_result(demo):
         )
         assert report.architecture == result.architecture
         assert report.parameters == result.parameters_total
-        assert report.cache == result.cache
+        assert report.cache == [held for held in result.cache if held.tokens in (32, 128)]
         model, tokenizer = load_checkpoint(folder, "cpu")
         assert model.config.use_cache is True
         assert tokenizer.decode(tokenizer("naïve 🐍")["input_ids"]) == "naïve 🐍"

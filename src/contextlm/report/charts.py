@@ -312,6 +312,21 @@ def curves(group: Sequence[Contender]) -> Drawn:
     return say("Loss: with points of validation, without of training (running)."), chart
 
 
+def live_chart(steps: pd.DataFrame) -> Drawn:
+    """Loss by step of each job that has begun, from `label`, `x` and `y`; the latest is last."""
+    if steps.empty:
+        return None
+    lines = []
+    for label, own in steps.groupby("label", sort=False):
+        stretch = np.arange(len(own)) // (-(-len(own) // MOST_POINTS))
+        lines.append(own[["x", "y"]].groupby(stretch).mean().assign(label=visible(str(label))))
+    points = pd.concat(lines[::-1]).assign(baseline=False)
+    x, y = alt.X("x:Q").title(say("step")), alt.Y("y:Q").title(say("loss, nats a token"))
+    line = alt.Chart(_values(points)).mark_line(strokeWidth=1.5)
+    line = line.encode(x, y.scale(zero=False), color=_colour(points))
+    return say("Training loss by step."), _layered([line], len(lines))
+
+
 def _curves(row: Contender) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The losses of training and of validation: a column a seed, a row a number of tokens."""
     epochs, steps = _with_tokens(row, row.epochs()), _with_tokens(row, row.steps())
