@@ -253,11 +253,13 @@ def _run(
     if recipe.evaluation.tasks:
         loaded = load_tasks(recipe.evaluation.tasks)
         tasks = task_scores(model, prepared.tokenizer, loaded, size)
+    # The windows' length too, so that cache and quality can be told at one length.
     lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
     if recipe.evaluation.long:
         documents = prepared.validation_documents
         long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
-        positions, lengths = long.positions, [*lengths, *long.edges]
+        positions = long.positions
+        lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
     cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
