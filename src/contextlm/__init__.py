@@ -13,4 +13,5 @@ __version__ = "0.2.0"
 # calls a program "-m" until it has found it.
 if "contextlm_script" not in sys.modules and sys.argv[:1] != ["-m"]:
     from contextlm import models as models
-    from contextlm.compress.input_cache import InputCache as InputCache
+    from contextlm.compress.inputs import InputCache as InputCache
+    from contextlm.compress.installed import CompressedCache as CompressedCache

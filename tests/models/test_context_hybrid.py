@@ -59,6 +59,10 @@ def convolved(conv: CausalConvolution | None, inputs: list[Tensor]) -> list[Tens
 # R -------------------------------------------------------------------------------------------
 
 
+def recurrent(**fields) -> RecurrentMixer:
+    return RecurrentMixer(config(pattern="R", **fields))
+
+
 def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     """DESIGN 2 and Griffin, one token and one channel block at a time."""
     width = x_TD.shape[1]
@@ -89,10 +93,10 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("gates", ["none", "dense", "block_diagonal"])
 @pytest.mark.parametrize("taps", [0, 4])
-def test_r_is_its_equations(blocks, taps):
-    mixer = RecurrentMixer(12, blocks, taps)
+def test_r_is_its_equations(gates, taps):
+    mixer = recurrent(convolution=taps, gates=gates)
     randomise(mixer)
     x = torch.randn(1, 37, 12)
     assert_close(mixer(x, None, NewTokens.of(x))[0], naive_recurrence(mixer, x[0]))
@@ -103,14 +107,14 @@ def test_r_starts_with_slow_decays_and_an_identity_convolution():
     assert 0.9 <= a.min() < 0.905
     assert 0.998 < a.max() <= 0.999
     x = torch.randn(1, 5, 12)
-    convolution = RecurrentMixer(12, 3, 4).convolution
+    convolution = recurrent().convolution
     torch.testing.assert_close(convolution(x, None, NewTokens.of(x)), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "numba", "parallel"])
 def test_the_parallel_scan_is_the_step_recurrence_with_its_gradients(backend, monkeypatch):
     monkeypatch.setenv("CONTEXTLM_BACKEND", f"linear_scan={backend}")
-    mixer = RecurrentMixer(6, 2, 4)
+    mixer = recurrent(hidden_size=6, num_attention_heads=2)
     randomise(mixer)
     x = torch.randn(2, 63, 6, requires_grad=True)
     leaves = [x, *mixer.parameters()]
@@ -422,7 +426,7 @@ def test_without_an_l_memory_is_constant_and_counted():
 
 
 def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
-    mixer = RecurrentMixer(12, 3, 4).bfloat16()
+    mixer = recurrent().bfloat16()
     state = RecurrenceLayer()
     x = torch.randn(1, 9, 12).bfloat16()
     mixer(x, state, NewTokens.of(x))

@@ -12,7 +12,7 @@ from contextlm.base.errors import InputError
 from contextlm.base.files import is_folder
 from contextlm.base.live_line import LiveLine
 from contextlm.base.visible import shown
-from contextlm.cli.options import AsJson, Checkpoint, Device, count, optional
+from contextlm.cli.options import AsJson, Checkpoint, Device, Imports, count, optional
 from contextlm.cli.output import print_facts, print_json, print_table
 from contextlm.cli.prompt import read_prompt
 
@@ -75,6 +75,7 @@ def evaluate(
             "names a folder of your own task files). --samples: only the first N questions.",
         ),
     ] = None,
+    imports: Imports = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -166,6 +167,7 @@ def generate(
     seed: Annotated[
         int | None, count("Makes sampling repeatable.", least=0, most=2**32 - 1)
     ] = None,
+    imports: Imports = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

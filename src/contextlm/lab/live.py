@@ -68,14 +68,20 @@ class EpochWatcher:
         self._number, self._first = number, (number - 1) * steps
         self._every = -(-epochs * steps // MOST_STEP_ROWS)
 
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+    def on_step(self, step: int, loss: float, learning_rate: float, tokens: int) -> None:
         """Move the bar on, and record the step if it is one in so many."""
         self._loss += (loss - self._loss) / min(step - self._first, _SMOOTHED)
         if self.bar is not None:
             self.bar.advance(text=f"epoch {self._number}, loss {self._loss:.4f}")
         if (step - 1) % self._every == 0:
             self.history.add(
-                StepRow(step=step, epoch=self._number, loss=loss, learning_rate=learning_rate)
+                StepRow(
+                    step=step,
+                    epoch=self._number,
+                    loss=loss,
+                    learning_rate=learning_rate,
+                    tokens=tokens,
+                )
             )
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
@@ -89,6 +95,7 @@ class EpochWatcher:
             validation_ppl=perplexity(epoch.validation_loss),
             accuracy=epoch.accuracy,
             learning_rate=epoch.learning_rate,
+            tokens=epoch.tokens,
         )
         self.history.add(row)
         self.progress.line(

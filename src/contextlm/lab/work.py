@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
@@ -20,6 +20,7 @@ from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
+from contextlm.evaluation.long_texts import score_positions
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -31,7 +32,7 @@ from contextlm.evaluation.quality import (
 )
 from contextlm.evaluation.speed import measure_speed
 from contextlm.evaluation.tasks import load_tasks, task_scores
-from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, stores_folder
+from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
@@ -69,7 +70,7 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         return
     if distribution.is_main():
         write_job(run, job)
-    entry, tuning = prepared.entries[job.contender], None
+    entry, tuning = _entry(prepared, job), None
     try:
         if job.kind == "trial":
             _try(job, prepared, run, progress)
@@ -85,12 +86,21 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         _write_divergence(job, prepared, entry, tuning, run, str(error))
     if distribution.is_main():
         shutil.rmtree(run / job.working, ignore_errors=True)
+        if all(other.shared != job.shared for other in planner.left(run, job.seed)):
+            shutil.rmtree(run / job.shared, ignore_errors=True)
         store = prepared.recipe.context_store
         if store is not None and not store.keep and not planner.left(run, job.seed):
             place = run / stores_folder(job.seed)
             shutil.rmtree(place, ignore_errors=True)  # they are large
             with suppress(OSError):  # another seed's are in there
                 place.parent.rmdir()
+
+
+def _entry(prepared: Prepared, job: Job) -> Entry:
+    """The job's contender, on the job's budget."""
+    budgets = {budget.share: budget for budget in prepared.budgets if budget is not None}
+    budget = None if job.budget is None else budgets[job.budget]
+    return prepared.entries[job.contender].at(budget)
 
 
 def _write_divergence(
@@ -132,7 +142,8 @@ def _result(
     job: Job, prepared: Prepared, entry: Entry, model: PreTrainedModel, validation: Quality
 ) -> Result:
     """What a result says of any training, with nothing measured but the validation loss."""
-    recipe, contender = prepared.recipe, entry.contender
+    recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
+    seen = {} if budget is None else {"train_tokens": budget.tokens, "train_windows": entry.samples}
     return Result(
         recipe=recipe.name,
         scale=recipe.scale,
@@ -140,11 +151,12 @@ def _result(
         architecture=model.config.model_type,
         baseline=contender.baseline,
         seed=job.seed,
+        budget=job.budget,
         job=job.identity,
         setting=job.setting,
         target_offset=recipe.target_offset_of(contender),
         precision=entry.precision,
-        corpus=prepared.facts,
+        corpus=prepared.facts.model_copy(update=seen),
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         validation_loss=validation.loss,
@@ -196,6 +208,7 @@ class _Trained:
 
     phase2: PhaseTwo
     contexts: Contexts
+    train: Dataset[dict[str, torch.Tensor]]
 
 
 def _run(
@@ -228,7 +241,7 @@ def _run(
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
     validation = evaluate_quality(model, trained.contexts.validation, size, device)
-    again = _first(trained.contexts.train, recipe.evaluation.train_samples)
+    again = _first(trained.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
     task = find_task(recipe.corpus)
     retrieval = []
@@ -240,7 +253,14 @@ def _run(
     if recipe.evaluation.tasks:
         loaded = load_tasks(recipe.evaluation.tasks)
         tasks = task_scores(model, prepared.tokenizer, loaded, size)
-    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    # The windows' length too, so that cache and quality can be told at one length.
+    lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
+    if recipe.evaluation.long:
+        documents = prepared.validation_documents
+        long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
+        positions = long.positions
+        lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
+    cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
     epochs = trained.phase2.epochs
@@ -269,9 +289,11 @@ def _run(
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
+        "positions": positions,
         "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
+        "trained_tokens": best.tokens,
         "tuning": tuning,
         "phase1": trained.contexts.phase1,
         "embedding": embedding,
@@ -314,14 +336,20 @@ def _train(
 ) -> _Trained:
     """Phase 1, the context store and phase 2, as far as the contender has them."""
     history = History(run / job.folder / "history.jsonl")
-    working = run / job.working
-    state = PhaseOneState(working / "phase1", progress.line)
+    working, shared = run / job.working, run / job.shared
+    state = PhaseOneState(shared / "phase1", progress.line)
     contexts = make_contexts(job, prepared, entry, model, run, history, progress, stages, state)
     size = prepared.recipe.evaluation.batch_size
+    train: Dataset[dict[str, torch.Tensor]] = contexts.train
+    training, trunk = entry.training, None
+    if entry.budget is not None:
+        train = Subset(entry.pool, entry.budget.order(job.seed, shuffle=training.shuffle))
+        training = training.model_copy(update={"shuffle": False})
+        trunk = shared / "trunk" if training.schedule == "wsd" else None
     phase2 = train_next_token(
         model,
-        contexts.train,
-        entry.training,
+        train,
+        training,
         evaluator(contexts.validation, size, prepared.device),
         seed=job.seed,
         device=prepared.device,
@@ -329,9 +357,10 @@ def _train(
         folder=working / "phase2",
         watcher=EpochWatcher(progress, history),
         tell=progress.line,
+        trunk=trunk,
     )
     stages.append(stage_memory("trained", prepared.device))
-    return _Trained(phase2, contexts)
+    return _Trained(phase2, contexts, train)
 
 
 def _save_checkpoint(
@@ -348,7 +377,7 @@ def _save_checkpoint(
 
 def _highest_rate(entry: Entry, steps: int) -> float:
     """The rate that training really reached: patience may have ended it within the warm-up."""
-    share = build_schedule(entry.training, steps_per_epoch(entry.training, len(entry.train)))
+    share = build_schedule(entry.training, steps_per_epoch(entry.training, entry.samples))
     return entry.training.learning_rate * max(map(share, range(steps)))
 
 
@@ -359,6 +388,9 @@ def _bits_per_byte(validation: Quality, prepared: Prepared, target_offset: int) 
     return bits_per_byte(validation.loss, tokens, prepared.validation_bytes)
 
 
-def _first(windows: Text, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+def _first(
+    windows: Dataset[dict[str, torch.Tensor]], count: int | None
+) -> Subset[dict[str, torch.Tensor]]:
     """The first `count` windows, or all."""
-    return Subset(windows, range(min(count or len(windows), len(windows))))
+    there = len(windows)  # type: ignore[arg-type]  # ours have a length
+    return Subset(windows, range(min(count or there, there)))

@@ -26,6 +26,7 @@ class ContextConfig(PreTrainedConfig):
         bos_token_id: begins a text.
         eos_token_id: ends it.
         pad_token_id: fills rows up.
+        tie_word_embeddings: the head's weight is the embedding's.
 
     Attributes:
         auto_map: what makes any client open what is saved (`models.stub`); of the class, once it is

@@ -144,6 +144,19 @@ class StoreFacts(Record):
     drift_validation: Figure
 
 
+class PositionLoss(Record):
+    """The targets at positions ``first`` to ``last - 1`` of long texts.
+
+    `loss` is the mean over all `tokens` of them, in nats.
+    """
+
+    first: Count
+    last: Positive
+    tokens: Positive
+    loss: Figure
+    ppl: Figure
+
+
 class TuningTrial(Record):
     """One learning rate tried; the loss is the best epoch's, in nats per token.
 
