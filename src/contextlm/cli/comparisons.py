@@ -85,6 +85,15 @@ Workers = Annotated[
         "or on the cluster that RAY_ADDRESS names.",
     ),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        show_default=False,
+        help="Also tell tensorboard, wandb, trackio or mlflow, several with commas between them; "
+        "on this machine only, unless its own settings say otherwise.",
+    ),
+]
 
 
 def run(
@@ -121,6 +130,7 @@ def run(
     ] = None,
     workers: Workers = None,
     imports: Imports = None,
+    track: Track = None,
     device: Device = "auto",
     out: Annotated[
         str,
@@ -159,8 +169,9 @@ def run(
     contextlm run demo --grid training.learning_rate=1e-3,2e-3 --workers 2
     ```
     """
-    if dry_run and (resume or into or grid or workers):
+    if dry_run and (resume or into or grid or workers or track):
         raise InputError("--dry-run: goes with a new run alone")
+    trackers = [name.strip() for name in track.split(",")] if track is not None else []
     if resume and into:
         raise InputError("--into: adds to a run; --resume only finishes what it began with")
     if resume and (recipe is None or _is_run(Path(recipe))):
@@ -171,7 +182,7 @@ def run(
         from contextlm.lab.run_folder import newest_unfinished
 
         folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
-        _resume(folder, device, workers, as_json)
+        _resume(folder, device, workers, trackers, as_json)
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
@@ -192,11 +203,13 @@ def run(
         if found is None:
             print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
     if found is not None:
-        _resume(found, device, workers, as_json)
-    elif into is not None:
-        _show(_at_work(running.extend, points, into, device=device, workers=workers), as_json)
+        _resume(found, device, workers, trackers, as_json)
+        return
+    how = {"device": device, "workers": workers, "track": trackers}
+    if into is not None:
+        _show(_at_work(running.extend, points, into, **how), as_json)
     else:
-        _show(_at_work(running.run_points, points, place, device=device, workers=workers), as_json)
+        _show(_at_work(running.run_points, points, place, **how), as_json)
 
 
 def sweep(
@@ -273,13 +286,15 @@ def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path
         return work(*arguments, progress=progress, **options)
 
 
-def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> None:
+def _resume(
+    folder: Path, device: str, workers: int | None, track: list[str], as_json: bool
+) -> None:
     """Finish an unfinished run; of a finished one only the table is shown."""
     from contextlm.lab import running
     from contextlm.lab.run_folder import is_unfinished, points_of
 
     if any(map(is_unfinished, points_of(folder) or [folder])):
-        _at_work(running.resume, folder, device=device, workers=workers)
+        _at_work(running.resume, folder, device=device, workers=workers, track=track)
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
     _show(folder, as_json)

@@ -44,19 +44,25 @@ from contextlm.training.next_token import check_processes
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: str, progress: Progress, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
     Args:
         recipe: the comparison.
-        out, device, progress, workers: as for `run_points`.
+        out, device, progress, workers, track: as for `run_points`.
 
     Returns:
         The run folder.
     """
     point = Point({}, recipe, "")
-    return run_points([point], out, device=device, progress=progress, workers=workers)
+    return run_points([point], out, device=device, progress=progress, workers=workers, track=track)
 
 
 def run_points(
@@ -66,6 +72,7 @@ def run_points(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Run a recipe, or every point of a grid: each is a run folder of its own, with its report.
 
@@ -78,6 +85,7 @@ def run_points(
         device: ``auto``, ``cpu``, ``cuda`` ...
         progress: gets headings, epochs and what is at work.
         workers: do the jobs in so many workers of Ray instead of this process.
+        track: names of trackers that get losses, validation and configuration of every job.
 
     Returns:
         The folder of the run, or of the grid, which holds those of its points and a report of all.
@@ -87,7 +95,7 @@ def run_points(
         RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
@@ -102,7 +110,14 @@ def run_points(
     return folder
 
 
-def resume(folder: Path, *, device: str, progress: Progress, workers: int | None = None) -> Path:
+def resume(
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    track: Sequence[str] = (),
+) -> Path:
     """Finish a run, or a grid, that was killed, interrupted or stopped by a fault.
 
     It ends as it would have without that, to the bit, on the same machine with the same versions.
@@ -110,7 +125,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
     Args:
         folder: the run's or the grid's.
         device: ``auto`` or the kind of device that it began on.
-        progress, workers: as for `run_points`.
+        progress, workers, track: as for `run_points`.
 
     Raises:
         InputError: no unfinished run is there, another process is at work on it, or the recipe, the
@@ -122,7 +137,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
         raise InputError(f"{folder}: no unfinished run is in there")
     progress.line(f"resuming {folder}")
     recipes = {run: load_recipe(str(run / "recipe.yaml")) for run in runs}
-    return _extend(recipes, folder, device, progress, workers)
+    return _extend(recipes, folder, device, progress, workers, track)
 
 
 def extend(
@@ -132,6 +147,7 @@ def extend(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Do what a run or grid lacks of recipes, which may name more contenders, seeds and points.
 
@@ -140,7 +156,7 @@ def extend(
     Args:
         points: as for `run_points`.
         folder: of the run or the grid.
-        device, progress, workers: as for `run_points`.
+        device, progress, workers, track: as for `run_points`.
 
     Raises:
         InputError: there is no such run or grid, or it holds a contender and seed of the same name
@@ -153,7 +169,7 @@ def extend(
     elif not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}: not a run folder")
     recipes = {folder / point.name: point.recipe for point in points}
-    return _extend(recipes, folder, device, progress, workers, points)
+    return _extend(recipes, folder, device, progress, workers, track, points)
 
 
 def _extend(
@@ -162,10 +178,11 @@ def _extend(
     device: str,
     progress: Progress,
     workers: int | None,
+    track: Sequence[str],
     points: Sequence[Point] = (),
 ) -> Path:
     with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         stack.enter_context(_held({folder}))
         known = [run for run in recipes if (run / "recipe.yaml").is_file()]
         stack.enter_context(_held(set(known) - {folder}))
