@@ -101,7 +101,7 @@ sys.argv = ["contextlm", *sys.argv[1:]]
 try:
     contextlm_script.main()
 finally:
-    heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "pandas", "pyarrow"}
+    heavy = {"torch", "transformers", "numpy", "datasets", "altair", "pandas", "pyarrow"}
     print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     done = subprocess.run(

@@ -81,5 +81,5 @@ def test_a_tracker_that_is_not_there_is_one_line(quick, tmp_path, monkeypatch, c
         "or all of them with 'contextlm[trackers]'"
     )
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(InputError, match="unknown tracker 'tensorbord' .*'tensorboard'"):
+    with pytest.raises(InputError, match=r"unknown tracker 'tensorbord' .*'tensorboard'"):
         check_trackers(["tensorbord"])

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         return self.facts.tokens
+
+    @property
+    def documents(self) -> list[npt.NDArray[Any]]:
+        """The ids of each document."""
+        return [self.tokens[start:end] for start, end in pairwise(self.document_offsets)]
 
     def byte_count(self, tokens: int) -> int:
         """UTF-8 bytes of the text behind the first `tokens` tokens.

@@ -32,7 +32,8 @@ _PACKAGES = (
     "huggingface_hub",
     "pydantic",
     "pyyaml",
-    "matplotlib",
+    "altair",
+    "vl-convert-python",
     "jinja2",
 )
 

@@ -19,7 +19,7 @@ from contextlm.base.progress import Progress, SilentProgress, duration
 from contextlm.lab.jobs import Job, Planner
 from contextlm.lab.tracking import check_trackers
 
-EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
+EXTRA = "--workers needs Ray: pip install 'ray>=2.50'"
 
 Runs = Sequence[tuple[Path, Planner]]
 

@@ -21,6 +21,7 @@ from contextlm.base.files import atomic_folder, write_json
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
+from contextlm.evaluation.long_texts import score_positions
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -31,6 +32,7 @@ from contextlm.evaluation.quality import (
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.tasks import load_tasks, task_scores
 from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
@@ -256,7 +258,18 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
-    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    tasks = []
+    if recipe.evaluation.tasks:
+        loaded = load_tasks(recipe.evaluation.tasks)
+        tasks = task_scores(model, prepared.tokenizer, loaded, size)
+    # The windows' length too, so that cache and quality can be told at one length.
+    lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
+    if recipe.evaluation.long:
+        documents = prepared.validation_documents
+        long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
+        positions = long.positions
+        lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
+    cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
     epochs = trained.phase2.epochs
@@ -285,6 +298,8 @@ def _run(
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
+        "positions": positions,
+        "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "trained_tokens": best.tokens,

@@ -156,6 +156,7 @@ class Recipe(Settings):
         names = ("stride", "tokens", "context_store", "tuning")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given["target_offset"] = self.target_offset > 1
+        given["evaluation.long"] = self.evaluation.long
         for contender in self.contenders:
             key = f"contenders.{contender.name}"
             given[f"{key}.phase1"] = contender.phase1
@@ -180,6 +181,20 @@ class Recipe(Settings):
                 key = f"contenders.{contender.name}.training" if own else "training"
                 raise ValueError(
                     f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_ask_for_the_next_token(self) -> Self:
+        if not self.evaluation.tasks:
+            return self
+        if self.unit == "answers":
+            raise ValueError("evaluation.tasks: a synthetic task's tokens spell no text")
+        for contender in self.contenders:
+            if self.target_offset_of(contender) > 1:
+                raise ValueError(
+                    f"evaluation.tasks: they ask for the next token, which {contender.name} does "
+                    "not predict: its target_offset is more than 1"
                 )
         return self
 

@@ -215,3 +215,7 @@ class EvaluationSettings(Settings):
     train_samples: PositiveInt | None = Field(
         None, description="training windows on which the best weights are scored again; null: all"
     )
+    long: bool = Field(
+        False, description="also score long texts, up to eight times the windows, by position"
+    )
+    tasks: list[str] = Field([], description="of lm-eval, by name (extra lm-eval)")

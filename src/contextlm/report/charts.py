@@ -292,7 +292,7 @@ def curves(group: Sequence[Contender]) -> Drawn:
     lines = [(row, label, *_curves(row)) for row, label in _labels(group).items()]
     train = pd.concat([_curve(row, label, losses) for row, label, losses, _ in lines])
     validation = pd.concat([_curve(row, label, losses) for row, label, _, losses in lines])
-    if train.empty and validation.empty:
+    if validation.empty:
         return None
     x = (
         alt.X("x:Q")
@@ -303,33 +303,52 @@ def curves(group: Sequence[Contender]) -> Drawn:
     y = alt.Y("y:Q").title(say("loss, nats a token")).scale(zero=False)
     colour = _colour(validation)
     thin = alt.Chart(_values(train)).mark_line(strokeWidth=0.8, opacity=0.6)
-    band = alt.Chart(_values(validation[validation.low < validation.high])).mark_area(opacity=0.15)
-    chart = _layered(
-        [
-            thin.encode(x, y, color=colour),
-            band.encode(x, _low(y), y2="high:Q", color=colour),
-            *_marks(validation.assign(low=math.nan, high=math.nan), x, y, [], line=True),
-        ],
-        len(lines),
-    )
+    spread = validation[validation.low < validation.high]
+    band = alt.Chart(_values(spread)).mark_area(opacity=0.15)
+    layers = [] if train.empty else [thin.encode(x, y, color=colour)]
+    layers += [] if spread.empty else [band.encode(x, _low(y), y2="high:Q", color=colour)]
+    points = validation.assign(low=math.nan, high=math.nan)
+    chart = _layered([*layers, *_marks(points, x, y, [], line=True)], len(lines))
     return say("Loss: with points of validation, without of training (running)."), chart
+
+
+def live_chart(steps: pd.DataFrame) -> Drawn:
+    """Loss by step of each job that has begun, from `label`, `x` and `y`; the latest is last."""
+    if steps.empty:
+        return None
+    lines = []
+    for label, own in steps.groupby("label", sort=False):
+        stretch = np.arange(len(own)) // (-(-len(own) // MOST_POINTS))
+        lines.append(own[["x", "y"]].groupby(stretch).mean().assign(label=visible(str(label))))
+    points = pd.concat(lines[::-1]).assign(baseline=False)
+    x, y = alt.X("x:Q").title(say("step")), alt.Y("y:Q").title(say("loss, nats a token"))
+    line = alt.Chart(_values(points)).mark_line(strokeWidth=1.5)
+    line = line.encode(x, y.scale(zero=False), color=_colour(points))
+    return say("Training loss by step."), _layered([line], len(lines))
 
 
 def _curves(row: Contender) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The losses of training and of validation: a column a seed, a row a number of tokens."""
+    epochs, steps = _with_tokens(row, row.epochs()), _with_tokens(row, row.steps())
+    validation = _losses(epochs, "validation_loss")
+    return (_losses(epochs, "train_loss") if steps.empty else _losses(steps, "loss")), validation
+
+
+def _with_tokens(row: Contender, lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a history with the tokens trained on; older ones only count steps and epochs."""
+    if lines.empty or lines.tokens.notna().all():
+        return lines
     epoch_tokens = row.value("train_windows") * row.value("sequence_length")
-    epochs, steps = row.epochs(), row.steps()
-    validation = _losses(epochs, "validation_loss", epochs.epoch * epoch_tokens)
-    if steps.empty:
-        return _losses(epochs, "train_loss", epochs.epoch * epoch_tokens), validation
+    if "step" not in lines:
+        return lines.assign(tokens=lines.epoch * epoch_tokens)
     # Steps may be written down every so often: the last one of the first epoch tells its length.
-    epoch_steps = steps.step[steps.epoch == steps.epoch.min()].max()
-    return _losses(steps, "loss", steps.step / epoch_steps * epoch_tokens), validation
+    epoch_steps = lines.step[lines.epoch == lines.epoch.min()].max()
+    return lines.assign(tokens=lines.step / epoch_steps * epoch_tokens)
 
 
-def _losses(lines: pd.DataFrame, column: str, tokens: pd.Series[float]) -> pd.DataFrame:
+def _losses(lines: pd.DataFrame, column: str) -> pd.DataFrame:
     """A column a seed, a row for each number of tokens that all seeds reached undiverged."""
-    lines = lines.assign(tokens=tokens.astype(float), loss=lines[column].astype(float))
+    lines = lines.assign(tokens=lines.tokens.astype(float), loss=lines[column].astype(float))
     lines = lines.drop_duplicates(["tokens", "seed"], keep="last")
     losses = lines.pivot(index="tokens", columns="seed", values="loss")
     return losses[losses < DIVERGED_LOSS].dropna()
@@ -410,8 +429,10 @@ def _marks(
     named = [name for name in ("label", "shown", *tips, "versus") if name in points]
     tooltip = [alt.Tooltip(f"{name}:N").title(told[name]) for name in named]
     base = alt.Chart(_values(points)).encode(x, y, color=colour, opacity=picked)
-    spread = alt.Chart(_values(points[points.low.notna()])).mark_rule(strokeWidth=1.5)
-    marks = [spread.encode(x, _low(y), y2="high:Q", color=colour, opacity=picked)]
+    known = points[points.low.notna()]
+    spread = alt.Chart(_values(known)).mark_rule(strokeWidth=1.5)
+    bars = spread.encode(x, _low(y), y2="high:Q", color=colour, opacity=picked)
+    marks = [] if known.empty else [bars]
     if line:
         marks.append(base.mark_line(strokeWidth=1.8))
     shape = alt.Shape("baseline:N").scale(domain=[False, True], range=["circle", "square"])

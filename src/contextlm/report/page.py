@@ -83,7 +83,7 @@ def write_report(
     facts = _facts(runs, rows, folder, drawn)
     written: dict[str, Callable[[Path], None]] = {
         "md": lambda path: write_text(path, _markdown("report.md.j2", facts)),
-        "html": lambda path: write_text(path, _html(facts)),
+        "html": lambda path: write_text(path, _html(facts, pictures=True)),
         "csv": lambda path: write_text(path, _csv(rows)),
         "latex": lambda path: write_text(path, "\n".join(map(latex_table, facts["main"]))),
         "json": lambda path: write_json(path, plain(report_facts(runs, rows))),
@@ -148,7 +148,8 @@ def _facts(
         "terms": _terms(),
         "data": tables.data_table(rows),
         "figures": drawn,
-        "most": max(map(len, comparable_groups(rows))),
+        "most": max(map(len, comparable_groups(rows)), default=0),
+        "live": None,
         "folder": FIGURES,
         "runs": [
             (
@@ -210,17 +211,18 @@ def _files(runs: Sequence[Run], group: Sequence[Contender], folder: Path) -> lis
         "checkpoint": say("checkpoint"),
     }
 
-    def links(label: str, contender: str, seed: int) -> Markup:
-        place = os.path.relpath(seed_folder(folders[label], contender, seed), folder)
-        shown = (
-            Markup('<a href="{}/{}">{}</a>').format(quote(place), file, said)
-            for file, said in names.items()
-        )
-        head = say("seed {seed}:", seed=seed)
-        return Markup("{} {}").format(head, Markup(" · ").join(shown))
+    def links(row: Contender) -> list[Markup]:
+        found = []
+        for label, outcome in zip(row.seeds.run, row.outcomes, strict=True):
+            result = outcome.result
+            own = (result.contender, result.seed, result.budget)
+            place = quote(os.path.relpath(seed_folder(folders[label], *own), folder))
+            link = Markup('<a href="{}/{}">{}</a>').format
+            shown = Markup(" · ").join(link(place, file, said) for file, said in names.items())
+            found.append(Markup("{} {}").format(say("seed {seed}:", seed=result.seed), shown))
+        return found
 
-    columns = ["run", "contender", "seed"]
-    return [[links(*line) for line in row.seeds[columns].itertuples(index=False)] for row in group]
+    return [links(row) for row in group]
 
 
 def _csv(rows: Sequence[Contender]) -> str:
@@ -231,21 +233,29 @@ def _csv(rows: Sequence[Contender]) -> str:
     return str(flat.to_csv(index=False, lineterminator="\n"))
 
 
-def _html(facts: dict[str, Any]) -> str:
+def render_page(runs: Sequence[Run], folder: Path, *, live: dict[str, Any]) -> str:
+    """The page of runs that are not finished, with what they are doing, for links from `folder`."""
+    finished = [run for run in runs if run.outcomes]
+    rows = contenders(finished) if finished else []
+    drawn = [*live["figures"], *(charts.figures(rows) if rows else [])]
+    return _html(_facts(finished, rows, folder, drawn) | {"live": live, "title": _title(runs)})
+
+
+def _html(facts: dict[str, Any], *, pictures: bool = False) -> str:
+    """The page; with `pictures` its charts can be seen where scripts do not run, and printed."""
     scripts = [_vega(), (files("contextlm.report") / "templates" / "page.js").read_text("utf-8")]
     drawn = {
         "light": charts.LIGHT,
         "dark": charts.DARK,
         "charts": {figure.name: figure.chart for figure in facts["figures"]},
     }
-    pictures = {figure.name: _data_uri(figure.svg) for figure in facts["figures"]}
     template = _environment(True, _visible_unless_marked).get_template("report.html.j2")
     return template.render(
         **facts,
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         drawn=Markup(json.dumps(drawn).replace("<", "\\u003c")),
-        pictures=pictures,
+        pictures={figure.name: _data_uri(figure.svg) for figure in facts["figures"] if pictures},
     )
 
 
