@@ -11,6 +11,7 @@ from contextlm.base.errors import InputError
 from contextlm.base.progress import SilentProgress
 from contextlm.lab import running, work
 from contextlm.lab.budgets import Budget
+from contextlm.lab.estimate import dry_run
 from contextlm.lab.jobs import Planner
 from contextlm.lab.preparation import prepare
 from contextlm.lab.run_folder import newest_unfinished
@@ -22,8 +23,8 @@ WSD = "training={schedule: wsd, warmup: 1, batch_size: 2, cooldown: 0.2, patienc
 SAMPLES = "samples={train: 40, validation: 6}"
 
 
-def begin(toy: str, out: Path, *overrides: str) -> Path:
-    recipe = load_recipe(toy, overrides=[SAMPLES, *overrides])
+def begin(quick: str, out: Path, *overrides: str) -> Path:
+    recipe = load_recipe(quick, overrides=[SAMPLES, *overrides])
     return running.run(recipe, out, device="cpu", progress=SilentProgress())
 
 
@@ -52,13 +53,13 @@ def test_a_longer_order_begins_as_a_shorter_one():
 
 
 @pytest.fixture(scope="module")
-def trunk(toy, cache, tmp_path_factory):
+def trunk(quick, cache, tmp_path_factory):
     """Three budgets with schedule wsd, and how many optimiser steps they took."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTEXTLM_CACHE", str(cache))
         patch.delenv("CONTEXTLM_DATA", raising=False)
         steps = count_steps(patch)
-        run = begin(toy, tmp_path_factory.mktemp("trunk"), WSD, "budgets=[0.5, 1, 1.5]")
+        run = begin(quick, tmp_path_factory.mktemp("trunk"), WSD, "budgets=[0.5, 1, 1.5]")
     return run, len(steps)
 
 
@@ -82,17 +83,22 @@ def test_budgets_share_the_trunk_and_cost_little_more_than_the_longest(trunk):
     assert not (run / "_working").exists()
 
 
-def test_each_budget_ends_as_it_would_alone(trunk, toy, tmp_path, monkeypatch):
+def test_a_dry_run_counts_the_steps_that_will_be_taken(trunk, quick):
+    recipe = load_recipe(quick, overrides=[SAMPLES, WSD, "budgets=[0.5, 1, 1.5]"])
+    assert sum(cost.steps for cost in dry_run(recipe, device="cpu").contenders) == trunk[1]
+
+
+def test_each_budget_ends_as_it_would_alone(trunk, quick, tmp_path, monkeypatch):
     run, _ = trunk
     steps = count_steps(monkeypatch)
-    alone = begin(toy, tmp_path, WSD, "budgets=[1.5]")
+    alone = begin(quick, tmp_path, WSD, "budgets=[1.5]")
     assert len(steps) == 2 * 30
     expected = figures(alone, "1.5")
     assert len(expected) == 2 * 4
     assert figures(run, "1.5") == expected
 
 
-def test_an_interrupted_run_and_one_budget_more_end_the_same(trunk, toy, tmp_path, monkeypatch):
+def test_an_interrupted_run_and_one_budget_more_end_the_same(trunk, quick, tmp_path, monkeypatch):
     run, _ = trunk
     measured = []
 
@@ -106,12 +112,12 @@ def test_an_interrupted_run_and_one_budget_more_end_the_same(trunk, toy, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(work, "measure_cache", fail)
         with pytest.raises(KeyboardInterrupt):
-            begin(toy, tmp_path, WSD, "budgets=[0.5, 1]", "contenders.ours=null")
+            begin(quick, tmp_path, WSD, "budgets=[0.5, 1]", "contenders.ours=null")
     cut = newest_unfinished(tmp_path)
     steps = count_steps(monkeypatch)
     running.resume(cut, device="cpu", progress=SilentProgress())
     assert steps == []  # the second budget was trained already, and only to be measured
-    recipe = load_recipe(toy, overrides=[SAMPLES, WSD, "budgets=[1.5]", "contenders.ours=null"])
+    recipe = load_recipe(quick, overrides=[SAMPLES, WSD, "budgets=[1.5]", "contenders.ours=null"])
     point = running.Point({}, recipe, "")
     running.extend([point], cut, device="cpu", progress=SilentProgress())
     for budget in ("0.5", "1", "1.5"):
@@ -119,7 +125,7 @@ def test_an_interrupted_run_and_one_budget_more_end_the_same(trunk, toy, tmp_pat
             name: content for name, content in figures(run, budget).items() if "base" in name
         }
     assert [outcome.result.budget for outcome in read_run(cut).outcomes] == [0.5, 1.0, 1.5]
-    plain = load_recipe(toy, overrides=[SAMPLES, WSD])
+    plain = load_recipe(quick, overrides=[SAMPLES, WSD])
     with pytest.raises(InputError, match="the run has budgets, the recipe none"):
         running.extend([running.Point({}, plain, "")], cut, device="cpu", progress=SilentProgress())
 
@@ -136,10 +142,10 @@ def test_results_say_what_they_were_trained_on(trunk):
         assert last.tokens == result.trained_tokens
 
 
-def test_a_budget_waits_for_the_smaller_ones(toy, tmp_path):
+def test_a_budget_waits_for_the_smaller_ones(quick, tmp_path):
     overrides = [SAMPLES, WSD, "budgets=[0.5, 1]"]
     made = Planner(
-        prepare(load_recipe(toy, overrides=overrides, seeds=[0, 1]), torch.device("cpu"))
+        prepare(load_recipe(quick, overrides=overrides, seeds=[0, 1]), torch.device("cpu"))
     )
     assert [job.title for job in made.ready(tmp_path)] == [
         f"{name}, seed {seed}, budget 0.5" for seed in (0, 1) for name in ("base", "ours")
@@ -173,6 +179,6 @@ def test_a_budget_waits_for_the_smaller_ones(toy, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_had_is_refused(toy, overrides, message):
+def test_what_cannot_be_had_is_refused(quick, overrides, message):
     with pytest.raises(InputError, match=message):
-        prepare(load_recipe(toy, overrides=[SAMPLES, *overrides]), torch.device("cpu"))
+        prepare(load_recipe(quick, overrides=[SAMPLES, *overrides]), torch.device("cpu"))

@@ -224,6 +224,7 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
     forward = 2 * (weights + attention)
     assert pythia.flops == pytest.approx(3 * forward * pythia.tokens_per_epoch * 2, rel=0.02)
     assert pythia.seconds_estimate > 0
+    assert pythia.steps == 2 * 48 / 8
     assert list(tmp_path.iterdir()) == []
 
 

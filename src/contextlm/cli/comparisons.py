@@ -14,7 +14,7 @@ from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
 from contextlm.base.progress import duration
 from contextlm.base.visible import shown, visible
-from contextlm.cli.options import AsJson, Device
+from contextlm.cli.options import AsJson, Device, Imports
 from contextlm.cli.output import (
     REPORT_FILES,
     print_comparison,
@@ -81,7 +81,7 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, "
+        help="Do the jobs in N workers of Ray (pip install ray): on this machine, "
         "or on the cluster that RAY_ADDRESS names.",
     ),
 ]
@@ -120,6 +120,7 @@ def run(
         ),
     ] = None,
     workers: Workers = None,
+    imports: Imports = None,
     watch: Annotated[
         bool,
         typer.Option(
@@ -137,7 +138,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print contenders, parameters, tokens, FLOPs, rough time and memory.",
+            help="Only print contenders, parameters, tokens, FLOPs, memory, and the time that a "
+            "few steps of each let expect.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -329,6 +331,7 @@ def params(
     recipe: RecipeName,
     scale: Scale = None,
     overrides: Overrides = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """Count every contender's parameters on the real modules, without training or memory.
@@ -348,10 +351,18 @@ def params(
     if as_json:
         print_json({"contenders": counts})
         return
-    print_table(
-        ["contender", "parameters", "trainable"],
-        [(c.name, f"{c.total:,}", f"{c.trainable:,}") for c in counts],
-    )
+    from contextlm.report.numbers import signed_percent
+
+    headings = ["contender", "parameters", "vs baseline", "trainable"]
+    rows = [
+        [c.name, f"{c.total:,}", signed_percent(c.versus_baseline_percent), f"{c.trainable:,}"]
+        for c in counts
+    ]
+    if any(c.matched for c in counts):
+        headings.append("matched by")
+        for row, c in zip(rows, counts, strict=True):
+            row.append(", ".join(f"{field} {value:,}" for field, value in c.matched.items()))
+    print_table(headings, rows)
 
 
 def read_seeds(text: str) -> list[int]:
@@ -393,16 +404,18 @@ def _show_cost(recipe: Recipe, device: str, as_json: bool) -> None:
             f"{c.epochs:,}",
             f"{c.seeds:,}",
             scientific(c.flops),
-            duration(c.seconds_estimate),
+            "too large" if c.seconds_estimate is None else duration(c.seconds_estimate),
             human_bytes(c.memory_bytes_estimate),
         )
         for c in cost.contenders
     ]
     headings = ["contender", "parameters", "trainable", "tokens an epoch", "epochs"]
-    headings += ["seeds", "FLOPs", "training time, roughly", "weights, optimiser, logits"]
+    headings += ["seeds", "FLOPs", "training time", "weights, optimiser, logits"]
     print_comparison(headings, rows)
-    total = sum(c.seconds_estimate for c in cost.contenders)
-    print(f"training time in all, roughly: {duration(total)}")
+    known = [c.seconds_estimate for c in cost.contenders if c.seconds_estimate is not None]
+    print(f"training time in all, from a few steps of each: {duration(sum(known))}")
+    if len(known) < len(cost.contenders):
+        print("too large: more than the memory that this machine has free, so not timed")
     trials = cost.contenders[0].tuning_trials
     if trials:
         print(f"of it {trials} learning rates a contender on a part of the text; more may be tried")

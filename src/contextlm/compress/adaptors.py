@@ -212,6 +212,12 @@ class Attention:
             precision = torch.float32
         return scores.softmax(-1, dtype=precision).to(scores.dtype)
 
+    def output_weight(self) -> Tensor:
+        """Of the module behind attention, by head: ``[H, E, D]``."""
+        module = getattr(self.module, self.names.output)
+        weight_FD = module.weight if isinstance(module, Conv1D) else module.weight.T
+        return weight_FD.unflatten(0, (self.heads, self.head_width))
+
     def output(self, mixed_BTF: Tensor) -> Tensor:
         """What the module does behind attention, ``[B, T, D]``."""
         made_BTD = getattr(self.module, self.names.output)(mixed_BTF)
@@ -243,7 +249,9 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
             'any model of transformers takes generate(cache_implementation="quantized")'
         )
     if getattr(config, "add_cross_attention", False):
-        raise InputError("a model with cross-attention (add_cross_attention: true) is not supported")
+        raise InputError(
+            "a model with cross-attention (add_cross_attention: true) is not supported"
+        )
     names = ARCHITECTURES[kind]
     layers = operator.attrgetter(names.layers)(base)
     found = [Attention(getattr(layer, names.attention), names, base) for layer in layers]

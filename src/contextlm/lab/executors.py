@@ -18,7 +18,7 @@ from contextlm.base.errors import ContextLMError, InputError, RunError
 from contextlm.base.progress import Progress, SilentProgress, duration
 from contextlm.lab.jobs import Job, Planner
 
-EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
+EXTRA = "--workers needs Ray: pip install 'ray>=2.50'"
 
 Runs = Sequence[tuple[Path, Planner]]
 
@@ -170,11 +170,14 @@ class RayWorkers(Executor):
         """Hand out what is ready, as far as workers are free, and wait until a job ends."""
         import ray
 
+        from contextlm.models.outside import outside
+
+        imports = [found.given for found in outside().values() if found.on_request]
         for run, planner in runs:
             for job in planner.ready(run):
                 if len(self._running) < self.workers and (run, job) not in self._begun:
                     recipe, device = planner.prepared.recipe, planner.prepared.device.type
-                    reference = self._work.remote(job, recipe, device, run.absolute())
+                    reference = self._work.remote(job, recipe, device, run.absolute(), imports)
                     self._running[reference] = run, job
                     self._begun.add((run, job))
         if not self._running:
@@ -194,10 +197,12 @@ class RayWorkers(Executor):
         return True
 
 
-def _work(job: Job, recipe: Any, device: str, run: Path) -> None:
+def _work(job: Job, recipe: Any, device: str, run: Path, imports: Sequence[str]) -> None:
     """Do one job, wherever Ray puts it."""
     from contextlm.lab.work import execute
+    from contextlm.models.outside import import_outside
 
+    import_outside(imports)
     planner = _planner(recipe.model_dump_json(), device)
     described = {mine.described for mine in planner.jobs} | {
         mine.described for mine in planner.ready(run)

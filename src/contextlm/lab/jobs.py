@@ -21,6 +21,7 @@ from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
+from contextlm.models.outside import sources
 from contextlm.recipe.settings import EmbeddingSettings, TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
 from contextlm.results.result import read_outcome, read_trial, seed_folder
@@ -217,13 +218,15 @@ class Planner:
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    # A result holds no speeds; long texts are named where they are scored, as runs before them.
-    left_out = {"speed_tokens"} if recipe.evaluation.long else {"speed_tokens", "long"}
+    # A result holds no speeds; a job that asks for no long texts or tasks is what it was before
+    # there were any.
+    asks = recipe.evaluation
+    left_out = {"speed_tokens", *(name for name in ("long", "tasks") if not getattr(asks, name))}
     decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")
-    share = entry.budget and entry.budget.share
+    share = None if entry.budget is None else entry.budget.share
     return Job("contender", entry.contender.name, seed, _canonical(decides), budget=share)
 
 
@@ -240,8 +243,13 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
     """What decides the figures of every training of a contender."""
     recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
     store = recipe.context_store if entry.reads_store else None
+    decides: dict[str, Any] = {}
+    if budget is not None:
+        decides["budget"] = {"block": budget.block, "text": budget.text}
+    if code := sources(entry.meta):
+        decides["code"] = code
     return {
-        **({} if budget is None else {"budget": {"block": budget.block, "text": budget.text}}),
+        **decides,
         "seed": seed,
         "device": prepared.device.type,
         "data": dict(prepared.fingerprint),

@@ -28,8 +28,10 @@ from contextlm.data.tokenizers import (
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
+from contextlm.evaluation.tasks import load_tasks
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
+from contextlm.lab.matching import Match, matched
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -45,7 +47,7 @@ class Entry:
     """One contender, ready to train.
 
     Attributes:
-        contender, training: as the recipe has them, overrides applied.
+        contender, training: as the recipe has them, overrides applied and widths matched.
         precision: the type that training computes in.
         config: with the tokenizer's ids.
         meta: its model on the meta device, to count and to ask.
@@ -100,6 +102,7 @@ class Prepared:
     Attributes:
         recipe, device: what is run, and where.
         entries: its contenders by name, in the recipe's order.
+        matches: what was chosen for those whose width was to be found.
         stream, validation_stream: the text behind all contenders' samples, as token ids.
         validation_documents: the validation split's documents, for `evaluation.long`.
         validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
@@ -114,6 +117,7 @@ class Prepared:
     device: torch.device
     tokenizer: PreTrainedTokenizerFast
     entries: Mapping[str, Entry]
+    matches: Mapping[str, Match]
     stream: np.ndarray
     validation_stream: np.ndarray
     validation_documents: list[np.ndarray] = field(repr=False)
@@ -129,6 +133,7 @@ class Prepared:
 class _Checked:
     """A contender that fits its recipe, as far as can be told without the corpus."""
 
+    contender: Contender
     config: PreTrainedConfig
     meta: PreTrainedModel
     training: TrainingSettings
@@ -149,7 +154,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             "only they, are trained with unit 'answers'"
         )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
-    checked = _check_contenders(recipe, expected_size)
+    checked, matches = _check_contenders(recipe, expected_size)
     limits = recipe.documents
     corpus = load_corpus(
         recipe.corpus,
@@ -160,27 +165,29 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
-        checked = _check_contenders(recipe, vocab_size)
+        checked, matches = _check_contenders(recipe, vocab_size)
     ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
     stores = [
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
+    if recipe.evaluation.tasks:
+        load_tasks(recipe.evaluation.tasks)  # what cannot be had is told before training
     train = _samples(recipe, stores[0], "train", tokenizer, checked)
     validation = _samples(recipe, stores[1], "validation", tokenizer, checked)
     pools = _pools(recipe, stores[0], tokenizer, checked, train)
     budgets = _budgets(recipe, pools[recipe.baseline.name], len(train[recipe.baseline.name]))
     entries = {}
-    for contender in recipe.contenders:
-        name = contender.name
-        training = checked[name].training
+    for name, fits in checked.items():
+        contender = fits.contender
+        training = fits.training
         entries[name] = Entry(
             contender=contender,
             training=training,
             precision=resolve_precision(training.precision, device),
             config=build_config(contender.model, vocab_size, **ids),
-            meta=checked[name].meta,
-            reads_store=reads_store(recipe, contender, checked[name].meta),
+            meta=fits.meta,
+            reads_store=reads_store(recipe, contender, fits.meta),
             train=train[name],
             validation=validation[name],
             pool=pools[name],
@@ -226,6 +233,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         device=device,
         tokenizer=tokenizer,
         entries=entries,
+        matches=matches,
         stream=stream,
         validation_stream=validation_stream,
         validation_documents=stores[1].documents,
@@ -358,14 +366,17 @@ def _check_steps(
             )
 
 
-def _check_contenders(recipe: Recipe, vocab_size: int) -> dict[str, _Checked]:
+def _check_contenders(
+    recipe: Recipe, vocab_size: int
+) -> tuple[dict[str, _Checked], dict[str, Match]]:
+    contenders, matches = matched(recipe, vocab_size)
     checked = {}
-    for contender in recipe.contenders:
+    for contender in contenders:
         try:
             checked[contender.name] = _check_contender(recipe, contender, vocab_size)
         except InputError as error:
             raise InputError(f"contenders.{contender.name}: {error}") from None
-    return checked
+    return checked, matches
 
 
 def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _Checked:
@@ -377,7 +388,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
         # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
         raise InputError(
-            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]', or "
+            "model.use_mambapy needs the package mambapy: pip install mambapy, or "
             f"leave the model out: --set contenders.{contender.name}=null"
         )
     model = meta_model(config)
@@ -396,7 +407,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
         )
     if reads_store(recipe, contender, model):
         _check_frozen(model)
-    return _Checked(config, model, training)
+    return _Checked(contender, config, model, training)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:

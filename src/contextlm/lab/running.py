@@ -20,7 +20,7 @@ from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, NotFiniteError, is_out_of_memory
 from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress, SilentProgress
-from contextlm.lab.environment import describe_environment, note_changes
+from contextlm.lab.environment import check_imported, describe_environment, note_changes
 from contextlm.lab.executors import Executor, Runs, carry_out, new_executor
 from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner, check_job, write_job
@@ -185,6 +185,7 @@ def _extend(
         for run, recipe in recipes.items():
             wanted = recipe
             if run in known:
+                check_imported(run)
                 wanted = distribution.by_main(partial(merged, run, recipe))
             runs.append((run, _planner(wanted, own_device, progress)))
         if distribution.is_main():
@@ -298,6 +299,8 @@ def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planne
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     if repetition := prepared.facts.repetition():
         progress.line(repetition)
+    for match in prepared.matches.values():
+        progress.line(match.sentence)
     for rank, fingerprint in enumerate(distribution.everyones(prepared.fingerprint)):
         if fingerprint != prepared.fingerprint:
             raise InputError(

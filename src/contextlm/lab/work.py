@@ -31,6 +31,7 @@ from contextlm.evaluation.quality import (
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.tasks import load_tasks, task_scores
 from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
@@ -248,6 +249,10 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
+    tasks = []
+    if recipe.evaluation.tasks:
+        loaded = load_tasks(recipe.evaluation.tasks)
+        tasks = task_scores(model, prepared.tokenizer, loaded, size)
     # The windows' length too, so that cache and quality can be told at one length.
     lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
     if recipe.evaluation.long:
@@ -285,6 +290,7 @@ def _run(
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
         "positions": positions,
+        "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "trained_tokens": best.tokens,

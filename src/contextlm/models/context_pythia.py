@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import (
@@ -22,7 +22,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import ContextStateLayer
+from contextlm.models.cache import CACHE, ContextStateLayer, KeyValueLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
@@ -142,6 +142,7 @@ class ContextPythiaModel(ContextDecoder):
     config_class = ContextPythiaConfig
     _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
     _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_flex_attn = True
     _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,
@@ -172,7 +173,7 @@ class ContextPythiaModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and the context after the last token."""
-        attention = [DynamicLayer() for _ in self.layers]
+        attention = [KeyValueLayer() for _ in self.layers]
         return Cache(layers=[*attention, ContextStateLayer()])
 
     @property
@@ -192,7 +193,7 @@ class ContextPythiaModel(ContextDecoder):
             config=self.layer_config,
             inputs_embeds=stream_BTX,
             attention_mask=new.attention_mask,
-            past_key_values=new.cache,
+            **{CACHE: new.cache},
         )
         rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)
         for layer in self.layers:

@@ -19,14 +19,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from contextlm.models.cache import ContextStateLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.ops.context_scan import context_scan, context_step
+from contextlm.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm in the weights' own type: under autocast it would leave its fast path."""
+    """torch's RMSNorm in the weights' own type, whatever autocast wants, and perhaps gated."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The input over the root of its mean square, times the weights; any shape ``[..., D]``."""
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The input over the root of its mean square, times the weights; any shape ``[..., D]``.
+
+        With a gate z, ``[..., D]``, the input is first multiplied by ``silu(z)``, and the result is
+        in the gate's type.
+        """
+        x = x.to(self.weight.dtype)
+        if gate is None and x.shape[-2] == 1:  # a token: choosing would take longer
+            return super().forward(x)
+        return rms_norm(x, self.weight, gate, eps=self.eps or torch.finfo(x.dtype).eps)
 
 
 class OwnStart(nn.Module):
@@ -37,13 +45,10 @@ class OwnStart(nn.Module):
         raise NotImplementedError
 
 
-class UpdateLinear(OwnStart, nn.Linear):
-    """The linear layer of a context or token layer, which starts wider than others."""
-
-    def reset_parameters(self) -> None:
-        """Start from N(0, 0.1) and N(0, 0.01): with Xavier, phase 1 does not converge."""
-        init.normal_(self.weight, mean=0.0, std=0.1)
-        init.normal_(self.bias, mean=0.0, std=0.01)
+def start_update(layer: nn.Linear) -> None:
+    """Start from N(0, 0.1) and N(0, 0.01): with Xavier, phase 1 does not converge."""
+    init.normal_(layer.weight, mean=0.0, std=0.1)
+    init.normal_(layer.bias, mean=0.0, std=0.01)
 
 
 class ContextLayer(nn.Module):
@@ -58,12 +63,16 @@ class ContextLayer(nn.Module):
     def __init__(self, context_dim: int, embedding_dim: int, eps: float = 1e-5):
         super().__init__()
         self.context_dim = context_dim
-        self.update = UpdateLinear(context_dim + embedding_dim, context_dim)
+        with init.no_init_weights():  # what is drawn in vain would change all that comes later
+            self.update = nn.Linear(context_dim + embedding_dim, context_dim)
+        # Told to the linear layer itself: transformers starts no module without weights of its own.
+        object.__setattr__(self.update, "is_update", True)
+        start_update(self.update)
         self.norm = nn.LayerNorm(context_dim, eps=eps)
 
     @property
     def is_bare(self) -> bool:
-        """Whether the layer is called for no more than its weights, which are at hand."""
+        """Whether its parts need not be called."""
         return is_bare(self.update, nn.Linear) and is_bare(self.norm, nn.LayerNorm)
 
     def forward(self, context_NC: Tensor, embedded_ND: Tensor) -> Tensor:
@@ -95,18 +104,16 @@ class ContextLayer(nn.Module):
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does no more than `kind` does with its weights, and they are here.
+    """Whether calling a module does no more than `kind` does with weights that are at hand.
 
     Not so for adapters, quantised or compiled layers, hooks, and weights that are offloaded or
     sharded: these come when the module is called.
     """
-    weight = getattr(module, "weight", None)
     return (
         type(module).forward is kind.forward
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and isinstance(weight, Tensor)
-        and not is_traceable_wrapper_subclass(weight)
+        and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
     )
 
 
@@ -165,8 +172,8 @@ class ContextBlock(GradientCheckpointingLayer):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the weights; those that are quantised are of no floating type."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """Of the weights: of the last, a norm's or a gate's, which no client quantises."""
+        return list(self.parameters())[-1].dtype
 
     def forward(
         self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None = None
@@ -188,7 +195,8 @@ class ContextBlock(GradientCheckpointingLayer):
             return self._scan(embedded_BTD.to(self._dtype), initial_BC, mask_BT)
 
     def _scan(self, embedded_BTD: Tensor, initial_BC: Tensor, mask_BT: Tensor | None) -> Tensor:
-        layers = [layer for layer in self.layers if type(layer) is ContextLayer and layer.is_bare]
+        layers = [layer for layer in self.layers if isinstance(layer, ContextLayer)]
+        layers = [layer for layer in layers if is_bare(layer, ContextLayer) and layer.is_bare]
         if len(layers) < len(self.layers):
             return self._one_by_one(embedded_BTD, initial_BC.to(self._dtype), mask_BT)
         return context_scan(

@@ -32,7 +32,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
@@ -214,6 +214,40 @@ def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
     epochs = len(done.epochs)
     patience = settings.patience or settings.epochs
     return epochs > 0 and (epochs == settings.epochs or epochs - done.best_epoch >= patience)
+
+
+def seconds_a_step(
+    model: PreTrainedModel,
+    train: Dataset[Batch],
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """Seconds of an optimiser step, measured on a few, which train the model.
+
+    Each has twice as many windows as the one before, up to a whole micro-batch; when one has taken
+    half a second, a batch is taken to need as much more time as it has more windows.
+    """
+    with freed_memory_kept():
+        stepper = _Stepper(model, settings, 1, precision, device, seed=0)
+        stepper.parallel.train()
+        most, windows = settings.batch_size // settings.accumulation, 1
+
+        def seconds() -> float:
+            items = [train[index % len(train)] for index in range(windows)]  # type: ignore[arg-type]
+            started = time.perf_counter()
+            stepper.take(1, [default_collate(items)])
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize()
+            return time.perf_counter() - started
+
+        seconds()  # warms up
+        while (took := seconds()) < 0.5 and windows < most:
+            windows = min(2 * windows, most)
+            if windows == most:
+                seconds()
+        return min(took, seconds()) * settings.batch_size / windows
 
 
 def check_processes(settings: TrainingSettings, name: str = "training") -> None:

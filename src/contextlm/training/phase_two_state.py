@@ -1,8 +1,9 @@
 """Where phase 2 is, kept on disk, so that it resumes to the bit after its process was killed.
 
 A checkpoint is written after every epoch, and inside one when much time has passed or the process
-is told to stop; trainings that share a trunk leave one there, too. It holds the weights that train, the optimiser's state, torch's random states, the
-loss of every step and the finished epochs; order of windows and rates follow from the step.
+is told to stop; trainings that share a trunk leave one there, too. It holds the weights that train,
+the optimiser's state, torch's random states, the loss of every step and the finished epochs; order
+of windows and rates follow from the step.
 """
 
 from __future__ import annotations

@@ -103,9 +103,9 @@ class MemoryAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         pads: dict[str, Tensor] = {}
         if self.padding == "zeros":
-            zero_C = stream_BTD.new_zeros(self.key.in_features)
-            pads["pad_key_HE"] = self.key(zero_C).view(self.heads, -1)
-            pads["pad_value_HE"] = self.value(zero_C).view(self.heads, -1)
+            zero_1C = stream_BTD.new_zeros(1, self.key.in_features)
+            pads["pad_key_HE"] = self.key(zero_1C).view(self.heads, -1)
+            pads["pad_value_HE"] = self.value(zero_1C).view(self.heads, -1)
         if reading is not None:
             mixed_BHTE = gather_attention(query_BHTE, *memory, *reading, dropout=dropout, **pads)
         else:

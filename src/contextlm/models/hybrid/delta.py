@@ -64,13 +64,15 @@ class DeltaMixer(Mixer):
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         gate, inner, decay, rate_BTH = self.inner(x_BTD).split(self.widths, dim=-1)
-        if self.convolution is not None:
-            inner = self.convolution(inner, state, new)
         kind = torch.promote_types(inner.dtype, torch.float32)
+        if self.convolution is None:
+            inner = F.silu(inner.to(kind))
+        else:
+            inner = self.convolution(inner, state, new, silu=True).to(kind)
         keys = self.heads * self.key_size
         query, key, value = (
             each.unflatten(-1, (self.heads, -1))
-            for each in F.silu(inner.to(kind)).split((keys, keys, self.inner_size), dim=-1)
+            for each in inner.split((keys, keys, self.inner_size), dim=-1)
         )
         steps, rates = self.decay(decay)
         logs_BTHX = -rates * steps

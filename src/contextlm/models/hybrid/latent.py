@@ -27,19 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
-from contextlm.models.cache import EntriesLayer
+from contextlm.models.cache import CroppableLayer, EntriesLayer
 from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, linear_weight
 
 
-class LatentLayer(Taps, EntriesLayer):
+class LatentLayer(Taps, CroppableLayer, EntriesLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
     Args:
-        is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
-            newest tokens can be taken back, as far as none is padding.
+        is_croppable: nothing that is kept, here or by the model's other layers, forgets.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
@@ -47,46 +46,12 @@ class LatentLayer(Taps, EntriesLayer):
     def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
         self.is_croppable = is_croppable
-        self._real_tail = 0  # newest tokens that were real in every row
 
-    def advance(self, new: NewTokens) -> None:
-        """Count the new tokens, and how far back none is padding."""
-        self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
-        super().advance(new)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._real_tail = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every row.
-
-        Args:
-            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
-
-        Raises:
-            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
-                padding.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
-        if not self.is_croppable:
-            super().crop(tokens_to_remove)
-        if self.entries is None or self.counts is None or tokens_to_remove == 0:
-            return
-        if -tokens_to_remove >= self._seen:
-            return self.reset()
-        if -tokens_to_remove > self._real_tail:
-            raise ValueError(
-                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
-                f"the newest {self._real_tail} can be taken back"
-            )
-        left = self.entries.shape[1] + tokens_to_remove
-        self.entries = self.entries[:, :left].clone()
-        self.counts = self.counts + tokens_to_remove
-        self._seen += tokens_to_remove
-        self._real_tail += tokens_to_remove
+    def take_back(self, tokens: int) -> None:
+        """Their entries too."""
+        assert self.entries is not None
+        self.entries = self.entries[:, : self.entries.shape[1] - tokens].clone()
+        super().take_back(tokens)
 
 
 @register_mixer("L")
@@ -175,12 +140,3 @@ class LatentAttention(Mixer):
         )
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)
-
-
-def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
-    """How many of the newest tokens are real in every row, after T more."""
-    if mask_BT is None:
-        return before + tokens
-    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
-        return 0  # values cannot be looked at here
-    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())

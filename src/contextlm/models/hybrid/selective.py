@@ -28,7 +28,7 @@ from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import OwnStart, RMSNorm
-from contextlm.ops.selective_state import selective_state
+from contextlm.ops.selective_state import can_step, selective_state
 
 _FASTEST = 16.0  # r starts evenly in [1, 16]
 _STEPS = (1e-3, 1e-1)  # dt without a token's say starts between them
@@ -106,8 +106,7 @@ class SelectiveMixer(Mixer, OwnStart):
         self.fixed = None if config.selective else nn.Parameter(torch.empty(2, numbers))
         self.decay = Decay(heads)
         self.skip = nn.Parameter(torch.empty(heads))
-        norm = RMSNorm if config.output_norm else nn.Identity
-        self.norm = norm(inner, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(inner, eps=config.rms_norm_eps) if config.output_norm else None
         self.output = nn.Linear(inner, width, bias=False)
         self.reset_parameters()
 
@@ -129,11 +128,19 @@ class SelectiveMixer(Mixer, OwnStart):
 
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        gate_BTE, inner, step_BTH = self.inner(x_BTD).split(self.widths, dim=-1)
-        if self.convolution is not None:
-            inner = self.convolution(inner, state, new)
+        projected_BTX = self.inner(x_BTD)
+        if state is not None and new.tokens == 1 and new.mask_BT is None:
+            mixed_BE = self._step(projected_BTX[:, 0], state)
+            if mixed_BE is not None:
+                state.advance(new)
+                return self.output(mixed_BE.unsqueeze(1))
+        gate_BTE, inner, step_BTH = projected_BTX.split(self.widths, dim=-1)
         kind = torch.promote_types(inner.dtype, torch.float32)
-        input_BTE, *selected = F.silu(inner.to(kind)).split(self.parts, dim=-1)
+        if self.convolution is None:
+            inner = F.silu(inner.to(kind))
+        else:
+            inner = self.convolution(inner, state, new, silu=True).to(kind)
+        input_BTE, *selected = inner.split(self.parts, dim=-1)
         if self.fixed is not None:
             selected = [each_N.to(kind).expand(*x_BTD.shape[:2], -1) for each_N in self.fixed]
         steps_BTH1, rates_H1 = self.decay(step_BTH)
@@ -149,5 +156,27 @@ class SelectiveMixer(Mixer, OwnStart):
         )
         if state is not None:
             state.update_state(final_BHNP, new)
-        mixed_BTE = self.norm(outputs_BTHP.flatten(2) * F.silu(gate_BTE.to(kind)))
-        return self.output(mixed_BTE.to(x_BTD.dtype))
+        mixed_BTE = outputs_BTHP.flatten(2)
+        if self.norm is None:
+            mixed_BTE = mixed_BTE * F.silu(gate_BTE.to(kind))
+        else:
+            mixed_BTE = self.norm(mixed_BTE, gate_BTE)
+        return self.output(mixed_BTE.to(gate_BTE.dtype))
+
+    def _step(self, projected_BX: Tensor, state: MatrixStateLayer) -> Tensor | None:
+        """What the output is made of, ``[B, E]``, by one compiled call; None where that cannot be.
+
+        Changes what `state` keeps, in place.
+        """
+        convolution, norm = self.convolution, self.norm
+        if convolution is None or norm is None or self.fixed is not None:
+            return None
+        if state.state is None or state.taps is None:
+            return None
+        tensors = (projected_BX, state.taps, state.state, convolution.weight, convolution.bias)
+        tensors += (self.decay.step, self.decay.rate, self.skip, norm.weight)
+        if not can_step(*tensors):
+            return None
+        from contextlm.ops.selective_state.step import selective_step
+
+        return selective_step(*tensors, self.config.rms_norm_eps)

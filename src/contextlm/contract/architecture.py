@@ -1,6 +1,7 @@
 """What every registered architecture must do. A new architecture is tested by being registered.
 
-The models run in float64, so that equality can be asked for to rounding.
+These are tests for pytest: the test suite runs them on our own architectures, and `contextlm check`
+on anybody's. The models run in float64, so that equality can be asked for to rounding.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from accelerate import cpu_offload, disk_offload
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
+from contextlm.models.cache import CACHE, NAMES
 
-VARIANTS = [(name, index) for name, entry in registry().items() for index in range(len(entry.tiny))]
 CPU = torch.device("cpu")
 
 
@@ -26,7 +34,23 @@ def build(name: str, index: int) -> PreTrainedModel:
     return entry.model(entry.config(**entry.tiny[index])).double().eval()
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def pytest_generate_tests(metafunc) -> None:
+    """Each test for each variant that is registered by now."""
+    every = [
+        (name, index) for name, entry in registry().items() for index in range(len(entry.tiny))
+    ]
+    if "variant" in metafunc.fixturenames:
+        # Compiling takes seconds: the first of each architecture, and all kinds of mixers.
+        every = [
+            variant for variant in every if variant[1] == 0 or variant == ("context_hybrid", 1)
+        ]
+        metafunc.parametrize("variant", every)
+    else:
+        ids = [f"{name}-{index}" for name, index in every]
+        metafunc.parametrize("built", every, indirect=True, scope="module", ids=ids)
+
+
+@pytest.fixture(scope="module")
 def built(request) -> PreTrainedModel:
     return build(*request.param)
 
@@ -150,7 +174,7 @@ def test_generate_is_greedy_decoding(model):
     expected = greedy(model, ids, 8)
     begun = model(ids[:, :6], past_key_values=model.new_cache(), use_cache=True).past_key_values
     chunked = [{"prefill_chunk_size": size} for size in (1, 3, 100)]
-    for options in ({}, {"past_key_values": begun}, *chunked):
+    for options in ({}, {CACHE: begun}, *chunked):
         assert torch.equal(generate(model, ids, max_new_tokens=8, **options), expected), options
 
 
@@ -255,7 +279,7 @@ def test_gradient_checkpointing_changes_no_gradient(own):
         gradients.append([p.grad.clone() for p in own.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(recomputed, plain)
-    with pytest.raises(ValueError, match="train without past_key_values"):
+    with pytest.raises(ValueError, match=f"train without {CACHE}"):
         own(ids[:, 5:], past_key_values=cache)  # it would be moved on twice
 
 
@@ -315,6 +339,17 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model):
     logits = model(following[:2], past_key_values=cache, use_cache=True).logits
     whole = torch.cat([ids[[1, 0]], following[:2]], dim=1)
     assert_close(logits, model(whole).logits[:, -3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_of_transformers_names_for_the_cache_are_read(model, name):
+    ids = make_tokens(model)
+    cache = model(ids[:, :5], use_cache=True, **{name: model.new_cache()})[CACHE]
+    assert cache.get_seq_length() == 5
+    whole = model(ids).logits
+    assert_close(model(ids[:, 5:], use_cache=True, **{name: cache}).logits, whole[:, 5:])
+    with pytest.raises(ValueError, match="give the cache once"):
+        model(ids, **dict.fromkeys(NAMES, cache))
 
 
 def test_other_kinds_of_cache_are_refused(model):
@@ -418,25 +453,150 @@ def test_positions_of_padding_say_nothing(model):
 
 def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    for name in ("cache", "cache_params", "encoder_hidden_states"):
+    for name in ("cache_params", "encoder_hidden_states"):
         with pytest.raises(ValueError, match=f"does not take {name}"):
             model(ids, **{name: torch.zeros(1)})
         model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})
+    with pytest.raises(ValueError, match="does not take layer_past"):
+        model(ids, layer_past=model.new_cache())
     if not isinstance(model.model, ReadsStoredContexts):
         with pytest.raises(ValueError, match="reads no contexts"):
             model(ids, contexts=torch.zeros(2, 3, 5))
 
 
-def test_hidden_states_are_recorded_or_refused(model):
-    ids = make_tokens(model, length=3)
-    if "hidden_states" not in (model.model._can_record_outputs or {}):
-        with pytest.raises(ValueError, match="does not record hidden_states"):
-            model(ids, output_hidden_states=True)
+def test_hidden_states_are_given(model):
+    """Of every layer, with the embeddings in front; also where few logits are wanted."""
+    ids = make_tokens(model, length=5)
+    for keep in (0, 2):
+        states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
+        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        assert all(state.shape[:2] == ids.shape for state in states)
+        assert_close(states[-1], model.model(ids).last_hidden_state)
+
+
+def test_attention_weights_are_given_or_refused(own):
+    own.set_attn_implementation("eager")
+    ids = make_tokens(own, length=5)
+    if "attentions" not in (own.model._can_record_outputs or {}):
+        with pytest.raises(ValueError, match="does not record attentions"):
+            own(ids, output_attentions=True)
         return
-    states = model(ids, output_hidden_states=True).hidden_states
-    assert len(states) > 1
-    assert all(state.shape[:2] == ids.shape for state in states)
-    assert torch.equal(states[-1], model.model(ids).last_hidden_state)
+    for weights in own(ids, output_attentions=True).attentions:
+        assert weights.shape == (2, own.config.num_attention_heads, 5, 5)
+        # GPT-NeoX's own take their softmax in float32.
+        torch.testing.assert_close(
+            weights.sum(-1), torch.ones_like(weights[..., 0]), atol=1e-6, rtol=0
+        )
+
+
+def test_outputs_may_be_tuples(model):
+    ids = make_tokens(model, length=5)
+    logits, cache = model(ids, return_dict=False)
+    hidden, _ = model.model(ids, return_dict=False)
+    assert_close(logits, model.lm_head(hidden))
+    assert cache.get_seq_length() == 5
+
+
+class Adapter(nn.Module):
+    """What adapters, quantised and offloaded layers have in common: it must be called."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.down = nn.Parameter(torch.randn(2, layer.in_features, dtype=torch.float64))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+def test_every_linear_layer_can_be_adapted(own):
+    """The function is the adapted one, as after merging, and what is adapted learns."""
+    ids = make_tokens(own)
+    expected = own(ids).logits
+    merged, adapters = copy.deepcopy(own), {}
+    for name, module in list(own.named_modules()):
+        if type(module) is nn.Linear and module is not own.lm_head:
+            adapters[name] = Adapter(module)
+            own.set_submodule(name, adapters[name])
+    assert adapters
+    assert_close(own(ids).logits, expected)
+    own.train()
+    own(ids, labels=ids).loss.backward()
+    for name, adapter in adapters.items():
+        assert adapter.up.grad.abs().sum() > 0, name
+    own.eval()
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            adapter.up.normal_(std=0.05)
+            merged.get_submodule(name).weight.add_(adapter.up @ adapter.down)
+        assert_close(own(ids).logits, merged(ids).logits)
+        assert_close(in_pieces(own, ids, [7, 1]), merged(ids).logits)
+
+
+class Wrapper(nn.Module):
+    """What torch.compile and sharding put in a module's place."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.layer(*args)
+
+
+def test_wrapped_context_layers_are_called(own):
+    block = getattr(own.model, "context_block", None)
+    layers = getattr(block, "layers", [])
+    if not layers:
+        pytest.skip("the architecture has no context layers")
+    ids = make_tokens(own, batch=1)
+    expected, calls = own(ids).logits, []
+    for layer in layers:
+        layer.register_forward_hook(lambda *call: calls.append(call[-1]))
+    assert_close(own(ids).logits, expected)
+    assert len(calls) == ids.shape[1] * len(layers)
+    for number, layer in enumerate(layers):
+        layers[number] = Wrapper(layer)
+    assert_close(own(ids).logits, expected)
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_offloaded_weights_are_fetched(own, to_disk, tmp_path):
+    ids = make_tokens(own, length=9)
+    expected = own(ids).logits
+    tokens = generate(own, ids, max_new_tokens=3)
+    if to_disk:
+        disk_offload(own, tmp_path, CPU)
+    else:
+        cpu_offload(own, CPU)
+    assert {parameter.device.type for parameter in own.parameters()} == {"meta"}
+    with torch.no_grad():
+        assert_close(own(ids).logits, expected)
+        assert torch.equal(generate(own, ids, max_new_tokens=3), tokens)
+
+
+def test_tokens_are_taken_back_or_drafts_refused(model):
+    """Assisted decoding writes several tokens on trial and takes back those that do not fit."""
+    ids = make_tokens(model, length=9)[:1]
+    options = {"max_new_tokens": 6, "prompt_lookup_num_tokens": 3}
+    if model.new_cache().is_croppable:
+        assert torch.equal(generate(model, ids, **options), greedy(model, ids, 6))
+    else:
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            generate(model, ids, **options)
+
+
+def test_clients_find_sizes_and_are_refused_in_one_line(model):
+    """As prompt tuning, prefix tuning and continuous batching ask for them."""
+    ids = make_tokens(model, length=5)
+    assert model.config.num_hidden_layers >= 1
+    assert model.config.num_attention_heads >= 1
+    with pytest.raises(ValueError, match="needs its own cache"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match=r"continuous batching does not know: use generate\(\)"):
+        model.generate_batch([ids[0].tolist()])
 
 
 def test_bfloat16_weights_decode_as_they_prefill(own):
@@ -457,8 +617,6 @@ def test_the_vocabulary_can_grow(own):
     assert_close(after[..., :size], before)
 
 
-# Compiling takes seconds: the first variant of each architecture, and all kinds of mixers.
-@pytest.mark.parametrize("variant", [*((name, 0) for name in registry()), ("context_hybrid", 1)])
 def test_compiles_into_one_graph(variant):
     model = build(*variant)
     if not model._can_compile_fullgraph:
