@@ -469,7 +469,8 @@ def test_hidden_states_are_given(model):
     ids = make_tokens(model, length=5)
     for keep in (0, 2):
         states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
-        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        appended = getattr(model.model, "appended", None) is not None
+        assert len(states) == model.config.num_hidden_layers + 1 + appended
         assert all(state.shape[:2] == ids.shape for state in states)
         assert_close(states[-1], model.model(ids).last_hidden_state)
 
