@@ -44,7 +44,7 @@ class Mean(Mixer):
 
 
 @pytest.fixture
-def checked(forgetting, tmp_path, monkeypatch, capsys):
+def checked(forget_outside, tmp_path, monkeypatch, capsys):
     """Exit code, stdout and stderr of the command on a file of this text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONTEXTLM_BACKEND", "eager")  # there is little to scan

@@ -19,7 +19,7 @@ FIELDS = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
 
 
 @pytest.fixture(autouse=True)
-def clean(forgetting):
+def clean(forget_outside):
     """Nothing of what these tests import stays."""
 
 
