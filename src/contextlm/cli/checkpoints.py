@@ -347,7 +347,7 @@ def _print_long(report: LongReport) -> None:
         print(f"note: {'; '.join(report.remarks)}")
 
 
-def read_lengths(text: str) -> list[int]:
+def read_lengths(text: str, option: str = "--cache-lengths") -> list[int]:
     """Comma-separated token counts, ascending and each once.
 
     Raises:
@@ -355,7 +355,7 @@ def read_lengths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
-        raise InputError(f"--cache-lengths {shown(text)}: expected token counts such as 128,512")
+        raise InputError(f"{option} {shown(text)}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
 
 

@@ -50,12 +50,14 @@ _BYTES = (
     " : datum.value < 1073741824 ? datum.value / 1048576 + ' MB'"
     " : datum.value / 1073741824 + ' GB'"
 )
-_TOKENS = "format(datum.value, '~s')"
+_TOKENS = "format(datum.value, '.3~s')"
 
 
 def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
     return {
-        "font": "Liberation Sans, Noto Sans CJK JP, Hiragino Sans, Yu Gothic, sans-serif",
+        "font": "Helvetica, Arial, Liberation Sans, Noto Sans CJK JP, Hiragino Sans, sans-serif",
+        # A reader without these fonts sees wider letters.
+        "padding": {"left": 5, "top": 5, "right": 35, "bottom": 5},
         "background": back,
         "view": {"stroke": None},
         "axis": {
