@@ -37,7 +37,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An environment of its own with the tested versions, but for transformers and what it asks for otherwise.
-CONTRACT := tests/models tests/compress tests/evaluation/test_generation.py tests/evaluation/test_memory.py
+CONTRACT := tests/contract tests/models tests/compress tests/evaluation/test_generation.py tests/evaluation/test_memory.py
 OTHER := $(VENV)-transformers-$(TRANSFORMERS)
 contract:
 	@test -n "$(TRANSFORMERS)" || { echo "which version? make contract TRANSFORMERS=5.17.0" >&2; exit 1; }
