@@ -69,6 +69,7 @@ def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
             "gridColor": grid,
             "domainColor": soft,
             "tickColor": soft,
+            "labelSeparation": 8,
         },
         "legend": {
             "labelColor": text,
