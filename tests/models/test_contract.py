@@ -18,7 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.integrations import flex_attention as flex
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
@@ -231,6 +234,48 @@ def test_the_plain_form_of_attention_gives_the_same(own):
     assert own.config._attn_implementation == "eager"
     actual = own(rows, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def plain_flash(module, query, key, value, mask, *, scaling, **kwargs):
+    """What flash attention computes: causal, ending together, without the keys that are padding."""
+    scores = query @ key.mT * scaling
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, None, :].bool()
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("architecture", registry())
+def test_flex_and_flash_attention_give_the_same_or_are_refused(architecture, name, monkeypatch):
+    """Without compiling flex attention, which takes a minute; with a stand-in for flash."""
+    own = build(architecture, 0)
+    supported = own._supports_flex_attn
+    assert supported == own._supports_flash_attn
+    if not supported:
+        with pytest.raises(ValueError, match="does not support"):
+            own.set_attn_implementation(name)
+        return
+    rows, mask = pad_first_row(make_tokens(own, length=11), 4)
+    row = torch.cat([make_tokens(own, batch=1, length=length) for length in PACKED], dim=1)
+    padded = own(rows, attention_mask=mask).logits[mask.bool()]
+    tokens = generate(own, rows, attention_mask=mask, max_new_tokens=2)
+    packed = own(row, **packed_forms(PACKED)[0]).logits
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
+    uncompiled = masking_utils.create_block_mask
+    monkeypatch.setattr(
+        masking_utils,
+        "create_block_mask",
+        lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
+    )
+    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, "flash_attention_2", plain_flash)
+    own.config._attn_implementation = name  # setting it by its method looks for flash itself
+    with torch.no_grad():
+        assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
+        assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
+        assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
 
 
 def test_gradients_reach_every_trainable_parameter(own):
@@ -603,3 +648,9 @@ def test_compiles_into_one_graph(variant):
         compiled(ids, attention_mask=mask, use_cache=False).logits[0, 1:],
         model(ids, attention_mask=mask).logits[0, 1:],
     )
+    packed = {"position_ids": torch.tensor([[0, 1, 0]])}
+    if model.model.reads_packed:
+        assert_close(compiled(ids, use_cache=False, **packed).logits, model(ids, **packed).logits)
+    else:
+        with pytest.raises(RuntimeError, match="for one document a row"):
+            compiled(ids, use_cache=False, **packed)
