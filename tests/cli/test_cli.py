@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ sys.argv = ["contextlm", *sys.argv[1:]]
 try:
     contextlm_script.main()
 finally:
-    heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "pandas", "pyarrow"}
+    heavy = {"torch", "transformers", "numpy", "datasets", "altair", "pandas", "pyarrow"}
     print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     done = subprocess.run(
@@ -215,7 +216,7 @@ def test_runs_and_their_reports_are_one_json_object(
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
-    command: Command, recipe_file: Path
+    command: Command, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("run", recipe_file, "--dry-run", "--device", "cpu", "--out", "runs")
     cost = RecipeCost.model_validate_json(command(*arguments, "--json").out)
@@ -223,7 +224,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert shown.code == 0
     for text in (f"{cost.train_tokens:,} training", f"{cost.contenders[0].total:,}", "FLOPs"):
         assert text in shown.out
-    assert "training time in all, roughly" in shown.out
+    assert "training time in all, from a few steps of each: " in shown.out
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    assert "too large" in command(*arguments).out
     assert not Path("runs").exists()
 
 

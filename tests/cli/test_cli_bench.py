@@ -17,6 +17,7 @@ NAMES = {
     "train-step": "train_step_compressed_vs_baseline",
     "context-kv": "context_kv_sublayer_vs_gather",
     "phase1": "phase1_vs_naive",
+    "head": "head_frozen_bfloat16_time_vs_plain",
     "decode": "decode_context-vector_vs_post-ln-transformer_at_32",
     "prefill": "prefill_context-pythia_vs_pythia-70m_at_48",
     "stream": "stream_context-token_growth_mb",

@@ -6,6 +6,7 @@ QUESTIONS = {
     "train-step": "How fast do compressed models train beside attention of their size?",
     "context-kv": "What does attention in dilated windows gain over fetching each context?",
     "phase1": "What does projecting each vocabulary entry once gain?",
+    "head": "What does computing a head's loss block by block gain?",
     "decode": "How fast is a token after a short and after a long text?",
     "prefill": "How fast is a long prompt read?",
     "stream": "Does memory stay constant over a million tokens?",

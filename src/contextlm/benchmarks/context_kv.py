@@ -6,14 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
 from contextlm.models.context_kv.layer import ContextAttention, Memory
 from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
-from contextlm.training.next_token import next_token_loss
+from contextlm.training.next_token import NextTokenLoss
 from contextlm.training.optimisation import build_optimizer
 
 VOCABULARY = 50257
@@ -39,8 +38,9 @@ def measure(options: Options) -> Answer:
     alone = {name: partial(_sublayer, form, stream_BTD, memory) for name, form in forms.items()}
     ids_BT = torch.randint(vocabulary, (1, tokens + 1), generator=generator)
     optimizer = build_optimizer(model, recipe.training)
+    loss_of = NextTokenLoss(model)
     whole = {
-        name: partial(_step, model, form, optimizer, recipe.training, ids_BT, entries_BSC)
+        name: partial(_step, loss_of, form, optimizer, recipe.training, ids_BT, entries_BSC)
         for name, form in forms.items()
     }
     for part, cases in (("sublayer", alone), ("step", whole)):
@@ -89,7 +89,7 @@ def _sublayer(attention: torch.nn.Module, stream_BTD: Tensor, memory: Memory) ->
 
 
 def _step(
-    model: PreTrainedModel,
+    loss_of: NextTokenLoss,
     attention: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     training: TrainingSettings,
@@ -97,15 +97,17 @@ def _step(
     entries_BSC: Tensor,
 ) -> None:
     """A training step from stored contexts, with the frozen tied head."""
-    tokens, history = ids_BT.shape[1] - 1, model.model.history
+    model, labels_BT = loss_of.model, ids_BT[:, 1:]
+    tokens, history = labels_BT.shape[1], model.model.history
     positions_BT = torch.arange(history, history + tokens).unsqueeze(0)
     own = model.model.layer.attention
     model.model.layer.attention = attention
     try:
-        outputs = model(ids_BT[:, :-1], position_ids=positions_BT, contexts=entries_BSC)
+        given = {"position_ids": positions_BT, "contexts": entries_BSC}
+        loss = loss_of(labels_BT, labels_BT.numel(), input_ids=ids_BT[:, :-1], **given)
     finally:
         model.model.layer.attention = own
-    next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel()).backward()
+    loss.backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     optimizer.step()

@@ -7,14 +7,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
 from contextlm.models.build import build_config, create_model
 from contextlm.recipe.loading import load_recipe
 from contextlm.recipe.settings import TrainingSettings
 from contextlm.training.host_memory import freed_memory_kept
-from contextlm.training.next_token import next_token_loss
+from contextlm.training.next_token import NextTokenLoss
 from contextlm.training.optimisation import build_optimizer
 
 
@@ -80,7 +79,7 @@ def measure(options: Options) -> Answer:
             steps = {
                 name: partial(
                     _step,
-                    model,
+                    NextTokenLoss(model),
                     build_optimizer(model, recipe.training),
                     recipe.training,
                     ids_BT,
@@ -112,17 +111,16 @@ def measure(options: Options) -> Answer:
 
 
 def _step(
-    model: PreTrainedModel,
+    loss_of: NextTokenLoss,
     optimizer: torch.optim.Optimizer,
     training: TrainingSettings,
     ids_BT: Tensor,
     precision: str,
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        outputs = model(ids_BT[:, :-1], use_cache=False)
-        loss = next_token_loss(outputs.logits, ids_BT[:, 1:], ids_BT[:, 1:].numel())
+        loss = loss_of(ids_BT[:, 1:], ids_BT[:, 1:].numel(), input_ids=ids_BT[:, :-1])
     loss.backward()
     if training.clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        torch.nn.utils.clip_grad_norm_(loss_of.parameters(), training.clip)
     optimizer.step()
     optimizer.zero_grad()

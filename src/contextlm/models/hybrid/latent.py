@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
 from contextlm.models.cache import CroppableLayer, EntriesLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, linear_weight
 
@@ -53,13 +54,13 @@ class LatentLayer(Taps, CroppableLayer, EntriesLayer):
         super().take_back(tokens)
 
 
-class LatentAttention(nn.Module):
+@register_mixer("L")
+class LatentAttention(Mixer):
     """L as a layer's mixer."""
 
     def __init__(self, config: Any):
-        super().__init__()
+        super().__init__(config)
         width = config.hidden_size
-        self.config = config
         self.heads, self.content = config.num_attention_heads, config.head_size
         self.latent, self.rotary = config.latent_dim, config.rope_dim
         self.query = nn.Linear(width, self.heads * (self.content + self.rotary), bias=False)
@@ -72,8 +73,20 @@ class LatentAttention(nn.Module):
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.output = nn.Linear(self.heads * self.content, width, bias=False)
 
+    @classmethod
+    def new_state(cls, config: Any) -> LatentLayer:
+        """One entry a token. Recurrences, windows and taps forget what a shorter text needs."""
+        forgets = set(config.pattern.upper()) != {"L"} or config.attention_convolution > 0
+        return LatentLayer(is_croppable=not forgets)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a rotary key whose channels cannot be turned in pairs."""
+        if (config.rope_dim or 0) % 2:
+            raise ValueError(f"2 must divide rope_dim ({config.rope_dim})")
+
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
-        """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
+        """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         positions_BT, theta = new.places(), self.config.rope_theta
         query, latent = self.query(x_BTD), self.compress(x_BTD)
         if self.convolution is not None:

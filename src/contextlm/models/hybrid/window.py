@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
 from contextlm.models.cache import RecentLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
 
@@ -31,13 +32,13 @@ class WindowLayer(Taps, RecentLayer):
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
 
-class WindowedAttention(nn.Module):
+@register_mixer("W")
+class WindowedAttention(Mixer):
     """W as a layer's mixer."""
 
     def __init__(self, config: Any):
-        super().__init__()
+        super().__init__(config)
         width, self.head_dim = config.hidden_size, config.head_size
-        self.config = config
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
         self.window = config.window
         inner = (self.heads + 2 * self.shared) * self.head_dim
@@ -49,8 +50,19 @@ class WindowedAttention(nn.Module):
         self.key_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.heads * self.head_dim, width, bias=False)
 
+    @classmethod
+    def new_state(cls, config: Any) -> WindowLayer:
+        """The tokens before the one that reads its window."""
+        return WindowLayer(config.window - 1)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a head whose channels cannot be turned in pairs."""
+        if config.head_size % 2:
+            raise ValueError(f"2 must divide the width of a head ({config.head_size})")
+
     def forward(self, x_BTD: Tensor, state: WindowLayer | None, new: NewTokens) -> Tensor:
-        """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
+        """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         inner = self.inner(x_BTD)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
