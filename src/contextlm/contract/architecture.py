@@ -263,36 +263,35 @@ def plain_flash(module, query, key, value, mask, *, scaling, **kwargs):
     return (weights @ value).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
-@pytest.mark.parametrize("architecture", registry())
-def test_flex_and_flash_attention_give_the_same_or_are_refused(architecture, name, monkeypatch):
+def test_flex_and_flash_attention_give_the_same_or_are_refused(variant):
     """Without compiling flex attention, which takes a minute; with a stand-in for flash."""
-    own = build(architecture, 0)
-    supported = own._supports_flex_attn
-    assert supported == own._supports_flash_attn
-    if not supported:
-        with pytest.raises(ValueError, match="does not support"):
-            own.set_attn_implementation(name)
+    own, names = build(*variant), ("flex_attention", "flash_attention_2")
+    assert own._supports_flex_attn == own._supports_flash_attn
+    if not own._supports_flex_attn:
+        for name in names:
+            with pytest.raises(ValueError, match="does not support"):
+                own.set_attn_implementation(name)
         return
     rows, mask = pad_first_row(make_tokens(own, length=11), 4)
     row = torch.cat([make_tokens(own, batch=1, length=length) for length in PACKED], dim=1)
     padded = own(rows, attention_mask=mask).logits[mask.bool()]
     tokens = generate(own, rows, attention_mask=mask, max_new_tokens=2)
     packed = own(row, **packed_forms(PACKED)[0]).logits
-    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
     uncompiled = masking_utils.create_block_mask
-    monkeypatch.setattr(
-        masking_utils,
-        "create_block_mask",
-        lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
-    )
-    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
-    monkeypatch.setitem(functions, "flash_attention_2", plain_flash)
-    own.config._attn_implementation = name  # setting it by its method looks for flash itself
-    with torch.no_grad():
-        assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
-        assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
-        assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
+        patch.setattr(
+            masking_utils,
+            "create_block_mask",
+            lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
+        )
+        functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+        patch.setitem(functions, "flash_attention_2", plain_flash)
+        for name in names:
+            own.config._attn_implementation = name  # its setter looks for flash itself
+            assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
+            assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
+            assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
 
 
 def test_gradients_reach_every_trainable_parameter(own):
@@ -514,7 +513,8 @@ def test_hidden_states_are_given(model):
     ids = make_tokens(model, length=5)
     for keep in (0, 2):
         states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
-        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        appended = getattr(model.model, "appended", None) is not None  # behind the base's layers
+        assert len(states) == model.config.num_hidden_layers + 1 + appended
         assert all(state.shape[:2] == ids.shape for state in states)
         assert_close(states[-1], model.model(ids).last_hidden_state)
 

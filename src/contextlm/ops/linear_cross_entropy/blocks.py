@@ -24,7 +24,12 @@ BLOCK = 2**24
 
 
 def linear_cross_entropy_blocks(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, dtype: torch.dtype
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `linear_cross_entropy`, with products in `dtype` and no target to ignore."""
     return _Blocks.apply(hidden_ND, weight_VD, bias_V, targets_N, dtype)
