@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -313,11 +314,14 @@ class ContextDecoder(ContextPreTrainedModel):
             outputs.hidden_states = (inputs_embeds, hidden_BTD)
         return outputs
 
+    @cached_property
+    def _cache_kinds(self) -> list[type]:
+        return [type(layer) for layer in self.new_cache().layers]
+
     def _counter(self, cache: Cache, batch: int) -> RowStateLayer:
         """The layer of our own kind of cache that counts each row's tokens: there must be one."""
-        kinds = [type(layer) for layer in self.new_cache().layers]
         own = [layer for layer in cache.layers if isinstance(layer, RowStateLayer)]
-        if not own or [type(layer) for layer in cache.layers] != kinds:
+        if not own or [type(layer) for layer in cache.layers] != self._cache_kinds:
             raise ValueError(
                 f"{self.config.model_type} needs its own cache: leave {CACHE} out, pass what an "
                 "earlier call returned, or make one with new_cache()"

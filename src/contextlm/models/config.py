@@ -26,6 +26,7 @@ class ContextConfig(PreTrainedConfig):
         bos_token_id: begins a text.
         eos_token_id: ends it.
         pad_token_id: fills rows up.
+        tie_word_embeddings: the head's weight is the embedding's.
 
     Attributes:
         auto_map: what makes any client open what is saved (`models.stub`); of the class, once it is
@@ -51,8 +52,9 @@ class ContextConfig(PreTrainedConfig):
         """Nothing to do: what is saved always brings `auto_map` and its module."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with `auto_map`."""
-        return {**super().to_dict(), **({"auto_map": self.auto_map} if self.auto_map else {})}
+        """As in transformers, with what clients look for: `auto_map`, and the number of heads."""
+        asked = {name: getattr(self, name, None) for name in ("auto_map", "num_attention_heads")}
+        return {**super().to_dict(), **{name: value for name, value in asked.items() if value}}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the module that `auto_map` names."""
@@ -87,3 +89,11 @@ class ContextConfig(PreTrainedConfig):
         part, width = getattr(self, name), getattr(self, whole)
         if width % part:
             raise ValueError(f"{name} ({part}) must divide {whole} ({width})")
+
+    def check_state_heads(self, inner: int) -> None:
+        """Refuse heads of a matrix state, `state_head_dim` wide, that do not fill its channels."""
+        head = getattr(self, "state_head_dim")  # noqa: B009 - not every architecture has it
+        if inner % head:
+            raise ValueError(
+                f"state_head_dim ({head}) must divide the {inner} channels of the selective state"
+            )

@@ -19,14 +19,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from contextlm.models.cache import ContextStateLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.ops.context_scan import context_scan, context_step
+from contextlm.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm in the weights' own type: under autocast it would leave its fast path."""
+    """torch's RMSNorm in the weights' own type, whatever autocast wants, and perhaps gated."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The input over the root of its mean square, times the weights; any shape ``[..., D]``."""
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The input over the root of its mean square, times the weights; any shape ``[..., D]``.
+
+        With a gate z, ``[..., D]``, the input is first multiplied by ``silu(z)``, and the result is
+        in the gate's type.
+        """
+        x = x.to(self.weight.dtype)
+        if gate is None and x.shape[-2] == 1:  # a token: choosing would take longer
+            return super().forward(x)
+        return rms_norm(x, self.weight, gate, eps=self.eps or torch.finfo(x.dtype).eps)
 
 
 class OwnStart(nn.Module):

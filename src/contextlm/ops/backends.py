@@ -7,8 +7,11 @@ environment variable ``CONTEXTLM_BACKEND`` decides, which holds a name for all o
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +34,7 @@ def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
     return name
 
 
+@lru_cache
 def is_installed(package: str) -> bool:
     """Whether an optional package can be imported; it is not imported for this."""
     return find_spec(package) is not None
@@ -41,6 +45,7 @@ _PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function 
 _requested = torch.compiler.assume_constant_result(requested_backend)
 # Below, a handful of torch's calls costs less than any set-up.
 _FEWEST_TOKENS = 4
+_FEWEST_NUMBERS = 2**12
 
 
 def recurrence_backend(
@@ -78,6 +83,31 @@ def recurrence_backend(
     return next((name for name, obstacle in obstacles.items() if not obstacle), "chunked")
 
 
+def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:
+    """The backend for an op that is one pass over memory in ``numba`` and several in ``eager``.
+
+    Args:
+        op: its name.
+        given: what the call says.
+        tensors: the first ``[..., C]``; there must be many numbers in it to make a pass count.
+
+    Raises:
+        ValueError: the backend is unknown, or does not fit the tensors.
+    """
+    name = _requested(op, given, ("eager", "numba"))
+    if name == "eager" or (name == AUTO and tensors[0].numel() < _FEWEST_NUMBERS):
+        return "eager"
+    obstacle = _obstacle("numba", tensors)
+    if name == "numba" and obstacle:
+        raise ValueError(f"{op} backend 'numba' {obstacle}")
+    return "eager" if obstacle else "numba"
+
+
+def numba_fits(op: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether compiled loops can take these tensors, and the user chose nothing else for the op."""
+    return _from_environment(op) in (AUTO, "numba") and not _obstacle("numba", tensors)
+
+
 def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
     """Why what runs outside of torch cannot take these tensors; empty if it can."""
     if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
@@ -89,8 +119,10 @@ def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
 
 
 def _from_environment(op: str) -> str:
-    chosen = AUTO
-    for part in os.environ.get(VARIABLE, "").split(","):
+    chosen, said = AUTO, os.environ.get(VARIABLE, "")
+    if not said:
+        return chosen
+    for part in said.split(","):
         name, equals, value = (text.strip() for text in part.partition("="))
         if not equals and name:
             chosen = name
@@ -124,3 +156,23 @@ def compiled(*flags: str, inlined: bool = False) -> Callable[[Callable[..., Any]
             return njit(**options)(function)
 
     return compile_function
+
+
+def in_threads(work: Callable[[slice], object], rows: int) -> None:
+    """Let as many threads as torch's operations have work on equal parts of so many rows.
+
+    For compiled loops, which let other threads run.
+    """
+    import torch
+
+    each = -(-rows // torch.get_num_threads())
+    parts = [slice(start, start + each) for start in range(0, rows, each)] if rows else []
+    if len(parts) == 1:
+        work(parts[0])
+    elif parts:
+        list(_pool(len(parts)).map(work, parts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "contextlm")

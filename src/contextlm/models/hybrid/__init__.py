@@ -3,6 +3,7 @@
 from contextlm.models.hybrid.config import ContextHybridConfig as ContextHybridConfig
 from contextlm.models.hybrid.delta import DeltaMixer as DeltaMixer
 from contextlm.models.hybrid.gated_convolution import GatedConvolution as GatedConvolution
+from contextlm.models.hybrid.global_latents import GlobalLatents as GlobalLatents
 from contextlm.models.hybrid.latent import LatentAttention as LatentAttention
 from contextlm.models.hybrid.mixer import Mixer as Mixer
 from contextlm.models.hybrid.mixer import register_mixer as register_mixer

@@ -20,7 +20,7 @@ class ContextHybridConfig(ContextConfig):
         num_attention_heads: query heads of W, L and G, and blocks of R's gates.
         num_key_value_heads: heads of keys and values of W; 1 is multi-query attention.
         head_dim: width of a head of attention; None is `hidden_size` over the heads.
-        window: tokens that W sees, the current one included.
+        window: tokens that W sees, the current one included, and that a pooled G sees unpooled.
         convolution: taps of the convolutions of R, S, K and C, the current token included; 0 leaves
             it out.
         attention_convolution: the same for queries, keys and values of W, queries, latents and
@@ -35,6 +35,7 @@ class ContextHybridConfig(ContextConfig):
         delta_decay: whether each channel of K's keys decays on its own.
         state_dtype: of the states of S and K that decoding keeps; they are computed in float32.
         latent_dim: width of the latents of L and G; None is four heads.
+        pool: tokens whose latents G keeps as one, once they have left the newest `window`.
         rope_dim: width of L's rotary key, even; None is half a head, rounded up to an even number.
         rope_theta: base of the rotary frequencies.
         intermediate_size: width of the feed-forward parts.
@@ -64,6 +65,7 @@ class ContextHybridConfig(ContextConfig):
     delta_decay: Literal["channel", "head"] = "channel"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     latent_dim: int | None = None
+    pool: int = 1
     rope_dim: int | None = None
     rope_theta: float | int = 10000.0
     intermediate_size: int = 1408
@@ -104,12 +106,6 @@ class ContextHybridConfig(ContextConfig):
         """The mixer of each layer."""
         known = mixers()
         return [known[letter] for letter in self.pattern.upper()]
-
-    def check_state_heads(self) -> None:
-        """Refuse heads of S and K that do not fill their channels."""
-        inner, head = self.expand * self.hidden_size, self.state_head_dim
-        if inner % head:
-            raise ValueError(f"state_head_dim ({head}) must divide expand * hidden_size ({inner})")
 
     def validate_architecture(self) -> None:
         """Called by transformers on construction.

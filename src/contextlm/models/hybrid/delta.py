@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.hybrid.convolution import CausalConvolution
+from contextlm.models.convolution import CausalConvolution
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
-from contextlm.models.hybrid.selective import Decay, MatrixStateLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
+from contextlm.models.selective_state import Decay, MatrixStateLayer
 from contextlm.ops.delta_rule import LEAST, delta_rule
 
 
@@ -54,23 +54,25 @@ class DeltaMixer(Mixer):
     @classmethod
     def new_state(cls, config: Any) -> MatrixStateLayer:
         """The heads' matrices and the convolution's taps."""
-        return MatrixStateLayer.of(config)
+        return MatrixStateLayer(torch.bfloat16 if config.state_dtype == "bfloat16" else None)
 
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse heads that do not fill the channels."""
-        config.check_state_heads()
+        config.check_state_heads(config.expand * config.hidden_size)
 
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         gate, inner, decay, rate_BTH = self.inner(x_BTD).split(self.widths, dim=-1)
-        if self.convolution is not None:
-            inner = self.convolution(inner, state, new)
         kind = torch.promote_types(inner.dtype, torch.float32)
+        if self.convolution is None:
+            inner = F.silu(inner.to(kind))
+        else:
+            inner = self.convolution(inner, state, new, silu=True).to(kind)
         keys = self.heads * self.key_size
         query, key, value = (
             each.unflatten(-1, (self.heads, -1))
-            for each in F.silu(inner.to(kind)).split((keys, keys, self.inner_size), dim=-1)
+            for each in inner.split((keys, keys, self.inner_size), dim=-1)
         )
         steps, rates = self.decay(decay)
         logs_BTHX = -rates * steps

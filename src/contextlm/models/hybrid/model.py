@@ -6,8 +6,11 @@ names each layer's mixer, for example ``sssWsss``:
 
 - **S**, selective state (`hybrid.selective`; Mamba-2): a matrix a head;
 - **R**, gated recurrent context (`hybrid.recurrence`; Griffin's RG-LRU): 4 D numbers at 4 taps;
+- **K**, gated delta rule (`hybrid.delta`; Kimi Delta Attention): a matrix a head, written by keys;
+- **C**, gated convolution (`hybrid.gated_convolution`; LFM2): a few tokens back;
 - **W**, windowed attention (`hybrid.window`; multi-query): short-term and precise;
-- **L**, latent attention (`hybrid.latent`; MLA): all tokens, one latent each.
+- **L**, latent attention (`hybrid.latent`; MLA): all tokens, one latent each;
+- **G**, global latents (`hybrid.global_latents`): the same of fewer bytes, perhaps pooled.
 
 Letters of one's own: `hybrid.mixer`. Around each mixer, as in Llama and Griffin::
 
@@ -108,7 +111,8 @@ _TINY = {
         {**_TINY, "pattern": "RR", "gates": "none", "convolution": 0},
         {**_TINY, "pattern": "W", "window": 5000, "qk_norm": False},
         {**_TINY, "pattern": "sWs"},
-        {**_TINY, "pattern": "KcS", "delta_decay": "head", "state_dtype": "float32"},
+        {**_TINY, "pattern": "KcG", "delta_decay": "head"},
+        {**_TINY, "pattern": "gGk", "pool": 3, "attention_convolution": 2},
     ),
 )
 class ContextHybridForCausalLM(ContextForCausalLM):

@@ -25,21 +25,21 @@ CHUNK = 16
 # they are called, and one function serves several.
 
 
-@compiled("contract")
-def _advance(before_NP, after_NP, k_N, v_P, decay_N, beta, error_P):  # type: ignore[no-untyped-def]
-    """The state after a token, which may take the place of the one before, and the error."""
+@compiled("contract", inlined=True)
+def _advance(state_NP, k_N, v_P, decay_N, beta, error_P):  # type: ignore[no-untyped-def]
+    """Move the state on by a token, in place, and write down the error."""
     for p in range(v_P.shape[0]):
         error_P[p] = v_P[p]
     for n in range(k_N.shape[0]):
-        k, decay, before_P, after_P = k_N[n], decay_N[n], before_NP[n], after_NP[n]
+        k, decay, row_P = k_N[n], decay_N[n], state_NP[n]
         for p in range(v_P.shape[0]):
-            value = decay * before_P[p]
-            after_P[p] = value
+            value = decay * row_P[p]
+            row_P[p] = value
             error_P[p] -= k * value
     for n in range(k_N.shape[0]):
-        written, after_P = beta * k_N[n], after_NP[n]
+        written, row_P = beta * k_N[n], state_NP[n]
         for p in range(v_P.shape[0]):
-            after_P[p] += written * error_P[p]
+            row_P[p] += written * error_P[p]
 
 
 @compiled("contract")
@@ -57,7 +57,7 @@ def _forward(  # type: ignore[no-untyped-def]
                 if keeps and t % CHUNK == 0:
                     kept_BJHNP[b, t // CHUNK, h] = state_NP
                 k_N, v_P, decay_N = k_BTHN[b, t, h], v_BTHP[b, t, h], decay_BTHN[b, t, h]
-                _advance(state_NP, state_NP, k_N, v_P, decay_N, beta_BTH[b, t, h], error_P)
+                _advance(state_NP, k_N, v_P, decay_N, beta_BTH[b, t, h], error_P)
                 y_P = y_BTHP[b, t, h]
                 y_P[:] = 0
                 for n in range(numbers):
@@ -85,9 +85,9 @@ def _backward(  # type: ignore[no-untyped-def]
                 states_KNP[0] = kept_BJHNP[b, j, h]
                 for t in range(first, last):
                     k_N, v_P, decay_N = k_BTHN[b, t, h], v_BTHP[b, t, h], decay_BTHN[b, t, h]
-                    before_NP, after_NP = states_KNP[t - first], states_KNP[t - first + 1]
-                    beta, error_P = beta_BTH[b, t, h], error_KP[t - first]
-                    _advance(before_NP, after_NP, k_N, v_P, decay_N, beta, error_P)
+                    state_NP, beta = states_KNP[t - first + 1], beta_BTH[b, t, h]
+                    state_NP[:] = states_KNP[t - first]
+                    _advance(state_NP, k_N, v_P, decay_N, beta, error_KP[t - first])
                 for t in range(last - 1, first - 1, -1):
                     dy_P, derror_P, error_P = (
                         dy_BTHP[b, t, h],

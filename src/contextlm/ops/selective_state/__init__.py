@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor
 
-from contextlm.ops.backends import AUTO, recurrence_backend
+from contextlm.ops.backends import AUTO, numba_fits, recurrence_backend
 
 BACKENDS = ("eager", "numba", "chunked", "mamba_ssm", "fla")
 
@@ -79,7 +79,7 @@ def selective_state(
         if tensor is not None and tensor.shape != fitting:
             found = tuple(tensor.shape)
             raise ValueError(f"selective_state needs the {what} as {fitting}, got {found}")
-    given = (inputs_BTHP, steps_BTH, rates_H, write_BTN, read_BTN, skip_H)
+    given: tuple[Tensor, ...] = (inputs_BTHP, steps_BTH, rates_H, write_BTN, read_BTN, skip_H)
     kind = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
     given = tuple(tensor.to(kind) for tensor in given)
     if initial_BHNP is None:
@@ -114,6 +114,17 @@ def selective_state_backend(*tensors: Tensor, packed: bool = False, backend: str
     """
     kernels = ("mamba_ssm",) if packed else ("mamba_ssm", "fla")
     return recurrence_backend("selective_state", backend, BACKENDS, tensors, kernels)
+
+
+def can_step(*tensors: Tensor) -> bool:
+    """Whether `selective_state.step` can take these tensors, and is not chosen against."""
+    kind = tensors[0].dtype
+    return (
+        not torch.is_grad_enabled()
+        and kind in (torch.float32, torch.float64)
+        and all(tensor.dtype == kind and tensor.is_contiguous() for tensor in tensors)
+        and numba_fits("selective_state", tensors)
+    )
 
 
 def _shape(inputs_BTHP: Tensor) -> torch.Size:

@@ -71,4 +71,6 @@ def selective_state_chunked(
     read_BJHIP = read_BJIN.unsqueeze(2) @ before_BJHNP
     output_BJHIP = torch.addcmul(output_BJHIP, start_BJHI.exp().unsqueeze(-1), read_BJHIP)
     outputs_BTHP = output_BJHIP.transpose(2, 3).flatten(1, 2)[:, :tokens]
-    return torch.addcmul(outputs_BTHP, skip_H.unsqueeze(-1), inputs_BTHP), states_BJHNP[:, -1]
+    return torch.addcmul(outputs_BTHP, skip_H.unsqueeze(-1), inputs_BTHP), states_BJHNP[
+        :, -1
+    ].clone()

@@ -8,30 +8,33 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from contextlm.models.cache import newest
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import OwnStart
+from contextlm.ops.short_convolution import short_convolution
 
 
 class Taps:
-    """Mixed into a cache layer: the newest inputs of a causal convolution, ``[B, <=J, C]``."""
+    """Mixed into a cache layer: the newest inputs of a causal convolution, ``[B, J, C]``."""
 
     taps: Tensor | None = None
 
-    def with_taps(self, new_BTC: Tensor, taps: int, new: NewTokens) -> Tensor:
-        """The J inputs before the new ones and these, ``[B, J + T, C]``; keeps the newest J.
+    def swap_taps(self, new_BTC: Tensor, taps: int, new: NewTokens) -> Tensor:
+        """The J inputs before the new ones, ``[B, J, C]``; keeps the newest J of all.
 
         The new tokens' stand with the real ones first.
         """
-        old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
-        old_BJC = old_BJC if self.taps is None else self.taps
-        both_BSC = torch.cat([old_BJC, new_BTC], dim=1)
-        self.taps = newest(both_BSC, new.ends(old_BJC.shape[1]), taps)
-        return both_BSC
+        old_BJC = self.taps
+        if old_BJC is None:
+            old_BJC = new_BTC.new_zeros(new_BTC.shape[0], taps, new_BTC.shape[2])
+        both_BSC = torch.cat(
+            [old_BJC, new_BTC[:, -taps:] if new.mask_BT is None else new_BTC], dim=1
+        )
+        self.taps = newest(both_BSC, new.ends(taps), taps)
+        return old_BJC
 
 
 class CausalConvolution(OwnStart):
@@ -62,18 +65,20 @@ class CausalConvolution(OwnStart):
         init.copy_(self.weight, identity)  # whole: what a checkpoint brought must not be touched
         init.zeros_(self.bias)
 
-    def forward(self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens) -> Tensor:
-        """``[B, T, C]``, real tokens first; inputs before a document's first token are zero."""
-        before, tokens = self.taps - 1, inputs_BTC.shape[1]
-        if state is None:
-            all_BSC = F.pad(inputs_BTC, (0, 0, before, 0))
-        else:
-            all_BSC = state.with_taps(inputs_BTC, before, new)
-        out_BTC = torch.addcmul(self.bias, all_BSC[:, before:], self.weight[0])
-        for back in range(1, self.taps):
-            earlier_BTC = all_BSC[:, before - back : before - back + tokens]
-            if new.places_BT is not None:
-                outside_BT = new.places_BT < back
-                earlier_BTC = earlier_BTC.masked_fill(outside_BT.unsqueeze(-1), 0)
-            out_BTC = torch.addcmul(out_BTC, earlier_BTC, self.weight[back])
-        return out_BTC
+    def forward(
+        self, inputs_BTC: Tensor, state: Taps | None, new: NewTokens, *, silu: bool = False
+    ) -> Tensor:
+        """``[B, T, C]``, real tokens first; inputs before a document's first token are zero.
+
+        Args:
+            inputs_BTC: in any type; the outputs are in the widest of it and the weights'.
+            state: keeps the taps; None to keep nothing.
+            new: the tokens.
+            silu: whether SiLU follows.
+        """
+        before_BJC = None
+        if state is not None and self.taps > 1:
+            before_BJC = state.swap_taps(inputs_BTC, self.taps - 1, new)
+        return short_convolution(
+            inputs_BTC, self.weight, self.bias, before_BJC, silu=silu, places_BT=new.places_BT
+        )

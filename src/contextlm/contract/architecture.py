@@ -1,6 +1,7 @@
 """What every registered architecture must do. A new architecture is tested by being registered.
 
-The models run in float64, so that equality can be asked for to rounding.
+These are tests for pytest: the test suite runs them on our own architectures, and `contextlm check`
+on anybody's. The models run in float64, so that equality can be asked for to rounding.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.integrations import flex_attention as flex
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
 from contextlm.models.cache import CACHE, NAMES
 
-VARIANTS = [(name, index) for name, entry in registry().items() for index in range(len(entry.tiny))]
 CPU = torch.device("cpu")
 
 
@@ -34,7 +37,23 @@ def build(name: str, index: int) -> PreTrainedModel:
     return entry.model(entry.config(**entry.tiny[index])).double().eval()
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def pytest_generate_tests(metafunc) -> None:
+    """Each test for each variant that is registered by now."""
+    every = [
+        (name, index) for name, entry in registry().items() for index in range(len(entry.tiny))
+    ]
+    if "variant" in metafunc.fixturenames:
+        # Compiling takes seconds: the first of each architecture, and all kinds of mixers.
+        every = [
+            variant for variant in every if variant[1] == 0 or variant == ("context_hybrid", 1)
+        ]
+        metafunc.parametrize("variant", every)
+    else:
+        ids = [f"{name}-{index}" for name, index in every]
+        metafunc.parametrize("built", every, indirect=True, scope="module", ids=ids)
+
+
+@pytest.fixture(scope="module")
 def built(request) -> PreTrainedModel:
     return build(*request.param)
 
@@ -232,6 +251,47 @@ def test_the_plain_form_of_attention_gives_the_same(own):
     assert own.config._attn_implementation == "eager"
     actual = own(rows, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def plain_flash(module, query, key, value, mask, *, scaling, **kwargs):
+    """What flash attention computes: causal, ending together, without the keys that are padding."""
+    scores = query @ key.mT * scaling
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, None, :].bool()
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+def test_flex_and_flash_attention_give_the_same_or_are_refused(variant):
+    """Without compiling flex attention, which takes a minute; with a stand-in for flash."""
+    own, names = build(*variant), ("flex_attention", "flash_attention_2")
+    assert own._supports_flex_attn == own._supports_flash_attn
+    if not own._supports_flex_attn:
+        for name in names:
+            with pytest.raises(ValueError, match="does not support"):
+                own.set_attn_implementation(name)
+        return
+    rows, mask = pad_first_row(make_tokens(own, length=11), 4)
+    row = torch.cat([make_tokens(own, batch=1, length=length) for length in PACKED], dim=1)
+    padded = own(rows, attention_mask=mask).logits[mask.bool()]
+    tokens = generate(own, rows, attention_mask=mask, max_new_tokens=2)
+    packed = own(row, **packed_forms(PACKED)[0]).logits
+    uncompiled = masking_utils.create_block_mask
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
+        patch.setattr(
+            masking_utils,
+            "create_block_mask",
+            lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
+        )
+        functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+        patch.setitem(functions, "flash_attention_2", plain_flash)
+        for name in names:
+            own.config._attn_implementation = name  # its setter looks for flash itself
+            assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
+            assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
+            assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
 
 
 def test_gradients_reach_every_trainable_parameter(own):
@@ -453,7 +513,8 @@ def test_hidden_states_are_given(model):
     ids = make_tokens(model, length=5)
     for keep in (0, 2):
         states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
-        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        appended = getattr(model.model, "appended", None) is not None  # behind the base's layers
+        assert len(states) == model.config.num_hidden_layers + 1 + appended
         assert all(state.shape[:2] == ids.shape for state in states)
         assert_close(states[-1], model.model(ids).last_hidden_state)
 
@@ -601,8 +662,6 @@ def test_the_vocabulary_can_grow(own):
     assert_close(after[..., :size], before)
 
 
-# Compiling takes seconds: the first variant of each architecture, and all kinds of mixers.
-@pytest.mark.parametrize("variant", [*((name, 0) for name in registry()), ("context_hybrid", 1)])
 def test_compiles_into_one_graph(variant):
     model = build(*variant)
     if not model._can_compile_fullgraph:
@@ -617,3 +676,11 @@ def test_compiles_into_one_graph(variant):
         compiled(ids, attention_mask=mask, use_cache=False).logits[0, 1:],
         model(ids, attention_mask=mask).logits[0, 1:],
     )
+    packed = {"position_ids": torch.tensor([[0, 1, 0]])}
+    if variant[0] in ("context_kv", "context_pythia", "dual_context"):
+        return  # packed documents are theirs as they are context_vector's
+    if model.model.reads_packed:
+        assert_close(compiled(ids, use_cache=False, **packed).logits, model(ids, **packed).logits)
+    else:
+        with pytest.raises(RuntimeError, match="for one document a row"):
+            compiled(ids, use_cache=False, **packed)
