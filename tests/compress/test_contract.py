@@ -22,6 +22,7 @@ from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import ARCHITECTURES
 from contextlm.compress.base import parse_policy, policies
 from contextlm.evaluation.memory import cache_bytes
+from contextlm.models.cache import CACHE
 
 LENGTH, PAD = 100, 7
 SIZES = [40, 3, 1, 31, 1, 1, 23]
@@ -117,7 +118,7 @@ def in_pieces(
         if mask is not None:
             seen["attention_mask"] = mask[:, :end]
             seen["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]
-        outputs = model(ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
+        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
         cache, start = outputs.past_key_values, end
         logits.append(outputs.logits)
     assert cache is not None
@@ -349,8 +350,8 @@ def test_policies_held_at_once_do_not_meet(name: str) -> None:
     for piece in ids.split([20, 18, 1, 1], dim=1):
         with torch.no_grad():
             for number, cache in enumerate(caches):
-                parts[number].append(model(piece, past_key_values=cache).logits)
-            own_parts.append(model(piece, past_key_values=own).logits)
+                parts[number].append(model(piece, **{CACHE: cache}).logits)
+            own_parts.append(model(piece, **{CACHE: own}).logits)
     for spec, found in zip(specs, parts, strict=True):
         assert_close(torch.cat(found, dim=1), alone[spec])
     assert_close(torch.cat(own_parts, dim=1), plain)
@@ -374,9 +375,9 @@ def test_the_innermost_block_counts() -> None:
             cache = inner.new_cache()
         assert torch.equal(model(ids).logits, outer)
         with pytest.raises(InputError, match="made by a policy that has been removed"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         with CompressedCache(model, "full") as full:
-            plain = model(ids, past_key_values=full.new_cache()).logits
+            plain = model(ids, **{CACHE: full.new_cache()}).logits
     with pytest.raises(InputError, match="policy interval:5,every:7 has been removed"):
         inner.new_cache()
     with torch.no_grad():

@@ -18,6 +18,7 @@ from contextlm.compress.base import Costs, parse_policy, policies
 from contextlm.compress.calibration import Calibration
 from contextlm.compress.latent import Factors, error_weights, factors, spread
 from contextlm.compress.quantised import Packed
+from contextlm.models.cache import CACHE
 
 LENGTH = 37
 
@@ -71,7 +72,7 @@ def compressed(model: Any, spec: str, ids: Tensor, sizes: list[int]) -> Tensor:
     with CompressedCache(model, spec) as policy, torch.no_grad():
         cache = policy.new_cache()
         for piece in ids.split(sizes, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, **{CACHE: cache})
     hook.remove()
     return torch.cat(given, dim=1)
 

@@ -95,7 +95,7 @@ class SpanLayer(KeyValueLayer):
         for name in ("keys", "values"):
             tokens_BGSE, old = getattr(self, name), getattr(self, f"mean_{name}")
             total_BGRE = torch.einsum("brs,bgse->bgre", own_BRS.to(tokens_BGSE), tokens_BGSE)
-            new_BGRE = total_BGRE / sizes_R[:, None]
+            new_BGRE = total_BGRE / sizes_R[:, None].to(total_BGRE)
             if old is not None:
                 missing = spans - old.shape[2]
                 old = torch.cat([old, new_BGRE[:, :, new_BGRE.shape[2] - missing :]], dim=2)
