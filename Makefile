@@ -37,7 +37,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An environment of its own with the tested versions, but for transformers and what it asks for otherwise.
-CONTRACT := tests/models tests/compress tests/evaluation/test_generation.py tests/evaluation/test_memory.py
+CONTRACT := tests/contract tests/models tests/compress tests/evaluation/test_generation.py tests/evaluation/test_memory.py
 OTHER := $(VENV)-transformers-$(TRANSFORMERS)
 contract:
 	@test -n "$(TRANSFORMERS)" || { echo "which version? make contract TRANSFORMERS=5.17.0" >&2; exit 1; }
@@ -52,7 +52,7 @@ CLIENTS := $(VENV)-clients
 clients:
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
-	  -e ".[lm-eval,quantised]" -r tests/clients/requirements.txt
+	  -e ".[lm-eval,trackers]" -r tests/clients/requirements.txt
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python tests/clients/matrix.py $(ARGS)
 
 # The list is for a person to read: each message must name the culprit and say what would be right.

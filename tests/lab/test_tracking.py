@@ -77,8 +77,8 @@ def test_a_tracker_that_is_not_there_is_one_line(quick, tmp_path, monkeypatch, c
     assert code == 2
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == (
-        "contextlm: error: --track wandb: the package wandb is not installed: pip install wandb, "
-        "or all of them with 'contextlm[trackers]'"
+        "contextlm: error: --track wandb: the package wandb is not installed: pip install wandb "
+        "(the extra trackers has tensorboard and trackio)"
     )
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match=r"unknown tracker 'tensorbord' .*'tensorboard'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -372,6 +373,9 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 
 
 def _existing(checkpoint: Path) -> Path:
-    if not is_folder(checkpoint):
-        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
-    return checkpoint
+    if is_folder(checkpoint):
+        return checkpoint
+    how = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):  # as the hub names models
+        how = f"; of a model of the hub, make one: hf download {checkpoint} --local-dir FOLDER"
+    raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder{how}")

@@ -43,8 +43,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise unknown_name("tracker", name, TRACKERS)
         if find_spec(name) is None:
             raise InputError(
-                f"--track {name}: the package {name} is not installed: "
-                f"pip install {name}, or all of them with 'contextlm[trackers]'"
+                f"--track {name}: the package {name} is not installed: pip install {name} "
+                "(the extra trackers has tensorboard and trackio)"
             )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from contextlm.base import distribution
 from contextlm.base.errors import NotFiniteError
-from contextlm.base.files import atomic_folder, write_json
+from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
@@ -37,6 +37,7 @@ from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
+from contextlm.lab.model_card import model_card
 from contextlm.lab.preparation import Entry, Prepared, on_first_part
 from contextlm.lab.tracking import tracking
 from contextlm.models.build import create_model
@@ -310,6 +311,7 @@ def _run(
         "cache": cache,
     }
     result = _result(job, prepared, entry, model, validation).model_copy(update=measured_too)
+    write_text(folder / "checkpoint" / "README.md", model_card(result, recipe, entry))
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
 
