@@ -22,6 +22,7 @@ from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import ARCHITECTURES
 from contextlm.compress.base import parse_policy, policies
 from contextlm.evaluation.memory import cache_bytes
+from contextlm.models.cache import CACHE
 
 LENGTH, PAD = 100, 7
 SIZES = [40, 3, 1, 31, 1, 1, 23]
@@ -83,9 +84,9 @@ def serves(name: str, spec: str) -> bool:
     return not ("input" in spec and grouped)
 
 
-PAIRS = [
-    (name, spec) for name in CONFIGS for spec in (*SPECS.values(), *STACKS) if serves(name, spec)
-]
+PAIRS = [(name, spec) for name in CONFIGS for spec in SPECS.values() if serves(name, spec)]
+# Stacks are no code of an architecture's own: one with a sliding window and two without.
+PAIRS += [(name, spec) for name in ("smollm", "gemma3", "gpt_neox") for spec in STACKS]
 
 
 def models() -> dict[str, Any]:
@@ -94,7 +95,7 @@ def models() -> dict[str, Any]:
         for name in CONFIGS:
             _models[name] = build(name)
             _models[f"{name} eager"] = build(name, "eager")
-            _models[f"{name} bfloat16"] = build(name, dtype=torch.bfloat16)
+            _models[f"{name} bfloat16"] = copy.deepcopy(_models[name]).bfloat16()
     return _models
 
 
@@ -117,7 +118,7 @@ def in_pieces(
         if mask is not None:
             seen["attention_mask"] = mask[:, :end]
             seen["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]
-        outputs = model(ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
+        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
         cache, start = outputs.past_key_values, end
         logits.append(outputs.logits)
     assert cache is not None
@@ -207,7 +208,9 @@ def test_eager_and_sdpa_agree_and_bfloat16_is_near(name: str, spec: str) -> None
         plain, _ = in_pieces(model, ids, [76, 1])
     eager = models()[f"{name} eager"]
     with installed(eager, spec):
-        assert_close(in_pieces(eager, ids, [76, 1])[0], plain)
+        # Rounded numbers differ by a whole step where they differ at all.
+        tolerance = 0.05 if spec in QUANTISED else 1e-4
+        assert_close(in_pieces(eager, ids, [76, 1])[0], plain, tolerance)
     half = models()[f"{name} bfloat16"]
     # Latents fitted in another precision lose other things.
     kept = spec.replace("latent:9", "latent:100%")
@@ -242,10 +245,10 @@ def test_generate_sees_what_the_same_pieces_give(name: str, spec: str) -> None:
             logits, _ = in_pieces(model, sequences[:, :-1], [*sizes, 1], policy.new_cache())
             return logits[:, -3:]
 
-        sampled = generated(model, ids, do_sample=True, num_return_sequences=2)
-        assert_close(torch.stack(sampled.logits, 1), expected(sampled.sequences, 33))
-        chunked = generated(model, ids, prefill_chunk_size=20)
-        assert_close(torch.stack(chunked.logits, 1), expected(chunked.sequences, 20, 13))
+        sampled = generated(
+            model, ids, do_sample=True, num_return_sequences=2, prefill_chunk_size=20
+        )
+        assert_close(torch.stack(sampled.logits, 1), expected(sampled.sequences, 20, 13))
         cache = policy.new_cache()
         greedy = generated(model, ids, past_key_values=cache)
         assert_close(torch.stack(greedy.logits, 1), expected(greedy.sequences, 33))
@@ -347,8 +350,8 @@ def test_policies_held_at_once_do_not_meet(name: str) -> None:
     for piece in ids.split([20, 18, 1, 1], dim=1):
         with torch.no_grad():
             for number, cache in enumerate(caches):
-                parts[number].append(model(piece, past_key_values=cache).logits)
-            own_parts.append(model(piece, past_key_values=own).logits)
+                parts[number].append(model(piece, **{CACHE: cache}).logits)
+            own_parts.append(model(piece, **{CACHE: own}).logits)
     for spec, found in zip(specs, parts, strict=True):
         assert_close(torch.cat(found, dim=1), alone[spec])
     assert_close(torch.cat(own_parts, dim=1), plain)
@@ -372,9 +375,9 @@ def test_the_innermost_block_counts() -> None:
             cache = inner.new_cache()
         assert torch.equal(model(ids).logits, outer)
         with pytest.raises(InputError, match="made by a policy that has been removed"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         with CompressedCache(model, "full") as full:
-            plain = model(ids, past_key_values=full.new_cache()).logits
+            plain = model(ids, **{CACHE: full.new_cache()}).logits
     with pytest.raises(InputError, match="policy interval:5,every:7 has been removed"):
         inner.new_cache()
     with torch.no_grad():

@@ -30,6 +30,7 @@ from contextlm.compress import entries
 from contextlm.compress.entries import absorbing_pays
 from contextlm.compress.kept import SLACK
 from contextlm.evaluation.memory import cache_bytes
+from contextlm.models.cache import CACHE
 
 LAYERS, WIDTH, LENGTH, PAD = 2, 24, 29, 6
 
@@ -121,7 +122,7 @@ def in_pieces(
         if mask is not None:
             seen["attention_mask"] = mask[:, :end]
             seen["position_ids"] = positions_of(mask)[:, start:end]
-        outputs = model(ids[:, start:end], past_key_values=cache, use_cache=True, **seen)
+        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
         cache, start = outputs.past_key_values, end
         logits.append(outputs[0])
     assert cache is not None
@@ -189,7 +190,7 @@ def test_attention_weights_are_given_where_the_module_gives_them(reading: str, m
         _, cache = in_pieces(model, tokens()[:, :-1], [20])
         last = tokens()[:, -1:]
         with torch.no_grad():
-            return model(last, past_key_values=cache, output_attentions=True).attentions
+            return model(last, **{CACHE: cache}, output_attentions=True).attentions
 
     plain = weights()
     with InputCache(model):
@@ -322,7 +323,7 @@ def test_rows_are_taken_with_their_positions(reading: str, model: Any, take: str
             ids[rows, 20:],
             attention_mask=mask[rows],
             position_ids=positions_of(mask)[rows, 20:],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     assert_close(outputs.logits.detach(), whole[rows, 20:])
 
@@ -452,7 +453,7 @@ def test_gradients_flow_as_before(reading: str, model: Any, training: bool) -> N
         model.zero_grad()
         cache, loss = None, torch.zeros((), dtype=torch.float64)
         for piece in tokens().split([9, 1, 5, 14], dim=1):
-            outputs = model(piece, past_key_values=cache, use_cache=True)
+            outputs = model(piece, **{CACHE: cache}, use_cache=True)
             cache, loss = outputs.past_key_values, loss + outputs.logits.logsumexp(-1).sum()
         loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
@@ -514,7 +515,7 @@ def test_an_adapter_added_later_is_refused() -> None:
         _, cache = in_pieces(model, tokens(), [5])
         with_other_projection(model)
         with pytest.raises(InputError, match="merge adapters first"):
-            model(tokens(2, 1), past_key_values=cache)
+            model(tokens(2, 1), **{CACHE: cache})
 
 
 def test_caches_of_keys_and_values_are_refused(model: Any) -> None:
@@ -523,7 +524,7 @@ def test_caches_of_keys_and_values_are_refused(model: Any) -> None:
     with InputCache(model):
         for cache in (full, static):
             with pytest.raises(InputError, match=f"a {type(cache).__name__} of keys and values"):
-                model(tokens(), past_key_values=cache)
+                model(tokens(), **{CACHE: cache})
         with pytest.raises(InputError, match="no cache_implementation"):
             generate(model, tokens(), cache_implementation="static")
 
@@ -532,8 +533,8 @@ def test_a_cache_of_inputs_is_for_its_own_rows_and_for_an_installed_input_cache(
     with InputCache(model) as installed:
         _, cache = in_pieces(model, tokens(), [20, 1])
         with torch.no_grad(), pytest.raises(ValueError, match="holds 2 rows, the new tokens 1"):
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), **{CACHE: cache})
     with pytest.raises(TypeError, match="EntryLayer keeps no keys and values"):
-        model(tokens(), past_key_values=cache)
+        model(tokens(), **{CACHE: cache})
     with pytest.raises(InputError, match="has been removed"):
         installed.new_cache()

@@ -41,7 +41,7 @@ class Costs:
     def of(cls, attention: Attention, tokens: int) -> Costs:
         """Of a model with this attention module."""
         numbers = 2 * attention.groups * attention.head_width
-        bits = 8 * attention.module.config.dtype.itemsize
+        bits = 8 * next(attention.module.parameters()).element_size()
         return cls(tokens, numbers, attention.width, bits)
 
 

@@ -43,11 +43,9 @@ class Spans(Rule):
     def spares(self, tokens: int) -> bool:
         return tokens < 2 * self.width
 
-    def weights(self, spans: int, like: Tensor) -> Tensor:
-        """How many tokens stand behind each span's representative, ``[R]``."""
-        weights_R = torch.full((spans,), float(self.width), device=like.device)
-        weights_R[:1] -= self.sinks
-        return weights_R
+    def sizes(self, spans: int) -> list[int]:
+        """How many tokens stand behind the representative of each of so many spans."""
+        return [self.width - self.sinks, *[self.width] * spans][:spans]
 
 
 class SpanGroup(Group):
@@ -63,12 +61,13 @@ class SpanGroup(Group):
             return super().mask(seen_BTS, query_BT, after_B, dtype)
         number_R = torch.arange(spans, device=seen_BTS.device)
         seen_BTR = number_R < self.rule.left(query_BT)[..., None]
-        bias_R = self.rule.weights(spans, seen_BTS).log()
+        bias_R = torch.tensor([math.log(size) for size in self.rule.sizes(spans)], dtype=dtype)
+        bias_R = bias_R.to(seen_BTS.device)
         bias_BTX = torch.cat(
             [bias_R.expand_as(seen_BTR), bias_R.new_zeros(()).expand_as(seen_BTS)], dim=-1
         )
         hidden_BTX = ~torch.cat([seen_BTR, seen_BTS], dim=-1)
-        return bias_BTX.to(dtype).masked_fill(hidden_BTX, torch.finfo(dtype).min)[:, None]
+        return bias_BTX.masked_fill(hidden_BTX, torch.finfo(dtype).min)[:, None]
 
 
 class SpanLayer(KeyValueLayer):
@@ -91,11 +90,12 @@ class SpanLayer(KeyValueLayer):
         own_BRS = (token_BS[:, None] // rule.width == number_R[:, None]) & (
             (token_BS >= rule.sinks) & (token_BS != NOTHING)
         )[:, None]
-        share_BRS = own_BRS / rule.weights(spans, token_BS)[first:, None]
+        sizes_R = torch.tensor(rule.sizes(spans)[first:], device=had_B.device)
         made_before_BR = number_R < had_B[:, None]
         for name in ("keys", "values"):
             tokens_BGSE, old = getattr(self, name), getattr(self, f"mean_{name}")
-            new_BGRE = torch.einsum("brs,bgse->bgre", share_BRS.to(tokens_BGSE.dtype), tokens_BGSE)
+            total_BGRE = torch.einsum("brs,bgse->bgre", own_BRS.to(tokens_BGSE), tokens_BGSE)
+            new_BGRE = total_BGRE / sizes_R[:, None].to(total_BGRE)
             if old is not None:
                 missing = spans - old.shape[2]
                 old = torch.cat([old, new_BGRE[:, :, new_BGRE.shape[2] - missing :]], dim=2)

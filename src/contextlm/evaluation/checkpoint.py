@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -93,16 +94,15 @@ def fetched(name: str) -> Path:
         RunError: the hub could not be reached, or did not deliver.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InputError(f"model {shown(name, 300)}: no such folder")
 
     def load(online: bool) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not online))
 
-    try:
-        return from_hub(f"model {shown(name)}, no folder here", "give a folder", load)
-    except HFValidationError:
-        raise InputError(f"model {shown(name, 300)}: no such folder") from None
+    return from_hub(f"model {shown(name)}, no folder here", "give a folder", load)
 
 
 @contextmanager

@@ -175,17 +175,20 @@ def texts(name: str, tokenizer: PreTrainedTokenizerFast, tokens: int) -> tuple[T
     """A text of at least ``tokens + 1`` tokens where there is one, others to calibrate, the name.
 
     The first document of the validation split that is long enough is read, else the whole split.
+    Rows to calibrate are taken from all over the training split.
     """
     cache = cache_folder()
     corpus = load_corpus(name)
     held_out = build_token_store(corpus, "validation", tokenizer, cache)
     documents = (held_out.tokens[a:b] for a, b in pairwise(held_out.document_offsets))
     text = next((doc for doc in documents if len(doc) > tokens), held_out.tokens)
-    other = build_token_store(corpus, "train", tokenizer, cache).tokens[:CALIBRATION]
+    other = build_token_store(corpus, "train", tokenizer, cache).tokens
     row = min(CALIBRATION_ROW, len(other))
-    other_NT = torch.from_numpy(np.asarray(other[: len(other) // row * row], dtype=np.int64))
+    rows = min(CALIBRATION, len(other)) // row
+    starts = np.linspace(0, len(other) - row, rows, dtype=int)
+    other_NT = torch.from_numpy(np.stack([other[a : a + row] for a in starts]).astype(np.int64))
     text_T = torch.from_numpy(np.asarray(text[: 2 * tokens + 1], dtype=np.int64))
-    return text_T, other_NT.view(-1, row), corpus.name
+    return text_T, other_NT, corpus.name
 
 
 def memory_text(folder: Path) -> str:
