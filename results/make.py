@@ -23,6 +23,7 @@ import pandas as pd
 from contextlm.report import charts, numbers, tables
 from contextlm.report.contenders import CACHE, Contender, cache_length
 from contextlm.report.frame import csv_frame, seed_frame
+from contextlm.report.language import ENGLISH, speaking
 from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
 from contextlm.results.result import read_run
@@ -225,7 +226,8 @@ def make(folder: Path) -> None:
         return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
 
     for page in [*sorted(folder.glob("*.md")), *sorted(folder.parent.glob("README*.md"))]:
-        page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
+        with speaking("ja" if page.name.endswith(".ja.md") else ENGLISH):
+            page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
     plots(results, folder / "plots")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_a_checkpoint_gives_the_figures_of_its_result(demo):
         model, tokenizer = load_checkpoint(folder, "cpu")
         assert model.config.use_cache is True
         assert tokenizer.decode(tokenizer("naïve 🐍")["input_ids"]) == "naïve 🐍"
+
+
+def test_a_checkpoint_says_what_it_is_and_how_to_load_it(demo, monkeypatch):
+    for outcome in demo.outcomes[::2]:
+        result = outcome.result
+        folder = seed_folder(demo.folder, result.contender, result.seed) / "checkpoint"
+        card = (folder / "README.md").read_text("utf-8")
+        head, text = card.removeprefix("---\n").split("\n---\n")
+        assert yaml.safe_load(head)["tags"] == ["contextlm", result.architecture]
+        assert f"# {result.contender}\n" in text
+        assert f"| validation PPL | {result.validation_ppl:.1f} |" in text
+        assert f"| parameters | {result.parameters_total:,} |" in text
+        assert "trained on 3,072 tokens, repeats counted" in text  # 48 windows of 32, twice
+        assert ("import contextlm\n" in text) == (result.architecture != "gpt_neox")
+        monkeypatch.chdir(folder)
+        found: dict[str, Any] = {}
+        exec(text.split("```python\n")[1].split("```")[0], found)
+        assert found["model"].num_parameters() == result.parameters_total
 
 
 def test_results_hold_no_times_and_the_environment_names_versions(demo):

@@ -1,4 +1,4 @@
-"""`contextlm list keys`: all that a recipe may say is listed, and docs/keys.md is what it prints."""
+"""`contextlm list keys`: all that a recipe may say is listed, and docs/keys.md is just that."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def check(
 
     The tests ask for causality, decoding in pieces, left padding, beams, saving, gradients, bytes
     of cache and more, on the settings that the file gives as `tiny`, or for a mixer on patterns
-    with its letter. They are tests of pytest: pip install 'contextlm[check]'.
+    with its letter. They are tests of pytest (the extra `check`): pip install pytest.
 
     Examples:
 

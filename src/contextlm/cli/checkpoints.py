@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -346,7 +347,7 @@ def _print_long(report: LongReport) -> None:
         print(f"note: {'; '.join(report.remarks)}")
 
 
-def read_lengths(text: str) -> list[int]:
+def read_lengths(text: str, option: str = "--cache-lengths") -> list[int]:
     """Comma-separated token counts, ascending and each once.
 
     Raises:
@@ -354,7 +355,7 @@ def read_lengths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
-        raise InputError(f"--cache-lengths {shown(text)}: expected token counts such as 128,512")
+        raise InputError(f"{option} {shown(text)}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
 
 
@@ -372,6 +373,9 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 
 
 def _existing(checkpoint: Path) -> Path:
-    if not is_folder(checkpoint):
-        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
-    return checkpoint
+    if is_folder(checkpoint):
+        return checkpoint
+    how = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):  # as the hub names models
+        how = f"; of a model of the hub, make one: hf download {checkpoint} --local-dir FOLDER"
+    raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder{how}")

@@ -17,9 +17,9 @@ def list_known(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="recipes|models|corpora|keys",
+            metavar="recipes|models|corpora|policies|keys",
             show_default=False,
-            help="What to list; the first three by default.",
+            help="What to list; all but the keys by default.",
         ),
     ] = None,
     prefix: Annotated[
@@ -36,7 +36,7 @@ def list_known(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes, the model types and the corpora that recipes can name, or recipes' keys.
+    """List what recipes and `contextlm compress` can name, or the keys of recipes.
 
     Examples:
 
@@ -53,7 +53,7 @@ def list_known(
         return
     if prefix is not None or markdown:
         raise InputError(f"{shown(prefix or '--markdown')}: goes with `contextlm list keys` only")
-    sources = {"recipes": _recipes, "models": _models, "corpora": _corpora}
+    sources = {"recipes": _recipes, "models": _models, "corpora": _corpora, "policies": _policies}
     if kind is not None and kind not in sources:
         raise unknown_name("kind of thing to list:", kind, [*sources, "keys"])
     found = {name: make() for name, make in sources.items() if kind in (None, name)}
@@ -150,6 +150,20 @@ def _corpora() -> list[dict[str, Any]]:
     from contextlm.data.corpora import CORPORA
 
     return [{"name": name, "description": description} for name, description in CORPORA.items()]
+
+
+def _policies() -> list[dict[str, Any]]:
+    from contextlm import compress as compress  # registers them
+    from contextlm.compress.base import policies
+
+    return [
+        {
+            "name": name,
+            "settings": list(policy.model_fields),
+            "description": (policy.__doc__ or "").partition("\n")[0],
+        }
+        for name, policy in policies().items()
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -108,7 +108,7 @@ class Attention:
     """One attention module, read by the names of its architecture.
 
     Attributes:
-        module: the module itself; `base` the model without its head.
+        module: the module itself; `block` the layer around it, `base` the model without its head.
         heads, groups: H and G, of queries and of keys and values.
         head_width: E.
         width: D, of the module's input.
@@ -117,9 +117,10 @@ class Attention:
         softcap: what bounds them, or None.
     """
 
-    def __init__(self, module: Any, names: Names, base: Any):
-        config = module.config
-        self.module, self.names, self.base = module, names, base
+    def __init__(self, block: Any, names: Names, base: Any):
+        self.module: Any = getattr(block, names.attention)
+        self.block, self.names, self.base = block, names, base
+        module, config = self.module, self.module.config
         self.heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or self.heads
         self.width = config.hidden_size
@@ -255,7 +256,7 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
         )
     names = ARCHITECTURES[kind]
     layers = operator.attrgetter(names.layers)(base)
-    found = [Attention(getattr(layer, names.attention), names, base) for layer in layers]
+    found = [Attention(block, names, base) for block in layers]
     if not all(attention.module.is_causal for attention in found):
         raise InputError(f"this {kind} attends to later tokens too: it has no cache to compress")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,14 @@ class Moments(NamedTuple):
         mean_D: of its inputs; `covariance_DD` likewise.
         queries_GEE: of its queries, summed over the heads that share keys; each turned as it is
             seen from a key at some distance within a row of the text, and scaled as scores are.
+        stream: the mean square of what the layer adds its output to, without a row's first token,
+            which is often huge.
     """
 
     mean_D: Tensor
     covariance_DD: Tensor
     queries_GEE: Tensor
+    stream: float
 
 
 class Calibration:
@@ -48,6 +52,7 @@ class Calibration:
 @torch.no_grad()
 def _measured(attentions: Sequence[Attention], text_NT: Tensor) -> list[Moments]:
     sums: list[list[Tensor]] = [[] for _ in attentions]
+    streams = [0.0 for _ in attentions]
     generator = torch.Generator().manual_seed(0)
 
     def note(number: int, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -69,12 +74,15 @@ def _measured(attentions: Sequence[Attention], text_NT: Tensor) -> list[Moments]
         before = sums[number] or [torch.zeros_like(total) for total in new]
         sums[number] = [old + more for old, more in zip(before, new, strict=True)]
 
-    hooks = [
-        attention.module.register_forward_pre_hook(
-            lambda _, given, named, number=number: note(number, given, named), with_kwargs=True
-        )
-        for number, attention in enumerate(attentions)
-    ]
+    def note_stream(number: int, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        stream_BTD = given[0] if given else named["hidden_states"]
+        streams[number] += float(_wide(stream_BTD[:, 1:]).square().mean(-1).sum())
+
+    hooks = []
+    for number, attention in enumerate(attentions):
+        for module, noted in ((attention.module, note), (attention.block, note_stream)):
+            hook = partial(_called, noted, number)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     base = attentions[0].base
     was_training = base.training
     base.eval()
@@ -91,9 +99,15 @@ def _measured(attentions: Sequence[Attention], text_NT: Tensor) -> list[Moments]
             total_D / tokens,
             square_DD / tokens - torch.outer(total_D, total_D) / tokens**2,
             queries_GEE / tokens,
+            stream / max(1, tokens - len(text_NT)),
         )
-        for total_D, square_DD, queries_GEE in sums
+        for (total_D, square_DD, queries_GEE), stream in zip(sums, streams, strict=True)
     ]
+
+
+def _called(noted: Any, number: int, module: Any, given: Any, named: Any) -> None:
+    """As torch calls a hook."""
+    noted(number, given, named)
 
 
 def _wide(tensor: Tensor) -> Tensor:

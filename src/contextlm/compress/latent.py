@@ -99,13 +99,16 @@ def _root(weight_EE: Tensor) -> Tensor:
     return (vectors_EE * value_E.sqrt()) @ vectors_EE.T
 
 
-def spread(energies: Sequence[Tensor], total: int) -> list[int]:
-    """Ranks, each at least 1, that sum to `total`, with the least sum of relative losses."""
-    gains = torch.cat([energy_Z / energy_Z.sum() for energy_Z in energies])
-    layer = torch.cat([torch.full((len(e),), n) for n, e in enumerate(energies)])
-    first = torch.cat([torch.arange(len(e)) == 0 for e in energies]).to(gains.device)
-    best = gains.masked_fill(first, float("inf")).topk(total).indices
-    return torch.bincount(layer.to(best.device)[best], minlength=len(energies)).tolist()
+def spread(found: Sequence[Factors], moments: Sequence[Moments], total: int) -> list[int]:
+    """Ranks that sum to `total`, with the least sum of losses, each as a share of its stream.
+
+    Each layer gets at least half of the mean: losses of a layer are not all that it does to others.
+    """
+    least = total // len(found) // 2
+    gains = [f.energy_Z[least:] / m.stream for f, m in zip(found, moments, strict=True)]
+    layer = torch.cat([torch.full((len(gain),), number) for number, gain in enumerate(gains)])
+    best = torch.cat(gains).cpu().topk(total - least * len(found)).indices
+    return (torch.bincount(layer[best], minlength=len(found)) + least).tolist()
 
 
 class LatentReader(EntryReader):
@@ -191,11 +194,11 @@ class Latent(Form):
     ) -> list[Reader]:
         rank = self.mean_rank(attentions)
         assert calibration is not None
-        pairs = zip(attentions, calibration.moments(attentions), strict=True)
-        found = [factors(*pair) for pair in pairs]
+        moments = calibration.moments(attentions)
+        found = [factors(*pair) for pair in zip(attentions, moments, strict=True)]
         ranks = [rank] * len(found)
         if self.spread:
-            ranks = spread([layer.energy_Z for layer in found], rank * len(found))
+            ranks = spread(found, moments, rank * len(found))
         groups = groups_of(attentions, rule, Group, turns=True)
         return [LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)]
 

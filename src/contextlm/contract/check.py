@@ -36,7 +36,7 @@ def check(importing: Callable[[], None], options: list[str]) -> int:
         InputError: pytest is not installed, or nothing becomes known.
     """
     if importlib.util.find_spec("pytest") is None:
-        raise InputError("contextlm check needs pytest: pip install 'contextlm[check]'")
+        raise InputError("contextlm check needs pytest (the extra check): pip install pytest")
     import pytest
 
     known, letters = base.registry(), mixers()

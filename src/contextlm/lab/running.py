@@ -45,19 +45,25 @@ from contextlm.training.next_token import check_processes
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: str, progress: Progress, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
     Args:
         recipe: the comparison.
-        out, device, progress, workers: as for `run_points`.
+        out, device, progress, workers, track: as for `run_points`.
 
     Returns:
         The run folder.
     """
     point = Point({}, recipe, "")
-    return run_points([point], out, device=device, progress=progress, workers=workers)
+    return run_points([point], out, device=device, progress=progress, workers=workers, track=track)
 
 
 def run_points(
@@ -68,6 +74,7 @@ def run_points(
     progress: Progress,
     workers: int | None = None,
     watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Run a recipe, or every point of a grid: each is a run folder of its own, with its report.
 
@@ -81,6 +88,7 @@ def run_points(
         progress: gets headings, epochs and what is at work.
         workers: do the jobs in so many workers of Ray instead of this process.
         watch: serve the page of the run on this machine while it is at work.
+        track: names of trackers that get losses, validation and configuration of every job.
 
     Returns:
         The folder of the run, or of the grid, which holds those of its points and a report of all.
@@ -90,7 +98,7 @@ def run_points(
         RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
@@ -112,6 +120,7 @@ def resume(
     progress: Progress,
     workers: int | None = None,
     watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Finish a run, or a grid, that was killed, interrupted or stopped by a fault.
 
@@ -120,7 +129,7 @@ def resume(
     Args:
         folder: the run's or the grid's.
         device: ``auto`` or the kind of device that it began on.
-        progress, workers, watch: as for `run_points`.
+        progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: no unfinished run is there, another process is at work on it, or the recipe, the
@@ -132,7 +141,7 @@ def resume(
         raise InputError(f"{folder}: no unfinished run is in there")
     progress.line(f"resuming {folder}")
     recipes = {run: load_recipe(str(run / "recipe.yaml")) for run in runs}
-    return _extend(recipes, folder, device, progress, workers, watch)
+    return _extend(recipes, folder, device, progress, workers, watch, track)
 
 
 def extend(
@@ -143,6 +152,7 @@ def extend(
     progress: Progress,
     workers: int | None = None,
     watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Do what a run or grid lacks of recipes, which may name more contenders, seeds and points.
 
@@ -151,7 +161,7 @@ def extend(
     Args:
         points: as for `run_points`.
         folder: of the run or the grid.
-        device, progress, workers, watch: as for `run_points`.
+        device, progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: there is no such run or grid, or it holds a contender and seed of the same name
@@ -164,7 +174,7 @@ def extend(
     elif not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}: not a run folder")
     recipes = {folder / point.name: point.recipe for point in points}
-    return _extend(recipes, folder, device, progress, workers, watch, points)
+    return _extend(recipes, folder, device, progress, workers, watch, track, points)
 
 
 def _extend(
@@ -174,10 +184,11 @@ def _extend(
     progress: Progress,
     workers: int | None,
     watch: bool,
+    track: Sequence[str],
     points: Sequence[Point] = (),
 ) -> Path:
     with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         stack.enter_context(_held({folder}))
         known = [run for run in recipes if (run / "recipe.yaml").is_file()]
         stack.enter_context(_held(set(known) - {folder}))

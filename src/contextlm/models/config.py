@@ -89,3 +89,11 @@ class ContextConfig(PreTrainedConfig):
         part, width = getattr(self, name), getattr(self, whole)
         if width % part:
             raise ValueError(f"{name} ({part}) must divide {whole} ({width})")
+
+    def check_state_heads(self, inner: int) -> None:
+        """Refuse heads of a matrix state, `state_head_dim` wide, that do not fill its channels."""
+        head = getattr(self, "state_head_dim")  # noqa: B009 - not every architecture has it
+        if inner % head:
+            raise ValueError(
+                f"state_head_dim ({head}) must divide the {inner} channels of the selective state"
+            )

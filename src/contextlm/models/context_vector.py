@@ -22,7 +22,9 @@ taken one after the other; only the tokens' part of the first layer is computed 
 
 With ``context="gated_recurrence"`` the context is a gated recurrence over the normalised embeddings
 (`models.gated_recurrence`) instead, which the MLP reads but does not write, so that tokens need not
-wait for each other. Phase 1 can train it, as it trains Context-Pythia's.
+wait for each other. Phase 1 can train it, as it trains Context-Pythia's. With
+``context="selective_state"`` it is what a selective state (`models.selective_state`) gives at the
+current token; only next-token training trains that.
 
 H is the width of the MLP here, C that of all context vectors together.
 """
@@ -42,6 +44,7 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
+from contextlm.models.selective_state import MatrixStateLayer, SelectiveState
 
 _DEFAULT_POSITIONS = 32
 _RECOMPUTED = 32  # tokens at a time, of whose steps gradient checkpointing keeps nothing
@@ -60,8 +63,12 @@ class ContextVectorConfig(ContextConfig):
         mlp_size: H, the width of the MLP.
         mlp_layers: L, its linear layers.
         dropout: after each of them.
-        context: what updates the context: the document's MLP, or a gated recurrence.
+        context: what updates the context: the document's MLP, a gated recurrence, or a selective
+            state.
         freeze_context: the recurrence learns in phase 1 only; False by default.
+        state_size: N, numbers of state a channel of a selective state, which has twice as many
+            channels as the context.
+        state_head_dim: P, channels of each of its heads.
         update: how the MLP changes the context.
         positions: learned, or none, which leaves the length unbounded.
         max_position_embeddings: positions that can be learned, 32 by default; None without them.
@@ -77,7 +84,9 @@ class ContextVectorConfig(ContextConfig):
     mlp_size: int = 512
     mlp_layers: int = 8
     dropout: float | int = 0.1
-    context: Literal["mlp", "gated_recurrence"] = "mlp"
+    context: Literal["mlp", "gated_recurrence", "selective_state"] = "mlp"
+    state_size: int = 16
+    state_head_dim: int = 64
     freeze_context: bool = False
     update: Literal["additive", "gated"] = "additive"
     positions: Literal["learned", "none"] = "learned"
@@ -105,13 +114,18 @@ class ContextVectorConfig(ContextConfig):
         self.check_counts(*sizes, "mlp_size", "mlp_layers")
         self.check_positive("initializer_range")
         self.check_dropout("dropout")
-        if self.context == "mlp" and self.freeze_context:
-            raise ValueError("freeze_context is for context 'gated_recurrence', not 'mlp'")
-        if self.context == "gated_recurrence" and self.update == "gated":
-            raise ValueError("update must be left out with context 'gated_recurrence', got 'gated'")
-        if self.context == "gated_recurrence" and self.num_contexts > 1:
+        self.check_counts("state_size", "state_head_dim")
+        if self.context != "gated_recurrence" and self.freeze_context:
             raise ValueError(
-                f"num_contexts must be 1 with context 'gated_recurrence', got {self.num_contexts}: "
+                f"freeze_context is for context 'gated_recurrence', not {self.context!r}"
+            )
+        if self.context == "selective_state":
+            self.check_state_heads(2 * self.context_dim)
+        if self.context != "mlp" and self.update == "gated":
+            raise ValueError(f"update must be left out with context {self.context!r}, got 'gated'")
+        if self.context != "mlp" and self.num_contexts > 1:
+            raise ValueError(
+                f"num_contexts must be 1 with context {self.context!r}, got {self.num_contexts}: "
                 "its channels are independent, a wider context is the same"
             )
         limit = self.max_position_embeddings
@@ -170,7 +184,7 @@ class ContextVectorModel(ContextDecoder):
     """Embedding, MLP and context update, without the head."""
 
     config_class = ContextVectorConfig
-    _no_split_modules = ["GatedContextBlock", "ContextUpdate"]
+    _no_split_modules = ["GatedContextBlock", "SelectiveState", "ContextUpdate"]
     _can_compile_fullgraph = True
 
     def __init__(self, config: ContextVectorConfig):
@@ -191,6 +205,11 @@ class ContextVectorModel(ContextDecoder):
             self.context_block = GatedContextBlock(
                 width, config.hidden_size, frozen=config.freeze_context
             )
+        elif config.context == "selective_state":
+            self.embed_norm = nn.LayerNorm(config.hidden_size)
+            self.selective_context = SelectiveState(
+                config.hidden_size, 2 * width, width, config.state_head_dim, config.state_size
+            )
         else:
             gated = config.update == "gated"
             self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
@@ -206,7 +225,8 @@ class ContextVectorModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
-        return Cache(layers=[ContextStateLayer()])
+        selective = self.config.context == "selective_state"
+        return Cache(layers=[MatrixStateLayer() if selective else ContextStateLayer()])
 
     @property
     def width(self) -> int:
@@ -220,6 +240,10 @@ class ContextVectorModel(ContextDecoder):
             positions_BT = new.table_positions(self.embed_positions.num_embeddings)
             tokens_BTD = tokens_BTD + self.embed_positions(positions_BT)
         (state,) = new.states(1)
+        if self.config.context == "selective_state":
+            embeds_BTD = new.real_first(self.embed_norm(embeds_BTD))
+            contexts_BTC = new.as_given(self.selective_context(embeds_BTD, state, new))
+            return self._recomputed(self._hidden, self.token_input(tokens_BTD), contexts_BTC)
         start_BC = embeds_BTD.new_zeros(new.batch, self.config.total_context_dim)
         if state is not None:
             start_BC = state.continue_from(start_BC)
@@ -298,6 +322,7 @@ _TINY = {
         _TINY,
         {**_TINY, "update": "gated", "num_contexts": 2, "positions": "none"},
         {**_TINY, "context": "gated_recurrence", "positions": "none"},
+        {**_TINY, "context": "selective_state", "positions": "none", "state_head_dim": 8},
     ),
 )
 class ContextVectorForCausalLM(ContextForCausalLM):

@@ -66,7 +66,7 @@ def whole_rows(part_BTC: Tensor) -> tuple[Tensor, int]:
         ``[B, T, X]``, and a column.
     """
     batch, tokens, channels = part_BTC.shape
-    width, start = part_BTC.stride(1), part_BTC.storage_offset()
+    width, start = part_BTC.stride(1), int(part_BTC.storage_offset())
     first = start % max(1, width)
     end = (start - first + batch * tokens * width) * part_BTC.element_size()
     if (

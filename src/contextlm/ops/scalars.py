@@ -6,14 +6,19 @@ In float32 none of these has a branch or a call, so that a loop over them is vec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import overload
 
 from contextlm.ops.backends import compiled
 
 # Compiled functions have no annotations, hence the silenced checks.
+
+# Called in compiled code with one argument less than it is defined with.
+intrinsic: Any = _intrinsic
 
 
 @intrinsic

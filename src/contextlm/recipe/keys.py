@@ -47,7 +47,9 @@ def _keys(schema: Mapping[str, Any], known: Mapping[str, Any], above: str) -> It
         if above + name in _NOTES:
             continue
         group = _group(field, known)
-        default = "" if group and field.get("default") is not None else _default(field, schema, name)
+        default = _default(field, schema, name)
+        if group is not None and field.get("default") is not None:
+            default = ""  # it is that of its keys
         meaning = field.get("description") or (group or {}).get("description", "")
         yield Key(above + name, _type(field), default, " ".join(meaning.split()))
         if group is not None:

@@ -50,12 +50,14 @@ _BYTES = (
     " : datum.value < 1073741824 ? datum.value / 1048576 + ' MB'"
     " : datum.value / 1073741824 + ' GB'"
 )
-_TOKENS = "format(datum.value, '~s')"
+_TOKENS = "format(datum.value, '.3~s')"
 
 
 def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
     return {
-        "font": "Liberation Sans, Noto Sans CJK JP, Hiragino Sans, Yu Gothic, sans-serif",
+        "font": "Helvetica, Arial, Liberation Sans, Noto Sans CJK JP, Hiragino Sans, sans-serif",
+        # A reader without these fonts sees wider letters.
+        "padding": {"left": 5, "top": 5, "right": 35, "bottom": 5},
         "background": back,
         "view": {"stroke": None},
         "axis": {
@@ -67,6 +69,7 @@ def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
             "gridColor": grid,
             "domainColor": soft,
             "tickColor": soft,
+            "labelSeparation": 8,
         },
         "legend": {
             "labelColor": text,
@@ -146,7 +149,7 @@ def figures(rows: Sequence[Contender]) -> list[Figure]:
 @cache
 def has_glyphs(language: str) -> bool:
     """Whether a font of this machine has the language's glyphs: without one, all look alike."""
-    foreign = {c for text in translations(language).values() for c in text if c > "\u2e80"}
+    foreign = {c for text in translations(language).values() for c in text if c >= "\u4e00"}
     glyphs = sorted(foreign)[:3]
     pictures = {
         vl_convert.svg_to_png(

@@ -107,12 +107,6 @@ class ContextHybridConfig(ContextConfig):
         known = mixers()
         return [known[letter] for letter in self.pattern.upper()]
 
-    def check_state_heads(self) -> None:
-        """Refuse heads of S and K that do not fill their channels."""
-        inner, head = self.expand * self.hidden_size, self.state_head_dim
-        if inner % head:
-            raise ValueError(f"state_head_dim ({head}) must divide expand * hidden_size ({inner})")
-
     def validate_architecture(self) -> None:
         """Called by transformers on construction.
 

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.hybrid.convolution import CausalConvolution
+from contextlm.models.convolution import CausalConvolution
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
-from contextlm.models.hybrid.selective import Decay, MatrixStateLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
+from contextlm.models.selective_state import Decay, MatrixStateLayer
 from contextlm.ops.delta_rule import LEAST, delta_rule
 
 
@@ -54,12 +54,12 @@ class DeltaMixer(Mixer):
     @classmethod
     def new_state(cls, config: Any) -> MatrixStateLayer:
         """The heads' matrices and the convolution's taps."""
-        return MatrixStateLayer.of(config)
+        return MatrixStateLayer(torch.bfloat16 if config.state_dtype == "bfloat16" else None)
 
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse heads that do not fill the channels."""
-        config.check_state_heads()
+        config.check_state_heads(config.expand * config.hidden_size)
 
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from contextlm.models.cache import RowStateLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 

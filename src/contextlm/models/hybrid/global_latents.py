@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from contextlm.models.attention import attend
 from contextlm.models.cache import RecentLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.latent import LatentLayer
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens, take

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
 from contextlm.models.cache import CroppableLayer, EntriesLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, linear_weight

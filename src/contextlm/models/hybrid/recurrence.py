@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.cache import ContextStateLayer
+from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 

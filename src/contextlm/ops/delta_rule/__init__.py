@@ -83,7 +83,7 @@ def delta_rule(
         if tensor is not None and tensor.shape != fitting:
             found = tuple(tensor.shape)
             raise ValueError(f"delta_rule needs the {what} as {fitting}, got {found}")
-    given = (queries_BTHN, keys_BTHN, values_BTHP, logs_BTHX, rates_BTH)
+    given: tuple[Tensor, ...] = (queries_BTHN, keys_BTHN, values_BTHP, logs_BTHX, rates_BTH)
     kind = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
     given = tuple(tensor.to(kind) for tensor in given)
     if initial_BHNP is None:

@@ -79,7 +79,7 @@ def selective_state(
         if tensor is not None and tensor.shape != fitting:
             found = tuple(tensor.shape)
             raise ValueError(f"selective_state needs the {what} as {fitting}, got {found}")
-    given = (inputs_BTHP, steps_BTH, rates_H, write_BTN, read_BTN, skip_H)
+    given: tuple[Tensor, ...] = (inputs_BTHP, steps_BTH, rates_H, write_BTN, read_BTN, skip_H)
     kind = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
     given = tuple(tensor.to(kind) for tensor in given)
     if initial_BHNP is None:
