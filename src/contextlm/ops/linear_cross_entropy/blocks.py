@@ -1,6 +1,6 @@
 """The loss block by block over tokens: gradients are had with it, and logits thrown away.
 
-For a block of R tokens, with p the softmax of their logits and y their targets as ones among zeros::
+For a block of R tokens, with p the softmax of their logits and y ones at targets among zeros::
 
     loss += sum log(sum exp(logits)) - logits[target]
     d hidden = (p - y) W        d W += (p - y)^T hidden        d b += sum (p - y)
@@ -53,7 +53,7 @@ class _Blocks(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         own_VD = weight_VD.to(dtype)
         own_V = None if bias_V is None else bias_V.to(dtype)
-        # As the second factor of `d hidden` it is read faster by columns; turning it round has a price.
+        # The gradient's product reads it faster by columns; turning it round has a price.
         turned_DV = own_VD.t()
         if dtype == torch.bfloat16 and len(hidden_ND) >= _FEWEST_TO_TURN:
             turned_DV = turned_DV.contiguous()

@@ -23,11 +23,11 @@ def philox_key(*numbers: int) -> tuple[int, int]:
 def philox_naive(counters_4N: npt.NDArray[Any], key: tuple[int, int]) -> npt.NDArray[np.uint64]:
     """Four numbers of 32 bits for each counter of four, ``[4, N]``."""
     a, b, c, d = counters_4N.astype(np.uint64)
-    one, two = (np.uint64(m) for m in MULTIPLIERS)
+    one, two = (np.uint64(each) for each in MULTIPLIERS)
     for number in range(ROUNDS):
-        k, l = (np.uint64((k + number * w) & 0xFFFFFFFF) for k, w in zip(key, WEYL, strict=True))
+        k, m = (np.uint64((k + number * w) & 0xFFFFFFFF) for k, w in zip(key, WEYL, strict=True))
         p, q = one * a, two * c
-        a, b, c, d = (q >> _32) ^ b ^ k, q & _LOW, (p >> _32) ^ d ^ l, p & _LOW
+        a, b, c, d = (q >> _32) ^ b ^ k, q & _LOW, (p >> _32) ^ d ^ m, p & _LOW
     return np.stack([a, b, c, d])
 
 

@@ -16,7 +16,7 @@ from contextlm.ops.bits import bits_as_float, float_as_bits
 from contextlm.ops.normal_noise.naive import MULTIPLIERS, ROUNDS, WEYL
 
 _FLAGS = ("contract", "nsz", "arcp")
-_ONE, _TWO = (np.uint64(m) for m in MULTIPLIERS)
+_ONE, _TWO = (np.uint64(each) for each in MULTIPLIERS)
 _WEYL_ONE, _WEYL_TWO = (np.uint32(w) for w in WEYL)
 _LN2 = np.float32(math.log(2))
 _QUARTER_TURN = np.float32(math.pi / 2)
@@ -70,13 +70,13 @@ def _fill(numbers_4Q, start, key_one, key_two):  # type: ignore[no-untyped-def]
     low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
     for g in range(numbers_4Q.shape[1]):
         a, b, c, d = np.uint32(start + g), np.uint32(0), np.uint32(0), np.uint32(0)
-        k, l = key_one, key_two
+        k, m = key_one, key_two
         for _ in range(ROUNDS):
             p, q = _ONE * np.uint64(a), _TWO * np.uint64(c)
             a = np.uint32(q >> high) ^ b ^ k
-            c = np.uint32(p >> high) ^ d ^ l
+            c = np.uint32(p >> high) ^ d ^ m
             b, d = np.uint32(q & low), np.uint32(p & low)
-            k, l = np.uint32(k + _WEYL_ONE), np.uint32(l + _WEYL_TWO)
+            k, m = np.uint32(k + _WEYL_ONE), np.uint32(m + _WEYL_TWO)
         radius = _radius(a)
         cosine, sine = _turn(b)
         numbers_4Q[0, g] = radius * cosine
