@@ -134,7 +134,8 @@ def batch_noise(like_NC: Tensor, seed: int, iteration: int, batch: int) -> Tenso
     """
     key = philox_key(seed, iteration, batch)
     if like_NC.device.type == "cpu":
-        return normal_noise(*like_NC.shape, key).to(like_NC.dtype)
+        rows, columns = like_NC.shape
+        return normal_noise(rows, columns, key).to(like_NC.dtype)
     generator = torch.Generator(like_NC.device).manual_seed(key[0] << 31 | key[1] >> 1)
     return torch.empty_like(like_NC).normal_(generator=generator)
 

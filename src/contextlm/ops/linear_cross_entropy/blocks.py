@@ -60,7 +60,7 @@ class _Blocks(torch.autograd.Function):
         loss = hidden_ND.new_zeros((), dtype=sums)
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=sums) if wants_bias else None
+        d_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=sums) if wants_bias else None
         size = max(1, (BLOCK_TRAINED if wants_weight else BLOCK) // len(weight_VD))
         memory_RV = _rows(min(size, len(hidden_ND)), len(weight_VD), dtype, hidden_ND.device)
         for start in range(0, len(hidden_ND), size):
