@@ -287,6 +287,14 @@ def grid_chart(points: pd.DataFrame, key: str, marks: Sequence[str]) -> Drawn:
     return _line_chart(points, x, _perplexity(points, say("validation perplexity")), said)
 
 
+def course(points: pd.DataFrame) -> Drawn:
+    """Perplexity by epoch as a multiple of its lowest, from points with `label`, `x` and `y`."""
+    x = alt.X("x:Q").title(say("epoch")).axis(tickMinStep=1, format="d").scale(nice=False)
+    y = alt.Y("y:Q").title(say("validation perplexity over its lowest")).scale(zero=False)
+    points = points.assign(low=math.nan, high=math.nan, baseline=False)
+    return _line_chart(points, x, y, say("Perplexity by epoch, as a multiple of its lowest."))
+
+
 def curves(group: Sequence[Contender]) -> Drawn:
     """Loss over the tokens trained on, of validation and, running, of training.
 
