@@ -52,7 +52,7 @@ CLIENTS := $(VENV)-clients
 clients:
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
-	  -e ".[lm-eval,quantised]" -r tests/clients/requirements.txt
+	  -e ".[lm-eval,trackers]" -r tests/clients/requirements.txt
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python tests/clients/matrix.py $(ARGS)
 
 # The list is for a person to read: each message must name the culprit and say what would be right.

@@ -18,6 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 from contextlm.base.errors import InputError
+from contextlm.models.cache import CACHE
 
 QUERY, KEY, VALUE = range(3)
 
@@ -42,7 +43,7 @@ class Names:
 
     layers: str = "layers"
     attention: str = "self_attn"
-    cache: str = "past_key_values"
+    cache: str = CACHE
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     by_head: bool = False
     norms: tuple[str, str] | None = None

@@ -19,7 +19,10 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.integrations import flex_attention as flex
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
@@ -250,6 +253,47 @@ def test_the_plain_form_of_attention_gives_the_same(own):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def plain_flash(module, query, key, value, mask, *, scaling, **kwargs):
+    """What flash attention computes: causal, ending together, without the keys that are padding."""
+    scores = query @ key.mT * scaling
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, None, :].bool()
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+def test_flex_and_flash_attention_give_the_same_or_are_refused(variant):
+    """Without compiling flex attention, which takes a minute; with a stand-in for flash."""
+    own, names = build(*variant), ("flex_attention", "flash_attention_2")
+    assert own._supports_flex_attn == own._supports_flash_attn
+    if not own._supports_flex_attn:
+        for name in names:
+            with pytest.raises(ValueError, match="does not support"):
+                own.set_attn_implementation(name)
+        return
+    rows, mask = pad_first_row(make_tokens(own, length=11), 4)
+    row = torch.cat([make_tokens(own, batch=1, length=length) for length in PACKED], dim=1)
+    padded = own(rows, attention_mask=mask).logits[mask.bool()]
+    tokens = generate(own, rows, attention_mask=mask, max_new_tokens=2)
+    packed = own(row, **packed_forms(PACKED)[0]).logits
+    uncompiled = masking_utils.create_block_mask
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
+        patch.setattr(
+            masking_utils,
+            "create_block_mask",
+            lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
+        )
+        functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+        patch.setitem(functions, "flash_attention_2", plain_flash)
+        for name in names:
+            own.config._attn_implementation = name  # its setter looks for flash itself
+            assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
+            assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
+            assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
+
+
 def test_gradients_reach_every_trainable_parameter(own):
     own.train()
     ids = make_tokens(own)
@@ -469,7 +513,8 @@ def test_hidden_states_are_given(model):
     ids = make_tokens(model, length=5)
     for keep in (0, 2):
         states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
-        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        appended = getattr(model.model, "appended", None) is not None  # behind the base's layers
+        assert len(states) == model.config.num_hidden_layers + 1 + appended
         assert all(state.shape[:2] == ids.shape for state in states)
         assert_close(states[-1], model.model(ids).last_hidden_state)
 
@@ -631,3 +676,11 @@ def test_compiles_into_one_graph(variant):
         compiled(ids, attention_mask=mask, use_cache=False).logits[0, 1:],
         model(ids, attention_mask=mask).logits[0, 1:],
     )
+    packed = {"position_ids": torch.tensor([[0, 1, 0]])}
+    if variant[0] in ("context_kv", "context_pythia", "dual_context"):
+        return  # packed documents are theirs as they are context_vector's
+    if model.model.reads_packed:
+        assert_close(compiled(ids, use_cache=False, **packed).logits, model(ids, **packed).logits)
+    else:
+        with pytest.raises(RuntimeError, match="for one document a row"):
+            compiled(ids, use_cache=False, **packed)

@@ -67,7 +67,7 @@ class RowStateLayer(CacheLayerMixin):
 
     def advance(self, new: NewTokens) -> None:
         """Count the new tokens."""
-        self.counts = new.counts if self.counts is None else self.counts + new.counts
+        self.counts = new.counts + (0 if self.counts is None else self.counts)
         self._seen += new.tokens
         self.is_initialized = True
 

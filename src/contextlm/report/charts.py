@@ -69,6 +69,7 @@ def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
             "gridColor": grid,
             "domainColor": soft,
             "tickColor": soft,
+            "labelSeparation": 8,
         },
         "legend": {
             "labelColor": text,
@@ -148,7 +149,7 @@ def figures(rows: Sequence[Contender]) -> list[Figure]:
 @cache
 def has_glyphs(language: str) -> bool:
     """Whether a font of this machine has the language's glyphs: without one, all look alike."""
-    foreign = {c for text in translations(language).values() for c in text if c > "\u2e80"}
+    foreign = {c for text in translations(language).values() for c in text if c >= "\u4e00"}
     glyphs = sorted(foreign)[:3]
     pictures = {
         vl_convert.svg_to_png(

@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import cache_folder, is_folder, plain, write_json, write_text
+from contextlm.base.files import cache_folder, is_file, is_folder, plain, write_json, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, notes, tables
 from contextlm.report.contenders import Contender, comparable_groups, contenders, row_facts
@@ -78,6 +78,8 @@ def write_report(
         if is_folder(path):
             raise InputError(f"{path}: is a folder, the report needs that name for a file")
     check_inside(folder, folder / FIGURES)
+    if is_file(folder / FIGURES):
+        raise InputError(f"{folder / FIGURES}: is a file, the report needs that name for a folder")
     rows = contenders(runs, against)
     drawn = charts.figures(rows)
     facts = _facts(runs, rows, folder, drawn)

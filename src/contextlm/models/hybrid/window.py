@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.attention import attend, rotate
+from contextlm.models.attention import attend, rotate_columns
 from contextlm.models.cache import RecentLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
@@ -73,9 +73,8 @@ class WindowedAttention(Mixer):
             both = state.append(torch.cat([key, value], dim=2).flatten(2), new)
             key, value = both.unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         kept, theta = key.shape[1] - new.tokens, self.config.rope_theta
-        columns_1S = torch.arange(key.shape[1], device=x_BTD.device).unsqueeze(0)
-        query_BHTE = rotate(query.transpose(1, 2), columns_1S[:, kept:], theta)
-        key_BGSE = rotate(key.transpose(1, 2), columns_1S, theta)
+        query_BHTE = rotate_columns(query.transpose(1, 2), kept, theta)
+        key_BGSE = rotate_columns(key.transpose(1, 2), 0, theta)
         return self.output(self._read(query_BHTE, key_BGSE, value.transpose(1, 2), new))
 
     def _read(

@@ -33,7 +33,8 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 
 def _backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(_any_length, *ctx.saved_tensors, grad_BTC)
+    gates_BTC, initial_BC, states_BTC = ctx.saved_tensors
+    return gradients(_any_length, gates_BTC, initial_BC, states_BTC, grad_BTC)
 
 
 _any_length.register_autograd(_backward, setup_context=_keep)
