@@ -36,6 +36,8 @@ class ContextConfig(PreTrainedConfig):
     auto_map: ClassVar[dict[str, str]] = {}
 
     keys_to_ignore_at_inference = [*NAMES]
+    # Clients ask every configuration for these, also where there is nothing to count.
+    num_hidden_layers = num_attention_heads = 1
 
     initializer_range: float = 0.02
     use_cache: bool = True

@@ -46,7 +46,6 @@ class ContextTokenConfig(ContextConfig):
     """
 
     model_type = "context_token"
-    num_attention_heads = 1  # there is no attention, but clients ask for it
 
     vocab_size: int = 50257
     hidden_size: int = 768

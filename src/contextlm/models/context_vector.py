@@ -75,7 +75,6 @@ class ContextVectorConfig(ContextConfig):
     """
 
     model_type = "context_vector"
-    num_hidden_layers = num_attention_heads = 1  # there are none, but clients ask for them
 
     vocab_size: int = 1000
     hidden_size: int = 256

@@ -64,7 +64,6 @@ class ContextKVConfig(ContextConfig):
     """
 
     model_type = "context_kv"
-    num_hidden_layers = 1  # clients ask for it
 
     vocab_size: int = 50257
     hidden_size: int = 768

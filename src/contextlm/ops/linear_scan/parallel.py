@@ -38,7 +38,8 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``g_t = grad_t + a_{t+1} g_{t+1}`` is the same recurrence, backwards in time."""
-        return gradients(linear_scan_parallel, *ctx.saved_tensors, grad_BTC)
+        gates_BTC, initial_BC, states_BTC = ctx.saved_tensors
+        return gradients(linear_scan_parallel, gates_BTC, initial_BC, states_BTC, grad_BTC)
 
 
 def gradients(
