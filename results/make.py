@@ -1,4 +1,4 @@
-"""Makes the tables, figures and plots in this folder again, all from two files.
+"""Makes the tables, figures and plots here, and the README's figures, again from two files.
 
     python results/make.py                         make them again
     python results/make.py add QUESTION RUN...     take in the rows of finished run folders first
@@ -18,14 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.figure import Figure
 
-from contextlm.report import numbers, tables
-from contextlm.report.charts import frontier_figure, styles
-from contextlm.report.contenders import Contender
+from contextlm.report import charts, numbers, tables
+from contextlm.report.contenders import CACHE, Contender, cache_length
 from contextlm.report.frame import csv_frame, seed_frame
+from contextlm.report.language import ENGLISH, speaking
 from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
 from contextlm.results.result import read_run
@@ -84,8 +82,11 @@ class Results:
         return next(row for row in self.rows(question) if row.name == contender)
 
     def value(self, figure: str, question: str, contender: str) -> str:
-        """One figure: ppl, change, interval or answers."""
+        """One figure: ppl, change, interval, answers, or the share of the baseline's cache."""
         row = self.row(question, contender)
+        if figure == "cache":
+            change = row.change(f"{CACHE}{row.value('sequence_length')}")
+            return numbers.ABSENT if change is None else numbers.percent(1 + change / 100)
         if figure == "answers":
             return numbers.with_deviation(row.stat("accuracy"), numbers.percent)
         show = {
@@ -98,8 +99,10 @@ class Results:
     def comparison(self, question: str) -> str:
         """All contenders of a question against their baseline."""
         rows = self.rows(question)
-        length = max(n for n in rows[0].cache_lengths if n <= 2048)
-        size = f"cache_bytes_{length}"
+        length = cache_length(rows)
+        if length is None:
+            raise SystemExit(f"results/runs.csv has no cache of {question} at its windows' length")
+        size = f"{CACHE}{length}"
         columns = [
             tables.CONTENDER,
             *([tables.mean("right answers", "accuracy", numbers.percent)] if rows[0].task else []),
@@ -193,44 +196,23 @@ def _ratio(line: Any) -> str:
 def plots(results: Results, folder: Path) -> None:
     """Perplexity against bytes and against tokens, and right answers by difficulty."""
     folder.mkdir(exist_ok=True)
-    save(frontier_figure(results.rows("frontier")), folder / "frontier.svg")
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log", xlabel="million training tokens", ylabel="validation PPL"
-    )
+    drawn = charts.figure("frontier", charts.frontier(results.rows("frontier")))
+    for task in ("recall", "needles"):
+        drawn += charts.figure(task, charts.retrieval(results.rows(task)))
     tuned, same = ("half", "frontier", "double"), ("one-rate", "double-one-rate")
-    for questions, label, line in ((tuned, "tuned", "-"), (same, "0.004 for both", "--")):
-        for name, style in zip(("mha", "hybrid"), styles(2), strict=True):
-            rows = pd.concat([results.row(question, name).seeds for question in questions])
-            ppl = rows.groupby("train_tokens").validation_ppl.mean()
-            look = {"color": style.colour, "marker": style.marker, "linestyle": line}
-            axes.plot(ppl.index / 1e6, ppl, **look, label=f"{name}, {label}")
-    axes.set_xticks([0.75, 1.5, 3], ["0.75", "1.5", "3"])
-    axes.set_xticks([], minor=True)
-    axes.legend()
-    save(figure, folder / "budgets.svg")
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    asked = ("recall", "needles")
-    looks = dict(zip([row.name for row in results.rows(asked[0])], styles(5), strict=True))
-    for axes, question in zip(figure.subplots(1, 2, sharey=True), asked, strict=True):
-        rows = results.rows(question)
-        for row in rows:
-            look = {"color": looks[row.name].colour, "marker": looks[row.name].marker}
-            shares = [100 * row.value(level) for level in row.levels]
-            levels = [level.split("_")[1] for level in row.levels]
-            axes.plot(levels, shares, **look, alpha=0.8, label=row.name)
-        axes.set(title=question, xlabel=rows[0].levels[0].split("_")[2])
-    figure.axes[0].set_ylabel("right answers, %")
-    figure.axes[0].legend(fontsize="small")
-    save(figure, folder / "retrieval.svg")
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a plot, the same bytes each time."""
-    with mpl.rc_context({"svg.hashsalt": "contextlm", "svg.fonttype": "none"}):
-        figure.savefig(file, metadata={"Date": None})
+    points = [
+        {
+            **charts.point(row, f"{name}, {rates}", row.stat("validation_ppl")),
+            "x": row.budget,
+            "baseline": name == "mha",
+        }
+        for questions, rates in ((tuned, "tuned"), (same, "rate 0.004"))
+        for name in ("hybrid", "mha")
+        for row in (results.row(question, name) for question in questions)
+    ]
+    drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
+    for figure in drawn:
+        (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
 
 
 def make(folder: Path) -> None:
@@ -243,8 +225,9 @@ def make(folder: Path) -> None:
         around = "\n" if text.endswith("\n") else ""
         return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
 
-    for page in sorted(folder.glob("*.md")):
-        page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
+    for page in [*sorted(folder.glob("*.md")), *sorted(folder.parent.glob("README*.md"))]:
+        with speaking("ja" if page.name.endswith(".ja.md") else ENGLISH):
+            page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
     plots(results, folder / "plots")
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# They stand in the package, where pytest does not look for assertions to explain.
+pytest.register_assert_rewrite("contextlm.contract.architecture")
+
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
@@ -44,22 +47,27 @@ def saved() -> Iterator[Callable[[Path, Any], Path]]:
 
 
 @pytest.fixture
-def forgetting() -> Iterator[None]:
-    """Architectures that a test imports from outside are unknown again after it."""
+def forget_outside() -> Iterator[Callable[[], None]]:
+    """Makes architectures and mixers from outside unknown again that came since; at last itself."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from contextlm.models import base, outside
+    from contextlm.models.hybrid import mixer
 
-    registries = (base._REGISTRY, CONFIG_MAPPING._extra_content)
+    registries = (base._REGISTRY, mixer._MIXERS, CONFIG_MAPPING._extra_content)
     known, modules = [set(names) for names in registries], set(outside._OUTSIDE)
-    yield
-    for names, before in zip(registries, known, strict=True):
-        for name in names.keys() - before:
-            del names[name]
-    for top in outside._OUTSIDE.keys() - modules:
-        del outside._OUTSIDE[top]
-        for name in [name for name in sys.modules if name.partition(".")[0] == top]:
-            del sys.modules[name]
+
+    def forget() -> None:
+        for names, before in zip(registries, known, strict=True):
+            for name in names.keys() - before:
+                del names[name]
+        for top in outside._OUTSIDE.keys() - modules:
+            del outside._OUTSIDE[top]
+            for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+                del sys.modules[name]
+
+    yield forget
+    forget()
 
 
 # What takes longest begins first, so that no worker is left with it at the end.

@@ -6,7 +6,7 @@ Importing the package registers every architecture with the transformers Auto cl
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The command line first sets what libraries read when they are imported, and registers the models
 # when a command needs them. It is started by `contextlm_script` or by `python -m contextlm`: Python

@@ -210,6 +210,15 @@ def test_runs_and_their_reports_are_one_json_object(
     monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
     command("report", run, "--out", "elsewhere", "--open")
     assert opened == [(tmp_path / "elsewhere" / "report.html").as_uri()]
+    papers = ("--format", "csv,latex,json", "--language", "ja", "--against", "base")
+    said = command("report", run, "--out", "papers", *papers).out
+    assert "だけ" in said
+    names = {path.name for path in (tmp_path / "papers").iterdir()}
+    assert names == {"report.csv", "report.tex", "report.json", "figures"}
+    assert "md, html, csv, latex, json" in command("report", run, "--format", "docx").error
+    assert "--open" in command("report", run, "--format", "csv", "--open").error
+    assert "--language 'xx': expected en or ja" in command("report", run, "--language", "xx").error
+    assert "no such contender" in command("report", run, "--against", "nobody").error
     assert "named twice" in command("report", run, run / "." / "").error
     (run / "base" / "seed-4" / "result.json").unlink()
     assert str(run) in command("report", run).error

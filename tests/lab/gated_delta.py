@@ -79,6 +79,7 @@ class GatedDeltaLayer(nn.Module):
 class GatedDeltaModel(ContextDecoder):
     config_class = GatedDeltaConfig
     supports_gradient_checkpointing = False
+    _can_record_outputs = {"hidden_states": GatedDeltaLayer}
 
     def __init__(self, config: GatedDeltaConfig):
         super().__init__(config)

@@ -626,6 +626,17 @@ def test_the_model_is_its_layers_written_out():
     assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
 
 
+def test_an_exported_graph_serves_all_lengths():
+    model = ContextHybridForCausalLM(config(pattern="RWL", window=5, latent_dim=7, rope_dim=6))
+    model.eval()
+    ids = torch.randint(0, 53, (1, 23))
+    length = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    graph = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=length)
+    for tokens in (2, 5, 6, 23, 40):
+        ids = torch.randint(0, 53, (1, tokens))
+        assert_close(graph.module()(ids, use_cache=False).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("pattern", ["RW", "LR"])
 def test_layers_may_lie_on_several_devices(pattern):
     """The meta device stands for a second one: it refuses tensors of another."""

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from contextlm.base.errors import InputError
 from contextlm.models.base import registry
@@ -19,7 +20,7 @@ FIELDS = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
 
 
 @pytest.fixture(autouse=True)
-def clean(forgetting):
+def clean(forget_outside):
     """Nothing of what these tests import stays."""
 
 
@@ -95,3 +96,38 @@ def test_what_cannot_be_imported_is_one_line(tmp_path, monkeypatch, name, text, 
     assert "\n" not in str(caught.value)
     assert Path(name).stem not in outside()
     assert name == "torch.py" or Path(name).stem not in sys.modules
+
+
+def test_a_worker_imports_what_the_run_began_with(tmp_path, monkeypatch, forget_outside):
+    from contextlm.lab import executors
+    from contextlm.lab.jobs import Planner
+    from contextlm.lab.preparation import prepare
+    from contextlm.recipe.loading import load_recipe
+
+    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "notes.txt").write_text("\n".join(f"Line {n} of {n * n % 97}." for n in range(400)))
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        f"""
+name: toy
+question: Does a worker know it?
+corpus: text:{tmp_path / "notes.txt"}
+tokenizer: bpe:300
+sequence_length: 8
+samples: {{train: 4, validation: 2}}
+training: {{epochs: 1, precision: float32}}
+evaluation: {{cache_lengths: [8], speed_tokens: 8}}
+contenders:
+  - name: mine
+    baseline: true
+    model: {{type: gated_delta, hidden_size: 8, num_attention_heads: 2, intermediate_size: 8}}
+"""
+    )
+    import_outside([str(FILE)])
+    resolved = load_recipe(str(recipe))
+    (job,) = Planner(prepare(resolved, torch.device("cpu"))).jobs
+    given = [found.given for found in outside().values() if found.on_request]
+    forget_outside()
+    (tmp_path / "run").mkdir()
+    executors._work(job, resolved, "cpu", tmp_path / "run", given, [])
+    assert (tmp_path / "run" / "mine" / "seed-0" / "result.json").is_file()

@@ -128,9 +128,7 @@ def test_under_autocast_products_round_and_sums_do_not(monkeypatch):
 
 def test_many_logits_are_taken_in_blocks(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "contextlm.ops.linear_cross_entropy._FEWEST_LOGITS", 23 * 31
-    )
+    monkeypatch.setattr("contextlm.ops.linear_cross_entropy._FEWEST_LOGITS", 23 * 31)
     run = blocks.linear_cross_entropy_blocks
     monkeypatch.setattr(
         blocks, "linear_cross_entropy_blocks", lambda *a, **k: seen.append(1) or run(*a, **k)

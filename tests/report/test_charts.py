@@ -23,13 +23,21 @@ def drawn(rows):
     return {figure.name: figure for figure in charts.figures(rows)}
 
 
-def values(figure, **wanted):
+def data(figure, layer):
+    """The rows that a layer draws; where all layers draw the same, they stand above."""
+    return figure.chart["datasets"][layer.get("data", figure.chart.get("data"))["name"]]
+
+
+def values(figure, *, mark):
     """The rows of the layers that draw with one kind of mark."""
-    found = []
-    for layer in figure.chart["layer"]:
-        if layer["mark"]["type"] == wanted["mark"]:
-            found += figure.chart["datasets"][layer["data"]["name"]]
-    return found
+    layers = [layer for layer in figure.chart["layer"] if layer["mark"]["type"] == mark]
+    return [row for layer in layers for row in data(figure, layer)]
+
+
+def encoding(figure):
+    """How the points are drawn."""
+    (layer,) = [one for one in figure.chart["layer"] if one["mark"]["type"] == "point"]
+    return layer["encoding"]
 
 
 def asked(made, name, shares, **changes):
@@ -88,7 +96,7 @@ def test_the_frontier_is_drawn_at_the_windows_length_alone(run):
     assert points["2 mha (baseline)"]["versus"] == ABSENT
     assert re.match(r"-10\.0% · lower · -1\d", points["1 hybrid"]["versus"])
     # At 128 tokens hybrid and compressed keep the same, and hybrid is lower.
-    step = figure.chart["datasets"][figure.chart["layer"][0]["data"]["name"]]
+    step = data(figure, figure.chart["layer"][0])
     assert [(point["x"], point["y"]) for point in step] == [(65_536, 90), (131_072 * 1.6, 90)]
     assert "both at 128 tokens" in figure.caption
 
@@ -160,7 +168,7 @@ def test_longer_texts_have_a_frontier_and_a_curve_by_position(made, rows_of):
     def scored(ppl, *, most):
         edges = [0, 128, 512, 2048][: most + 1]
         return [
-            PositionLoss(first=a, last=b, tokens=b - a, loss=math.log(ppl))
+            PositionLoss(first=a, last=b, tokens=b - a, loss=math.log(ppl), ppl=ppl)
             for a, b in pairwise(edges)
         ]
 
@@ -192,8 +200,8 @@ def test_a_long_training_is_drawn_in_few_points(made, rows_of):
         StepRow(step=n, epoch=1, loss=6.0 - n / 1000, learning_rate=1e-3) for n in range(1, 1001)
     ]
     rows = rows_of(one.model_copy(update={"history": [*steps, *one.history]}))
-    layer = drawn(rows)["curves"].chart["layer"][0]
-    line = drawn(rows)["curves"].chart["datasets"][layer["data"]["name"]]
+    figure = drawn(rows)["curves"]
+    line = data(figure, figure.chart["layer"][0])
     assert 100 < len(line) <= charts.MOST_POINTS
     assert line[0]["y"] == pytest.approx(5.995), "the mean of the first nine steps"
 
@@ -204,11 +212,11 @@ def test_with_many_contenders_a_chart_stays_readable(made, rows_of):
         *(made(name, ppl=100 + i) for i, name in enumerate(names)), made(baseline=True, ppl=200)
     )
     figure = drawn(rows)["frontier"]
-    labels = figure.chart["layer"][2]["encoding"]["color"]["legend"]["values"]
+    labels = encoding(figure)["color"]["legend"]["values"]
     assert len(labels) == len(set(labels)) == 36
     assert max(map(len, labels)) < 35
     assert [label.split()[0] for label in labels] == [str(n) for n in range(1, 37)]
-    domain = figure.chart["layer"][2]["encoding"]["color"]["scale"]["domain"]
+    domain = encoding(figure)["color"]["scale"]["domain"]
     assert "36 mha (baseline)" in domain[:8], "the baseline has a colour"
     assert figure.chart["height"] > charts.HEIGHT
 
@@ -216,6 +224,6 @@ def test_with_many_contenders_a_chart_stays_readable(made, rows_of):
 @pytest.mark.parametrize(("ppl", "scale"), [(21, None), (5000, "log"), (1e9, "log")])
 def test_wide_perplexities_are_logarithmic(made, rows_of, ppl, scale):
     figure = drawn(rows_of(made(ppl=20), made("other", ppl=ppl)))["frontier"]
-    axis = figure.chart["layer"][2]["encoding"]["y"]
+    axis = encoding(figure)["y"]
     assert axis["scale"].get("type") == scale
     assert scale is None or 2 <= len(axis["axis"]["values"]) <= 15

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from contextlm.report.grid import GridPoint, grid_chart, grid_lines, write_grid
+from contextlm.report.grid import GridPoint, best_sentences, grid_chart, grid_lines, write_grid
 
 RATE = "training.learning_rate"
 
@@ -74,6 +74,15 @@ def test_of_several_keys_the_first_is_x(points):
     layer = chart.to_dict(validate=False)["layer"][-1]["encoding"]
     assert layer["x"]["sort"] == ["linear", "$cosine$"]
     assert layer["color"]["legend"]["values"][1] == f"ctx, {RATE} 0.001"
+
+
+def test_settings_of_other_budgets_are_not_ranked_together(points, made, run_of, tmp_path):
+    longer = made().result.corpus.model_copy(update={"train_tokens": 1_024_000})
+    run = run_of([made("ctx", ppl=50, baseline=True, corpus=longer)], tmp_path / "longer")
+    told = best_sentences(grid_lines([*points, GridPoint({RATE: 4e-3}, run)]))
+    assert len(told) == 2
+    assert all("512,000 training tokens" in sentence for sentence in told)
+    assert "ctx is lowest with training.learning_rate 0.008: 86.0" in told[1]
 
 
 def test_a_grid_of_which_nothing_finished(run_of, tmp_path):

@@ -268,6 +268,11 @@ def test_one_table_can_be_sorted_and_holds_every_topic(paths):
     assert [row.count("<td") + 1 for row in rows] == [width] * 3
 
 
+def test_no_report_says_that_anybody_wins(paths):
+    for name in ("report.md", "report.tex", "report.json"):
+        assert not re.search(r"\b(wins|loses|won|lost)\b", read(paths, name))
+
+
 def test_formats_for_papers_and_programs(paths, run, tmp_path):
     rows = list(csv.DictReader(read(paths, "report.csv").splitlines()))
     assert [row["name"] for row in rows] == ["mha", "hybrid", "compressed"]

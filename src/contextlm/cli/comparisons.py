@@ -81,8 +81,17 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, "
+        help="Do the jobs in N workers of Ray (pip install ray): on this machine, "
         "or on the cluster that RAY_ADDRESS names.",
+    ),
+]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        show_default=False,
+        help="Also tell tensorboard, wandb, trackio or mlflow, several with commas between them; "
+        "on this machine only, unless its own settings say otherwise.",
     ),
 ]
 
@@ -121,6 +130,15 @@ def run(
     ] = None,
     workers: Workers = None,
     imports: Imports = None,
+    track: Track = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Serve the run's page while it is at work, on 127.0.0.1 alone; the address is "
+            "told on stderr.",
+        ),
+    ] = False,
     device: Device = "auto",
     out: Annotated[
         str,
@@ -159,8 +177,14 @@ def run(
     contextlm run demo --grid training.learning_rate=1e-3,2e-3 --workers 2
     ```
     """
-    if dry_run and (resume or into or grid or workers):
+    if dry_run and (resume or into or grid or workers or watch or track):
         raise InputError("--dry-run: goes with a new run alone")
+    options = {
+        "device": device,
+        "workers": workers,
+        "watch": watch,
+        "track": [name.strip() for name in track.split(",")] if track is not None else [],
+    }
     if resume and into:
         raise InputError("--into: adds to a run; --resume only finishes what it began with")
     if resume and (recipe is None or _is_run(Path(recipe))):
@@ -171,7 +195,7 @@ def run(
         from contextlm.lab.run_folder import newest_unfinished
 
         folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
-        _resume(folder, device, workers, as_json)
+        _resume(folder, options, as_json)
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
@@ -192,11 +216,10 @@ def run(
         if found is None:
             print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
     if found is not None:
-        _resume(found, device, workers, as_json)
-    elif into is not None:
-        _show(_at_work(running.extend, points, into, device=device, workers=workers), as_json)
+        _resume(found, options, as_json)
     else:
-        _show(_at_work(running.run_points, points, place, device=device, workers=workers), as_json)
+        work, place_of = (running.extend, into) if into else (running.run_points, place)
+        _show(_at_work(work, points, place_of, **options), as_json)
 
 
 def sweep(
@@ -273,13 +296,13 @@ def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path
         return work(*arguments, progress=progress, **options)
 
 
-def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> None:
+def _resume(folder: Path, options: dict[str, Any], as_json: bool) -> None:
     """Finish an unfinished run; of a finished one only the table is shown."""
     from contextlm.lab import running
     from contextlm.lab.run_folder import is_unfinished, points_of
 
     if any(map(is_unfinished, points_of(folder) or [folder])):
-        _at_work(running.resume, folder, device=device, workers=workers)
+        _at_work(running.resume, folder, **options)
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
     _show(folder, as_json)

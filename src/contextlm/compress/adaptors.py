@@ -18,6 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 from contextlm.base.errors import InputError
+from contextlm.models.cache import CACHE
 
 QUERY, KEY, VALUE = range(3)
 
@@ -42,7 +43,7 @@ class Names:
 
     layers: str = "layers"
     attention: str = "self_attn"
-    cache: str = "past_key_values"
+    cache: str = CACHE
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     by_head: bool = False
     norms: tuple[str, str] | None = None
@@ -107,7 +108,7 @@ class Attention:
     """One attention module, read by the names of its architecture.
 
     Attributes:
-        module: the module itself; `base` the model without its head.
+        module: the module itself; `block` the layer around it, `base` the model without its head.
         heads, groups: H and G, of queries and of keys and values.
         head_width: E.
         width: D, of the module's input.
@@ -116,9 +117,10 @@ class Attention:
         softcap: what bounds them, or None.
     """
 
-    def __init__(self, module: Any, names: Names, base: Any):
-        config = module.config
-        self.module, self.names, self.base = module, names, base
+    def __init__(self, block: Any, names: Names, base: Any):
+        self.module: Any = getattr(block, names.attention)
+        self.block, self.names, self.base = block, names, base
+        module, config = self.module, self.module.config
         self.heads = config.num_attention_heads
         self.groups = getattr(config, "num_key_value_heads", None) or self.heads
         self.width = config.hidden_size
@@ -212,6 +214,12 @@ class Attention:
             precision = torch.float32
         return scores.softmax(-1, dtype=precision).to(scores.dtype)
 
+    def output_weight(self) -> Tensor:
+        """Of the module behind attention, by head: ``[H, E, D]``."""
+        module = getattr(self.module, self.names.output)
+        weight_FD = module.weight if isinstance(module, Conv1D) else module.weight.T
+        return weight_FD.unflatten(0, (self.heads, self.head_width))
+
     def output(self, mixed_BTF: Tensor) -> Tensor:
         """What the module does behind attention, ``[B, T, D]``."""
         made_BTD = getattr(self.module, self.names.output)(mixed_BTF)
@@ -243,10 +251,12 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
             'any model of transformers takes generate(cache_implementation="quantized")'
         )
     if getattr(config, "add_cross_attention", False):
-        raise InputError("a model with cross-attention (add_cross_attention: true) is not supported")
+        raise InputError(
+            "a model with cross-attention (add_cross_attention: true) is not supported"
+        )
     names = ARCHITECTURES[kind]
     layers = operator.attrgetter(names.layers)(base)
-    found = [Attention(getattr(layer, names.attention), names, base) for layer in layers]
+    found = [Attention(block, names, base) for block in layers]
     if not all(attention.module.is_causal for attention in found):
         raise InputError(f"this {kind} attends to later tokens too: it has no cache to compress")
     return found

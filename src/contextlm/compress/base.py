@@ -1,7 +1,7 @@
 """What a policy is: a way to keep less than all keys and values, named by a spec.
 
-A spec such as ``window:256,sinks:4`` names a policy and its settings; ``window:256+int8`` stacks two:
-which tokens are kept, and in what form.
+A spec such as ``window:256,sinks:4`` names a policy and its settings; ``window:256+int8`` stacks
+two: which tokens are kept, and in what form.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from contextlm.base.errors import InputError, unknown_name
 from contextlm.base.visible import shown
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.kept import Rule
+from contextlm.compress.calibration import Calibration
+from contextlm.compress.kept import EVERYTHING, Group, Rule
 from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
 
@@ -28,12 +28,21 @@ class Costs:
     Attributes:
         tokens: the length that shares are meant at.
         numbers: of keys and values of a token in one layer.
+        width: D, of the attention's input.
         bits: of a number.
     """
 
     tokens: int
     numbers: int
+    width: int
     bits: int
+
+    @classmethod
+    def of(cls, attention: Attention, tokens: int) -> Costs:
+        """Of a model with this attention module."""
+        numbers = 2 * attention.groups * attention.head_width
+        bits = 8 * attention.module.config.dtype.itemsize
+        return cls(tokens, numbers, attention.width, bits)
 
 
 class Policy(BaseModel, ABC):
@@ -41,12 +50,12 @@ class Policy(BaseModel, ABC):
 
     Attributes:
         name: what specs call it.
-        needs_text: whether it must be calibrated.
+        needs_calibration: whether it must be calibrated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
-    needs_text: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:
@@ -59,16 +68,22 @@ class Policy(BaseModel, ABC):
             parts.append(f"{value}" if number == 0 else bare)
         return f"{self.name}:{','.join(parts)}" if parts else self.name
 
+    def check(self, attentions: Sequence[Attention]) -> None:
+        """Refuse a model that the policy cannot serve, or whose cache would not get smaller.
+
+        Raises:
+            InputError: it gives the figures, and names what would help.
+        """
+
     @abstractmethod
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
-        """What reads each attention module's cache, one for each.
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
+        """What reads each attention module's cache, one for each, once `check` has passed.
 
         Args:
             attentions: the model's, in order.
-            text: ``[N, T]`` token ids to calibrate with.
-
-        Raises:
-            InputError: the policy cannot serve the model, or would not make its cache smaller.
+            calibration: the text to fit to, where `needs_calibration`.
         """
 
     @classmethod
@@ -82,7 +97,10 @@ class Form(Policy):
 
     @abstractmethod
     def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
+        self,
+        attentions: Sequence[Attention],
+        calibration: Calibration | None,
+        rule: Rule = EVERYTHING,
     ) -> list[Reader]:
         """As in `Policy`, of the tokens that `rule` does not hide."""
 
@@ -90,8 +108,10 @@ class Form(Policy):
 class Selection(Policy, Rule):
     """A policy that says which tokens are kept."""
 
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
-        groups = groups_of(attentions, self)
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
+        groups = groups_of(attentions, self, Group)
         return [KeyValueReader(*pair) for pair in zip(attentions, groups, strict=True)]
 
 
@@ -107,11 +127,16 @@ class Stack(Policy):
         return f"{self.selection.spec}+{self.form.spec}"
 
     @property
-    def needs_text(self) -> bool:  # type: ignore[override]
-        return self.form.needs_text
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return self.form.needs_calibration
 
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
-        return self.form.readers(attentions, text, self.selection)
+    def check(self, attentions: Sequence[Attention]) -> None:
+        self.form.check(attentions)
+
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
+        return self.form.readers(attentions, calibration, self.selection)
 
 
 _REGISTRY: dict[str, type[Policy]] = {}
@@ -138,8 +163,8 @@ def register_policy(name: str) -> Callable[[P], P]:
 
 
 def policies() -> dict[str, type[Policy]]:
-    """All policies by name, in the order of their registration."""
-    return dict(_REGISTRY)
+    """All policies, sorted by name."""
+    return dict(sorted(_REGISTRY.items()))
 
 
 def parse_policy(spec: str) -> Policy:
@@ -162,7 +187,7 @@ def parse_policy(spec: str) -> Policy:
     return Stack(selection=first, form=more[0])
 
 
-def _names(kind: type[Policy]) -> str:
+def _names(kind: type[Selection] | type[Form]) -> str:
     return ", ".join(name for name, policy in _REGISTRY.items() if issubclass(policy, kind))
 
 

@@ -1,12 +1,12 @@
 """Attention over one vector a token from which keys and values are made.
 
-With z_j the entry of token j, keys before norm and rotary positions are k_j = A_k z_j + b_k, and values
-v_j = A_v z_j + b_v, so entries are all that has to be kept. Reading them is done in two ways:
+With z_j the entry of token j, keys before norm and rotary positions are k_j = A_k z_j + b_k, and
+values v_j = A_v z_j + b_v, so entries are all that has to be kept. Reading is done in two ways:
 
 - rebuilding: make all keys and values again and let the module's own `forward` go on from there;
-- absorbing: move the projections off the kept tokens. Without norm and rotary, q . k_j = (A_k^T q) .
-  z_j + q . b_k, and sum_j a_j v_j = A_v (sum_j a_j z_j) + (sum_j a_j) b_v. A norm needs the whole key,
-  and the rotary part of a key turns with its own position: these are rebuilt.
+- absorbing: move the projections off the kept tokens. Without norm and rotary, q . k_j =
+  (A_k^T q) . z_j + q . b_k, and sum_j a_j v_j = A_v (sum_j a_j z_j) + (sum_j a_j) b_v. A norm needs
+  the whole key, and the rotary part of a key turns with its own position: these are rebuilt.
 
 Both are exact; `absorbing_pays` picks the one with fewer multiplications. The biases are kept where
 mathematics would drop or simplify them (softmax ignores q . b_k, the a_j add up to one), because
@@ -73,7 +73,7 @@ class EntryReader(Reader):
     exact: ClassVar[bool]
 
     def new_layer(self, key: int) -> EntryLayer:
-        return EntryLayer(key, croppable=self.group.keeps_all)
+        return EntryLayer(key, croppable=self.group.croppable)
 
     @abstractmethod
     def entries(self, inputs_BTD: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class EntryReader(Reader):
             query_BHTE = rotated(query_BHTE, (turns[0][:, -new:], turns[1][:, -new:]))
         query_BGJTE = query_BHTE.unflatten(1, (attention.groups, -1))
         weight_GEZ, bias_GE = self.projection(KEY)
-        scores_BGJTS = 0
+        scores_BGJTS = query_BHTE.new_zeros(())
         if start < attention.head_width:
             still_BGJTE = query_BGJTE[..., start:]
             on_entries_BGJTZ = torch.einsum("bgjte,gez->bgjtz", still_BGJTE, weight_GEZ[:, start:])

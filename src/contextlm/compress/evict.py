@@ -1,11 +1,12 @@
 """`evict`: a budget of tokens a layer; those go that the newest queries attend to least.
 
-The score of a token is the attention that it got, as SnapKV counts it (Li et al., arXiv:2404.14469): summed
-over the queries of a group of heads and over neighbours. Where SnapKV looks at the prompt's last
-queries once, here each query counts half as much as one `HALF_LIFE` later, so that the choice goes on
-while decoding. After each forward pass at most `budget` tokens are left in each layer, each
-head having chosen its own; the newest `RECENT` are safe. A pass still attends to all of its own
-tokens: a prompt that is read at once is only then cut.
+The score of a token is the attention that it got, as SnapKV counts it (Li et al.,
+arXiv:2404.14469): summed over the queries of a group of heads, averaged over neighbours. Where
+SnapKV looks at a prompt's last queries once, here each query counts half as much as one
+`HALF_LIFE` later, so that the choice goes on while decoding. After each forward pass at most
+`budget` tokens are left in each layer, each head having chosen its own; the newest `RECENT` are
+safe. A pass still attends to all of its own tokens: a prompt that is read at once is only then
+cut.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch.nn import functional as F
 
 from contextlm.compress.adaptors import Attention, rotated
 from contextlm.compress.base import Costs, Policy, register_policy
+from contextlm.compress.calibration import Calibration
 from contextlm.compress.kept import (
+    EVERYTHING,
     NOTHING,
     Group,
     KeyValueLayer,
-    Rule,
     attention_mask,
     open_of,
     real_tokens,
@@ -80,7 +82,7 @@ class ScoredReader(Reader):
         seen_BGTS[..., -new:] |= torch.eye(new, dtype=torch.bool, device=hidden_BTD.device)
         seen_BHTS = seen_BGTS.repeat_interleave(self.attention.heads // self.attention.groups, 1)
         mask = given
-        if layer.held or given is None and not bool(real_BT.all()):
+        if layer.held or (given is None and not bool(real_BT.all())):
             mask = attention_mask(seen_BHTS, self.attention.implementation, hidden_BTD.dtype)
             if new == 1 and bool(seen_BGTS.all()):
                 mask = None
@@ -107,18 +109,20 @@ class ScoredReader(Reader):
             seen_BHTS[:, :, -last:].unflatten(1, (attention.groups, -1)),
         )
         age_T = torch.arange(last - 1, -1, -1, device=hidden_BTD.device)
-        counts_BT = real_BT[:, -last:] * 0.5 ** (age_T / HALF_LIFE)
+        counts_BT = real_BT[:, -last:] * torch.exp2(-age_T / HALF_LIFE)
         got_BGS = torch.einsum("bgjts,bt->bgs", weights_BGJTS.float(), counts_BT)
-        got_BGS = F.avg_pool1d(
-            got_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False
-        )
+        assert layer.tokens is not None
+        real_BGS = (layer.tokens != NOTHING).to(got_BGS)
+        got_BGS = _pooled(got_BGS * real_BGS) / _pooled(real_BGS).clamp(min=1 / NEIGHBOURS)
         if layer.scores is not None:
             got_BGS[..., : layer.scores.shape[-1]] += layer.scores * 0.5 ** (new / HALF_LIFE)
         layer.scores = got_BGS
 
     def evict(self, layer: ScoredLayer) -> None:
         """Keep `budget` entries of each head, in order."""
-        assert layer.scores is not None and layer.tokens is not None and layer.counts is not None
+        assert layer.scores is not None
+        assert layer.tokens is not None
+        assert layer.counts is not None
         now_B11 = layer.counts[:, None, None].to(torch.int32)
         useless_BGS = ~self.group.visible(now_B11, layer.tokens)
         worth_BGS = layer.scores.masked_fill(now_B11 - layer.tokens <= RECENT, float("inf"))
@@ -127,21 +131,30 @@ class ScoredReader(Reader):
         layer.tokens = layer.tokens.masked_fill(useless_BGS, NOTHING).gather(2, keep_BGK)
         layer.scores = layer.scores.gather(2, keep_BGK)
         keep_BGKE = keep_BGK[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
-        layer.keys, layer.values = layer.keys.gather(2, keep_BGKE), layer.values.gather(2, keep_BGKE)
+        layer.keys, layer.values = (
+            layer.keys.gather(2, keep_BGKE),
+            layer.values.gather(2, keep_BGKE),
+        )
+
+
+def _pooled(counts_BGS: Tensor) -> Tensor:
+    """Means over neighbours; beyond the ends there is nothing."""
+    return F.avg_pool1d(counts_BGS, NEIGHBOURS, 1, NEIGHBOURS // 2)
 
 
 @register_policy("evict")
 class Evict(Policy):
-    """At most `budget` tokens a layer, of each head those that the newest queries attend to most."""
+    """At most `budget` tokens a layer, those that each head's newest queries attend to."""
 
     budget: int = Field(gt=RECENT)
 
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
-        rule = Rule()
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
         return [
             ScoredReader(
                 attention,
-                Group(rule, attention),
+                Group(EVERYTHING, attention),
                 min(self.budget, (attention.window or self.budget + 1) - 1),
             )
             for attention in attentions

@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Policy, register_policy
-from contextlm.compress.kept import Rule
+from contextlm.compress.calibration import Calibration
+from contextlm.compress.kept import EVERYTHING, Group
 from contextlm.compress.reading import Forward, Reader, groups_of
 
 
@@ -31,8 +32,12 @@ class PlainReader(Reader):
 class Full(Policy):
     """The model's own cache."""
 
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
         return [
             PlainReader(attention, group)
-            for attention, group in zip(attentions, groups_of(attentions, Rule()), strict=True)
+            for attention, group in zip(
+                attentions, groups_of(attentions, EVERYTHING, Group), strict=True
+            )
         ]

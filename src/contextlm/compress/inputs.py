@@ -1,4 +1,4 @@
-"""`input`: the attention's input instead of keys and values, which both are projections of it (DESIGN 6)."""
+"""`input`: the attention's input, of which keys and values are projections (DESIGN 6)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import KEY, VALUE, Attention, Projection
 from contextlm.compress.base import Costs, Form, register_policy
+from contextlm.compress.calibration import Calibration
 from contextlm.compress.entries import EntryReader
 from contextlm.compress.installed import CompressedCache
-from contextlm.compress.kept import Rule
+from contextlm.compress.kept import EVERYTHING, Group, Rule
 from contextlm.compress.reading import Reader, groups_of
 
 
@@ -33,9 +34,7 @@ class InputReader(EntryReader):
 class Input(Form):
     """The attention's input instead of keys and values: exact, half where heads are not grouped."""
 
-    def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
-    ) -> list[Reader]:
+    def check(self, attentions: Sequence[Attention]) -> None:
         for attention in attentions:
             check_readable(attention)
             kept = 2 * attention.groups * attention.head_width
@@ -45,12 +44,20 @@ class Input(Form):
                     f"model's own cache {kept:,} ({attention.heads} heads of queries share "
                     f"{attention.groups} of keys and values): latent:{kept // 4} or int8 keep less"
                 )
-        groups = groups_of(attentions, rule, turns=True)
+
+    def readers(
+        self,
+        attentions: Sequence[Attention],
+        calibration: Calibration | None,
+        rule: Rule = EVERYTHING,
+    ) -> list[Reader]:
+        groups = groups_of(attentions, rule, Group, turns=True)
         return [InputReader(*pair) for pair in zip(attentions, groups, strict=True)]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Input | None:
-        return None
+        """Whatever the share, where it is smaller at all."""
+        return cls() if costs.width < costs.numbers else None
 
 
 def check_readable(attention: Attention) -> None:
@@ -61,9 +68,9 @@ def check_readable(attention: Attention) -> None:
     """
     if attention.changing_rotary is not None:
         raise InputError(
-            f"rope_type {attention.changing_rotary!r} is not supported here: its frequencies change "
-            "with the length, so that earlier keys cannot be made again; window, evict and int8 "
-            "keep keys as they are"
+            f"rope_type {attention.changing_rotary!r} is not supported here: its frequencies "
+            "change with the length, so that earlier keys cannot be made again; window, evict and "
+            "int8 keep keys as they are"
         )
     for part in (KEY, VALUE):
         attention.projection(part)

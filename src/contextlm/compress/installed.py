@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention, attentions_of
 from contextlm.compress.base import Policy, parse_policy
+from contextlm.compress.calibration import Calibration
 
 _keys = itertools.count()
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -33,21 +34,31 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
     Args:
         model: a decoder of transformers with an adaptor, with or without a head, in any data type.
         policy: or its spec, as `parse_policy` takes it.
-        text: ``[N, T]`` token ids, for policies that are calibrated (`latent`).
+        calibration: a text to fit to, for policies that are fitted (`latent`): ``[N, T]`` token
+            ids, or a `Calibration` that several policies share.
 
     Raises:
         InputError: the policy is unknown or cannot serve the model; the message says why, and what
             would help.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy | str, *, text: Tensor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy | str,
+        *,
+        calibration: Calibration | Tensor | None = None,
+    ):
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
-        if self.policy.needs_text and text is None:
+        if self.policy.needs_calibration and calibration is None:
             raise InputError(
-                f"policy {self.policy.spec} is calibrated on a text: pass its token ids as text="
+                f"policy {self.policy.spec} is fitted to a text: pass its token ids as calibration="
             )
+        if isinstance(calibration, Tensor):
+            calibration = Calibration(calibration)
         attentions = attentions_of(model)
-        self.readers = self.policy.readers(attentions, text)
+        self.policy.check(attentions)
+        self.readers = self.policy.readers(attentions, calibration)
         self.key = next(_keys)
         self._switches = [Switch.of(attention) for attention in attentions]
         for switch in self._switches:

@@ -1,8 +1,8 @@
 """Storage of the tokens that a policy keeps, and the plan of which these are.
 
-Entries need not stand in order, nor be the same tokens in each row: the *index* of an entry says which
-of the row's real tokens it is of, and masks are made from indices alone. Layers that keep the same
-tokens form a `Group`: the first of them has the index, and plans each forward pass for all.
+Entries need not stand in order, nor be the same tokens in each row: the *index* of an entry says
+which of the row's real tokens it is of, and masks are made from indices alone. Layers that keep the
+same tokens form a `Group`: the first of them has the index, and plans each forward pass for all.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Rule:
     def spares(self, tokens: int) -> bool:
         """Whether the first so many tokens are all visible, also from the token after them."""
         return True
+
+
+EVERYTHING = Rule()
 
 
 class KeptLayer(RowStateLayer):
@@ -147,7 +150,12 @@ class Group:
         rule: which tokens are kept.
         leader: the first of the modules.
         turns: whether kept entries have to be turned.
+
+    Attributes:
+        croppable: whether a cache can be cropped, which needs all tokens in all of its layers.
     """
+
+    croppable = False
 
     def __init__(self, rule: Rule, leader: Attention, *, turns: bool = False):
         self.rule, self.leader = rule, leader
@@ -157,7 +165,7 @@ class Group:
     @property
     def keeps_all(self) -> bool:
         """Whether no token is ever dropped."""
-        return self.leader.window is None and type(self.rule) is Rule
+        return self.leader.window is None and self.rule is EVERYTHING
 
     def plan(
         self,
@@ -167,7 +175,7 @@ class Group:
         mask: Tensor | None,
         positions: Tensor | None,
     ) -> Plan:
-        """The plan of the forward pass under way: the leader's layer makes it, the others get it."""
+        """The plan of the forward pass under way: made for the leader's layer, used by all."""
         if attention is self.leader:
             self._plan = self._made(layer, hidden_BTD, mask, positions)
         assert self._plan is not None

@@ -1,11 +1,12 @@
-"""`int8` and `int4`: the same keys and values in fewer bits, by hqq (an extra: contextlm[quantised]).
+"""`int8` and `int4`: keys and values in fewer bits, by hqq (an extra: contextlm[quantised]).
 
-As in KIVI (Liu et al., arXiv:2402.02750) a scale and a zero serve `GROUP` tokens of one channel of keys,
-whose channels differ most, and `GROUP` channels of one token's values; the newest tokens stay as they
-are until there are `GROUP` of them. Unlike transformers' `QuantizedCache`, which has the same library
-behind it, a block is quantised once and not anew with every later one, tokens can be dropped (so
-that it stacks with `window`) or cropped, and hqq's solver is left out: it takes 30 times as long as the
-rest and lowers the error by 4%. Without it, quantising again what was quantised changes nothing.
+As in KIVI (Liu et al., arXiv:2402.02750) a scale and a zero serve `GROUP` tokens of one channel of
+keys, whose channels differ most, and `GROUP` channels of one token's values; the newest tokens
+stay as they are until there are `GROUP` of them. Unlike transformers' `QuantizedCache`, which has
+the same library behind it, a block is quantised once and not anew with every later one, tokens can
+be dropped (so that it stacks with `window`) or cropped, and hqq's solver is left out: it takes 30
+times as long as the rest and lowers the error by 4%. Without it, quantising again what was
+quantised changes nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Costs, Form, register_policy
-from contextlm.compress.kept import Group, KeyValueLayer, Rule, columns, taken
-from contextlm.compress.reading import KeyValueReader, Reader
+from contextlm.compress.calibration import Calibration
+from contextlm.compress.kept import EVERYTHING, Group, KeyValueLayer, Rule, columns, taken
+from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
 GROUP = 64
 
@@ -97,13 +99,18 @@ class QuantisedLayer(KeyValueLayer):
             keys, values = self.keys[:, :, :full], self.values[:, :, :full]
             packed = Packed.of(keys.mT, self.bits), Packed.of(values, self.bits)
             self.blocks.append(Block(*packed, full))
-            self.keys, self.values = self.keys[:, :, full:].clone(), self.values[:, :, full:].clone()
+            self.keys, self.values = (
+                self.keys[:, :, full:].clone(),
+                self.values[:, :, full:].clone(),
+            )
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
         self.blocks = [
             Block(
-                *(Packed.of(change(part.unpacked()), self.bits) for part in block[:2]), block.tokens
+                Packed.of(change(block.keys.unpacked()), self.bits),
+                Packed.of(change(block.values.unpacked()), self.bits),
+                block.tokens,
             )
             for block in self.blocks
         ]
@@ -158,11 +165,9 @@ class QuantisedReader(KeyValueReader):
         self.bits = bits
 
     def new_layer(self, key: int) -> QuantisedLayer:
-        return QuantisedLayer(key, croppable=self.group.keeps_all, bits=self.bits)
+        return QuantisedLayer(key, croppable=self.group.croppable, bits=self.bits)
 
-    def attend(
-        self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any
-    ) -> Any:
+    def attend(self, layer: QuantisedLayer, forward: Any, hidden_BTD: Tensor, kwargs: Any) -> Any:
         plan = self.plan(layer, hidden_BTD, kwargs)
         both: tuple[Tensor, ...] = ()
 
@@ -183,21 +188,31 @@ class Quantised(Form):
 
     bits: ClassVar[int]
 
-    def readers(
-        self, attentions: Sequence[Attention], text: Tensor | None, rule: Rule = Rule()
-    ) -> list[Reader]:
+    def check(self, attentions: Sequence[Attention]) -> None:
         if find_spec("hqq") is None:
             raise InputError(
                 f"policy {self.name} needs hqq, which is not installed: "
                 "pip install 'contextlm[quantised]'"
             )
-        groups: dict[int | None, QuantisedGroup] = {}
-        for attention in attentions:
-            groups.setdefault(attention.window, QuantisedGroup(rule, attention))
-        return [
-            QuantisedReader(attention, groups[attention.window], self.bits)
-            for attention in attentions
-        ]
+
+    def readers(
+        self,
+        attentions: Sequence[Attention],
+        calibration: Calibration | None,
+        rule: Rule = EVERYTHING,
+    ) -> list[Reader]:
+        groups = groups_of(attentions, rule, QuantisedGroup)
+        return [QuantisedReader(*pair, self.bits) for pair in zip(attentions, groups, strict=True)]
+
+    @classmethod
+    def share(cls, costs: Costs) -> float:
+        """Of the model's own cache, in the long run."""
+        return cls.bits / costs.bits + 2 / GROUP
+
+    @classmethod
+    def proposed(cls, share: float, costs: Costs) -> Quantised | None:
+        """Whatever the share, where it is smaller at all."""
+        return cls() if cls.share(costs) < 1 else None
 
 
 @register_policy("int8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -13,6 +13,7 @@ from contextlm.compress.adaptors import Attention
 from contextlm.compress.kept import Group, KeptLayer, KeyValueLayer, Plan, Rule
 
 Forward = Callable[..., Any]
+G = TypeVar("G", bound=Group)
 Update = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -70,11 +71,9 @@ class KeyValueReader(Reader):
     """Attends to the keys and values of the tokens that a rule leaves visible."""
 
     def new_layer(self, key: int) -> KeptLayer:
-        return KeyValueLayer(key, croppable=self.group.keeps_all)
+        return KeyValueLayer(key, croppable=self.group.croppable)
 
-    def attend(
-        self, layer: KeptLayer, forward: Forward, hidden_BTD: Tensor, kwargs: Any
-    ) -> Any:
+    def attend(self, layer: KeptLayer, forward: Forward, hidden_BTD: Tensor, kwargs: Any) -> Any:
         plan = self.plan(layer, hidden_BTD, kwargs)
         result = forward(hidden_BTD, **self.through(layer.append, plan.mask, kwargs))
         layer.settle(plan.keep_BK, hidden_BTD.shape[1])
@@ -82,11 +81,17 @@ class KeyValueReader(Reader):
 
 
 def groups_of(
-    attentions: Sequence[Attention], rule: Rule, *, turns: bool = False
-) -> list[Group]:
-    """The group of each attention module."""
-    groups: dict[int | None, Group] = {}
+    attentions: Sequence[Attention],
+    rule: Rule,
+    kind: type[G],
+    **given: Any,
+) -> list[G]:
+    """The group of each attention module, of some kind of `Group` that takes `given`."""
+    groups: dict[int | None, G] = {}
     for attention in attentions:
         if attention.window not in groups:
-            groups[attention.window] = Group(rule, attention, turns=turns)
+            groups[attention.window] = kind(rule, attention, **given)
+    croppable = all(group.keeps_all for group in groups.values())
+    for group in groups.values():
+        group.croppable = croppable
     return [groups[attention.window] for attention in attentions]

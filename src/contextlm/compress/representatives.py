@@ -1,11 +1,12 @@
 """`representatives`: the last tokens, and one mean key and value for each span before them.
 
-Document 000's idea (DESIGN 1.5), without its training. With a window of W tokens and spans of w = W / 2,
-span s leaves the window of token i once s < e(i) = max(0, ceil((i + 1 - W) / w)), and is one entry
-from then on. That entry stands for w tokens, so log w is added to its score: if all keys of a span
-were alike, attention would be what it was. Tokens that are kept as sinks count for no span.
+Document 000's idea (DESIGN 1.5), without its training. With a window of W tokens and spans of w =
+W / 2, span s leaves the window of token i once s < e(i) = max(0, ceil((i + 1 - W) / w)), and is
+one entry from then on. That entry stands for w tokens, so log w is added to its score: if all keys
+of a span were alike, attention would be what it was. Tokens that are kept as sinks count for no
+span.
 
-Further letters: R, spans; here T is for new tokens and S for entries of single tokens.
+Further letters: R, spans; X, spans and entries of single tokens; S, the latter alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Costs, Policy, register_policy
+from contextlm.compress.calibration import Calibration
 from contextlm.compress.kept import NOTHING, Group, KeyValueLayer, Plan, Rule
-from contextlm.compress.reading import Forward, Reader
+from contextlm.compress.reading import Forward, Reader, groups_of
 from contextlm.compress.window import SINKS
 
 
@@ -79,7 +81,9 @@ class SpanLayer(KeyValueLayer):
 
     def summarise(self, rule: Spans, plan: Plan) -> None:
         """Add representatives of the spans that no later token sees."""
-        assert plan.index_BS is not None and plan.before_B is not None and plan.after_B is not None
+        assert plan.index_BS is not None
+        assert plan.before_B is not None
+        assert plan.after_B is not None
         had_B, spans = rule.left(plan.before_B), int(rule.left(plan.after_B).max())
         first = int(had_B.min())  # the spans before it have theirs in every row
         number_R = torch.arange(first, spans, device=had_B.device)
@@ -114,7 +118,7 @@ class SpanReader(Reader):
 
         def update(new_keys_BGTE: Tensor, new_values_BGTE: Tensor) -> tuple[Tensor, ...]:
             both = layer.append(new_keys_BGTE, new_values_BGTE)
-            if plan.index_BS is not None and int(self.group.rule.left(plan.after_B).max()):
+            if plan.after_B is not None and int(self.group.rule.left(plan.after_B).max()):
                 layer.summarise(self.group.rule, plan)
                 means = layer.mean_keys, layer.mean_values
                 return tuple(torch.cat(pair, dim=2) for pair in zip(means, both, strict=True))
@@ -138,16 +142,16 @@ class Representatives(Policy):
             raise ValueError("expected an even window, and fewer sinks than half of it")
         return self
 
-    def readers(self, attentions: Sequence[Attention], text: Tensor | None) -> list[Reader]:
+    def readers(
+        self, attentions: Sequence[Attention], calibration: Calibration | None
+    ) -> list[Reader]:
         rule = Spans(self.window // 2, self.sinks)
-        groups: dict[int | None, SpanGroup] = {}
-        for attention in attentions:
-            groups.setdefault(attention.window, SpanGroup(rule, attention))
-        return [SpanReader(attention, groups[attention.window]) for attention in attentions]
+        groups = groups_of(attentions, rule, SpanGroup)
+        return [SpanReader(*pair) for pair in zip(attentions, groups, strict=True)]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Representatives | None:
-        """The widest window W with W + 2 n / W entries and the sinks within the budget at n tokens."""
+        """The widest window W with W + 2 n / W entries and the sinks in the budget at n tokens."""
         budget = share * costs.tokens - SINKS
         square = budget**2 - 8 * costs.tokens
         if square < 0:

@@ -72,11 +72,8 @@ def note_changes(file: Path, now: dict[str, Any], progress: Progress) -> None:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        begun = json.loads(file.read_text("utf-8"))
-        before, after = _flat(begun), _flat(now)
-    except (OSError, ValueError, AttributeError):
-        raise InputError(f"{file}: cannot be read") from None
+    begun = _read(file)
+    before, after = _flat(begun), _flat(now)
     changes = {key: value for key, value in after.items() if before.get(key) != value}
     if not changes:
         return
@@ -97,12 +94,21 @@ def check_imported(run: Path) -> None:
     """See to it that the code from outside the package that a run began with is at hand.
 
     Raises:
-        InputError: some is not.
+        InputError: some is not, or the file that names it cannot be read.
     """
-    begun = json.loads((run / "environment.json").read_text("utf-8")).get("architectures", {})
-    for name in begun.keys() - outside().keys():
+    begun = _read(run / "environment.json").get("architectures", {})
+    for name in sorted(begun.keys() - outside().keys()):
         file = str(begun[name]).partition(" (sha256")[0]
         raise InputError(f"{run}: it was begun with {name}: give --import {file} again")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        environment = dict(json.loads(file.read_text("utf-8")))
+        _flat(environment)
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InputError(f"{file}: cannot be read") from None
+    return environment
 
 
 def _commit() -> str | None:

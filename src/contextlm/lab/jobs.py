@@ -218,8 +218,10 @@ class Planner:
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    # A result holds no speeds; long texts are named where they are scored, as runs before them.
-    left_out = {"speed_tokens"} if recipe.evaluation.long else {"speed_tokens", "long"}
+    # A result holds no speeds; a job that asks for no long texts or tasks is what it was before
+    # there were any.
+    asks = recipe.evaluation
+    left_out = {"speed_tokens", *(name for name in ("long", "tasks") if not getattr(asks, name))}
     decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]

@@ -28,6 +28,7 @@ from contextlm.data.tokenizers import (
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
+from contextlm.evaluation.tasks import load_tasks
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
 from contextlm.lab.matching import Match, matched
@@ -170,6 +171,8 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
+    if recipe.evaluation.tasks:
+        load_tasks(recipe.evaluation.tasks)  # what cannot be had is told before training
     train = _samples(recipe, stores[0], "train", tokenizer, checked)
     validation = _samples(recipe, stores[1], "validation", tokenizer, checked)
     pools = _pools(recipe, stores[0], tokenizer, checked, train)
@@ -385,7 +388,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
         # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
         raise InputError(
-            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]', or "
+            "model.use_mambapy needs the package mambapy: pip install mambapy, or "
             f"leave the model out: --set contenders.{contender.name}=null"
         )
     model = meta_model(config)

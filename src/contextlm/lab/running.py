@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from contextlm.lab.run_folder import (
     points_of,
     write_run,
 )
+from contextlm.lab.watch import watched
 from contextlm.recipe.loading import dump_recipe, load_recipe
 from contextlm.recipe.schema import Recipe
 from contextlm.report.grid import GridPoint, write_grid
@@ -44,19 +45,25 @@ from contextlm.training.next_token import check_processes
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: str, progress: Progress, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
     Args:
         recipe: the comparison.
-        out, device, progress, workers: as for `run_points`.
+        out, device, progress, workers, track: as for `run_points`.
 
     Returns:
         The run folder.
     """
     point = Point({}, recipe, "")
-    return run_points([point], out, device=device, progress=progress, workers=workers)
+    return run_points([point], out, device=device, progress=progress, workers=workers, track=track)
 
 
 def run_points(
@@ -66,6 +73,8 @@ def run_points(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Run a recipe, or every point of a grid: each is a run folder of its own, with its report.
 
@@ -78,6 +87,8 @@ def run_points(
         device: ``auto``, ``cpu``, ``cuda`` ...
         progress: gets headings, epochs and what is at work.
         workers: do the jobs in so many workers of Ray instead of this process.
+        watch: serve the page of the run on this machine while it is at work.
+        track: names of trackers that get losses, validation and configuration of every job.
 
     Returns:
         The folder of the run, or of the grid, which holds those of its points and a report of all.
@@ -87,7 +98,7 @@ def run_points(
         RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
@@ -97,12 +108,20 @@ def run_points(
 
         folder = _shared_folder(lambda: new_folder(out, folder_name(points), fill))
         runs = [(folder / name, planner) for name, planner in planners.items()]
-        with _held({folder, *(run for run, _ in runs)}):
+        with _held({folder, *(run for run, _ in runs)}), _watched(watch, folder, progress):
             _complete(runs, folder, executor)
     return folder
 
 
-def resume(folder: Path, *, device: str, progress: Progress, workers: int | None = None) -> Path:
+def resume(
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
+) -> Path:
     """Finish a run, or a grid, that was killed, interrupted or stopped by a fault.
 
     It ends as it would have without that, to the bit, on the same machine with the same versions.
@@ -110,7 +129,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
     Args:
         folder: the run's or the grid's.
         device: ``auto`` or the kind of device that it began on.
-        progress, workers: as for `run_points`.
+        progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: no unfinished run is there, another process is at work on it, or the recipe, the
@@ -122,7 +141,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
         raise InputError(f"{folder}: no unfinished run is in there")
     progress.line(f"resuming {folder}")
     recipes = {run: load_recipe(str(run / "recipe.yaml")) for run in runs}
-    return _extend(recipes, folder, device, progress, workers)
+    return _extend(recipes, folder, device, progress, workers, watch, track)
 
 
 def extend(
@@ -132,6 +151,8 @@ def extend(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Do what a run or grid lacks of recipes, which may name more contenders, seeds and points.
 
@@ -140,7 +161,7 @@ def extend(
     Args:
         points: as for `run_points`.
         folder: of the run or the grid.
-        device, progress, workers: as for `run_points`.
+        device, progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: there is no such run or grid, or it holds a contender and seed of the same name
@@ -153,7 +174,7 @@ def extend(
     elif not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}: not a run folder")
     recipes = {folder / point.name: point.recipe for point in points}
-    return _extend(recipes, folder, device, progress, workers, points)
+    return _extend(recipes, folder, device, progress, workers, watch, track, points)
 
 
 def _extend(
@@ -162,10 +183,12 @@ def _extend(
     device: str,
     progress: Progress,
     workers: int | None,
+    watch: bool,
+    track: Sequence[str],
     points: Sequence[Point] = (),
 ) -> Path:
     with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         stack.enter_context(_held({folder}))
         known = [run for run in recipes if (run / "recipe.yaml").is_file()]
         stack.enter_context(_held(set(known) - {folder}))
@@ -189,7 +212,8 @@ def _extend(
                     with atomic_folder(run) as new:
                         write_run(new, planner, environment)
                     stack.enter_context(held(run))
-        _complete(runs, folder, executor)
+        with _watched(watch, folder, progress):
+            _complete(runs, folder, executor)
     return folder
 
 
@@ -327,6 +351,10 @@ def _add_to(run: Path, planner: Planner, environment: dict[str, Any], progress: 
     write_text(run / "recipe.yaml", dump_recipe(planner.prepared.recipe))
     for job in left:
         write_job(run, job)
+
+
+def _watched(watch: bool, folder: Path, progress: Progress) -> AbstractContextManager[object]:
+    return watched(folder, progress) if watch and distribution.is_main() else nullcontext()
 
 
 def _complete(runs: Runs, folder: Path, executor: Executor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from contextlm.base import distribution
 from contextlm.base.errors import NotFiniteError
-from contextlm.base.files import atomic_folder, write_json
+from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
@@ -31,11 +32,14 @@ from contextlm.evaluation.quality import (
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
+from contextlm.evaluation.tasks import load_tasks, task_scores
 from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
+from contextlm.lab.model_card import model_card
 from contextlm.lab.preparation import Entry, Prepared, on_first_part
+from contextlm.lab.tracking import tracking
 from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings, TrialResult
@@ -45,7 +49,9 @@ from contextlm.training.optimisation import build_schedule, steps_per_epoch
 from contextlm.training.phase_two_state import PhaseTwo
 
 
-def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
+def execute(
+    job: Job, planner: Planner, run: Path, progress: Progress, track: Sequence[str] = ()
+) -> None:
     """Do a job; its `result.json` is written last and says that it is done.
 
     Where several processes share the job, all call this: rank 0 alone writes, and measures cache
@@ -57,6 +63,7 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         planner: with all that the job reads.
         run: the run folder.
         progress: gets iterations and epochs.
+        track: names of trackers, which get them too.
 
     Raises:
         RunError: a fault while running, such as a full disk.
@@ -71,13 +78,16 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         write_job(run, job)
     entry, tuning = _entry(prepared, job), None
     try:
-        if job.kind == "trial":
-            _try(job, prepared, run, progress)
-        else:
-            tuning = planner.tuning(run, entry)
-            if tuning is not None:
-                entry = _with_rate(entry, tuning.chosen)
-            _run(job, prepared, entry, tuning, run, progress)
+        told_once = {"job": job.identity, **job.decides}
+        with tracking(track, run, str(job.folder), told_once) as told:
+            history = History(run / job.folder / "history.jsonl", told)
+            if job.kind == "trial":
+                _try(job, prepared, run, history, progress)
+            else:
+                tuning = planner.tuning(run, entry)
+                if tuning is not None:
+                    entry = _with_rate(entry, tuning.chosen)
+                _run(job, prepared, entry, tuning, run, history, progress)
     except NotFiniteError as error:
         if distribution.world() > 1:
             raise  # where rank 0 works alone, in phase 1, the others hear only that it failed
@@ -175,14 +185,14 @@ def _result(
     )
 
 
-def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
+def _try(job: Job, prepared: Prepared, run: Path, history: History, progress: Progress) -> None:
     """Train on the first part of the windows and keep nothing but the best loss and the history."""
     assert job.rate is not None
     part = first_part(prepared, job.contender)
     entry = _with_rate(part.entries[job.contender], job.rate)
     stages: list[StageMemory] = []
     model, _ = _new_model(job, part, entry, run, progress)
-    trained = _train(job, part, entry, model, run, progress, stages)
+    trained = _train(job, part, entry, model, run, history, progress, stages)
     loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
     trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
     if distribution.is_main():
@@ -216,6 +226,7 @@ def _run(
     entry: Entry,
     tuning: TuningFacts | None,
     run: Path,
+    history: History,
     progress: Progress,
 ) -> None:
     """Train the contender, save its checkpoint, measure it, and write what came of it."""
@@ -225,7 +236,7 @@ def _run(
     stages = [stage_memory("data loaded", device)]
     model, embedding = _new_model(job, prepared, entry, run, progress)
     stages.append(stage_memory("model initialised", device))
-    trained = _train(job, prepared, entry, model, run, progress, stages)
+    trained = _train(job, prepared, entry, model, run, history, progress, stages)
     # Before anything is measured: a fault in a measurement must not cost the weights.
     offset = recipe.target_offset_of(entry.contender)
     if distribution.is_main():
@@ -248,11 +259,17 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
+    tasks = []
+    if recipe.evaluation.tasks:
+        loaded = load_tasks(recipe.evaluation.tasks)
+        tasks = task_scores(model, prepared.tokenizer, loaded, size)
+    # The windows' length too, so that cache and quality can be told at one length.
     lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
     if recipe.evaluation.long:
         documents = prepared.validation_documents
         long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
-        positions, lengths = long.positions, [*lengths, *long.edges]
+        positions = long.positions
+        lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
     cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -283,6 +300,7 @@ def _run(
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
         "positions": positions,
+        "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "trained_tokens": best.tokens,
@@ -293,6 +311,7 @@ def _run(
         "cache": cache,
     }
     result = _result(job, prepared, entry, model, validation).model_copy(update=measured_too)
+    write_text(folder / "checkpoint" / "README.md", model_card(result, recipe, entry))
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
 
@@ -323,11 +342,11 @@ def _train(
     entry: Entry,
     model: PreTrainedModel,
     run: Path,
+    history: History,
     progress: Progress,
     stages: list[StageMemory],
 ) -> _Trained:
     """Phase 1, the context store and phase 2, as far as the contender has them."""
-    history = History(run / job.folder / "history.jsonl")
     working, shared = run / job.working, run / job.shared
     state = PhaseOneState(shared / "phase1", progress.line)
     contexts = make_contexts(job, prepared, entry, model, run, history, progress, stages, state)

@@ -24,9 +24,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.cache import RowStateLayer
+from contextlm.models.cache import CACHE, NAMES, RowStateLayer, given_cache
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, OwnStart, start_update
+from contextlm.models.stub import auto_map
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,32 @@ def register_architecture(*, tiny: tuple[dict[str, Any], ...]) -> Callable[[M], 
     Args:
         tiny: one or more sets of config fields, each a variant that the contract tests try.
 
+    A class that is defined again under its own name, as in a notebook, takes its earlier place.
+
     Raises:
-        ValueError: the `model_type` is taken.
+        ValueError: the `model_type` is another class's.
     """
 
     def register(model: M) -> M:
         decoder = model.decoder_class
         config = decoder.config_class
         name = config.model_type
-        if name in _REGISTRY:
+        again = name in _REGISTRY
+        if again and _qualified(_REGISTRY[name].model) != _qualified(model):
             raise ValueError(f"an architecture named {name!r} is registered already")
-        AutoConfig.register(name, config)
-        AutoModel.register(config, decoder)
-        AutoModelForCausalLM.register(config, model)
+        config.auto_map = auto_map(AutoConfig=config, AutoModel=decoder, AutoModelForCausalLM=model)
+        AutoConfig.register(name, config, exist_ok=again)
+        AutoModel.register(config, decoder, exist_ok=again)
+        AutoModelForCausalLM.register(config, model, exist_ok=again)
         description = (model.__doc__ or "").strip().partition("\n")[0]
         _REGISTRY[name] = Architecture(config, model, description, tiny)
         return model
 
     return register
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def registry() -> dict[str, Architecture]:
@@ -116,7 +125,7 @@ class ContextPreTrainedModel(PreTrainedModel):
     config_class: type[PreTrainedConfig]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*NAMES]
     _supports_sdpa = True
 
     def new_cache(self) -> Cache:
@@ -138,6 +147,10 @@ class ContextPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: what is saved always brings a module for clients (`models.stub`)."""
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts that the configuration freezes come back frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -155,13 +168,13 @@ class ContextPreTrainedModel(PreTrainedModel):
         if isinstance(module, OwnStart):
             module.reset_parameters()
         elif getattr(module, "is_update", False):
-            start_update(module)
+            start_update(module)  # type: ignore[arg-type]
         else:
             super()._init_weights(module)
 
 
 # Arguments of other models that would change the answer.
-_NOT_READ = ("cache", "cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
+_NOT_READ = ("cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
 
 
 class ContextDecoder(ContextPreTrainedModel):
@@ -217,6 +230,7 @@ class ContextDecoder(ContextPreTrainedModel):
         seq_idx: Tensor | None = None,
         contexts: Tensor | None = None,
         last: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states.
@@ -230,7 +244,8 @@ class ContextDecoder(ContextPreTrainedModel):
             position_ids: ``[B, T]``; only learned and rotary positions over all tokens follow them,
                 by default positions are counted over each document's real tokens. Where they do not
                 increase a new document begins.
-            past_key_values: the cache that an earlier call returned, or `new_cache()`.
+            past_key_values: the cache that an earlier call returned, or `new_cache()`; `cache` is
+                what transformers calls it since 5.24.
             inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
             use_cache: return a cache.
             cu_seq_lens_q: ``[documents + 1]``, where the documents of one row begin, and its end.
@@ -257,7 +272,8 @@ class ContextDecoder(ContextPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache, past, seen_B = past_key_values, 0, None
+        given = given_cache(cache, past_key_values)
+        cache, past, seen_B = given, 0, None
         if cache is None and use_cache and contexts is None:
             cache = self.new_cache()
         if cache is not None:
@@ -280,7 +296,7 @@ class ContextDecoder(ContextPreTrainedModel):
             in_graph=self.sees_borders,
         )
         if new.places_BT is not None:
-            if past_key_values is not None or contexts is not None:
+            if given is not None or contexts is not None:
                 raise ValueError(
                     "packed documents go together neither with a cache nor with stored contexts"
                 )
@@ -293,7 +309,7 @@ class ContextDecoder(ContextPreTrainedModel):
             self._refuse_recording_apart(kwargs)
             apart = new.apart()
             hidden_BTD = apart.packed(self.decode(apart.rows(inputs_embeds), apart.new, **kwargs))
-        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_BTD, **{CACHE: cache})
         if wants_states and "hidden_states" not in self._recorded:
             outputs.hidden_states = (inputs_embeds, hidden_BTD)
         return outputs
@@ -307,8 +323,8 @@ class ContextDecoder(ContextPreTrainedModel):
         own = [layer for layer in cache.layers if isinstance(layer, RowStateLayer)]
         if not own or [type(layer) for layer in cache.layers] != self._cache_kinds:
             raise ValueError(
-                f"{self.config.model_type} needs its own cache: leave past_key_values out, pass "
-                "what an earlier call returned, or make one with new_cache()"
+                f"{self.config.model_type} needs its own cache: leave {CACHE} out, pass what an "
+                "earlier call returned, or make one with new_cache()"
             )
         counts_B = own[0].counts
         if counts_B is not None and len(counts_B) != batch:
@@ -316,7 +332,7 @@ class ContextDecoder(ContextPreTrainedModel):
         if self.training and getattr(self, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs every layer twice, which would move the cache on "
-                "twice: train without past_key_values, and call eval() before generating"
+                f"twice: train without {CACHE}, and call eval() before generating"
             )
         return own[0]
 
@@ -334,8 +350,8 @@ class ContextDecoder(ContextPreTrainedModel):
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
         """An argument that would change the answer is never swallowed."""
-        for name in _NOT_READ:
-            if kwargs.get(name) is not None:
+        for name, value in kwargs.items():
+            if isinstance(value, Cache) or (name in _NOT_READ and value is not None):
                 raise ValueError(f"{self.config.model_type} does not take {name}")
         if kwargs.get("output_attentions") and "attentions" not in self._recorded:
             raise ValueError(f"{self.config.model_type} does not record attentions")
@@ -415,8 +431,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
                 f"{type(self).__name__} has a cache of its own kind only"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.new_cache()
 
     @can_return_tuple
     def forward(
@@ -429,6 +445,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, V]``, and the loss when labels are given.
@@ -448,6 +465,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             last=logits_to_keep if shorter else 0,
@@ -463,7 +481,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

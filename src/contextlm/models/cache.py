@@ -7,13 +7,33 @@ repeat it for several returned sequences and ask how many tokens it has seen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contextlm.models.inputs import NewTokens, take
+
+NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache, as an argument and in outputs: since 5.24, and before."""
+
+CACHE = next(name for name in NAMES if name in {it.name for it in fields(BaseModelOutputWithPast)})
+"""What the transformers that is installed calls it."""
+
+
+def given_cache(*named: Cache | None) -> Cache | None:
+    """The cache that was given under one of its names.
+
+    Raises:
+        ValueError: it was given under both.
+    """
+    given = [cache for cache in named if cache is not None]
+    if len(given) > 1:
+        raise ValueError(f"give the cache once: {' and '.join(NAMES)} are two names of it")
+    return given[0] if given else None
 
 
 class RowStateLayer(CacheLayerMixin):
@@ -106,6 +126,15 @@ class RowStateLayer(CacheLayerMixin):
                 f"{type(self).__name__} cannot be cropped: what it kept of earlier tokens is gone; "
                 "start again from an empty cache"
             )
+
+
+class KeyValueLayer(DynamicLayer):
+    """transformers' keys and values of all tokens; `reset` of 5.17 leaves as many, all zero."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
 
 
 class CroppableLayer(RowStateLayer):

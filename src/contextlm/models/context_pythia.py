@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import (
@@ -22,7 +22,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import ContextStateLayer
+from contextlm.models.cache import CACHE, ContextStateLayer, KeyValueLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
@@ -197,7 +197,7 @@ class ContextPythiaModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and the context after the last token."""
-        attention = [DynamicLayer() for _ in self.layers]
+        attention = [KeyValueLayer() for _ in self.layers]
         selective = self.config.context == "selective_state"
         return Cache(layers=[*attention, MatrixStateLayer() if selective else ContextStateLayer()])
 
@@ -223,7 +223,7 @@ class ContextPythiaModel(ContextDecoder):
             config=self.layer_config,
             inputs_embeds=stream_BTX,
             attention_mask=new.attention_mask,
-            past_key_values=new.cache,
+            **{CACHE: new.cache},
         )
         rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)
         for layer in self.layers:

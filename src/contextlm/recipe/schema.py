@@ -37,22 +37,28 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator acce
 class Split(Settings):
     """Two counts, one for each split."""
 
-    train: PositiveInt
-    validation: PositiveInt
+    train: PositiveInt = Field(description="of the training split")
+    validation: PositiveInt = Field(description="of the validation split")
 
 
 class Contender(Settings):
     """One model in a comparison."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)
-    baseline: bool = False
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        max_length=64,
+        description="letters, digits, - and _; in a scale and in --set it stands for NAME",
+    )
+    baseline: bool = Field(False, description="the one that others are compared with")
     model: dict[str, JsonValue] = Field(
-        description="`type`, and fields of that architecture's config"
+        description="`type`, and fields of that type: contextlm list keys model.TYPE"
     )
     match: MatchSettings | None = Field(
         None, description="find the width at which it has as many parameters as the baseline"
     )
-    phase1: PhaseOneSettings | None = None
+    phase1: PhaseOneSettings | None = Field(
+        None, description="train the context block by itself first; null: not"
+    )
     training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
     use_store: bool = Field(
         True, description="false: run the context block inside, each window from zero"
@@ -73,13 +79,15 @@ class Contender(Settings):
 class Recipe(Settings):
     """A comparison, resolved: a baseline, other contenders, the same data and training for all."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
-    question: str
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, description="of run folders too"
+    )
+    question: str = Field(description="what the comparison is to answer")
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
     departs_from_full: list[str] | None = []  # see loading.departures
     written: dict[str, str] = Field({}, description="paths as written, before made absolute")
-    corpus: str = "pydocs"
+    corpus: str = Field("pydocs", description="contextlm list corpora")
     validation: float | str | None = Field(
         None,
         description="the share of the text to hold out, or text:PATH or jsonl:PATH; null: 0.05, or "
@@ -90,9 +98,9 @@ class Recipe(Settings):
         None, description="the models' vocabulary where it is larger than the tokenizer's"
     )
     unit: Literal["windows", "lines", "answers"] = Field("windows", description="what a sample is")
-    sequence_length: PositiveInt = SEQUENCE_LENGTH
+    sequence_length: PositiveInt = Field(SEQUENCE_LENGTH, description="tokens of a sample")
     stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
-    target_offset: PositiveInt = 1
+    target_offset: PositiveInt = Field(1, description="how many tokens ahead the target lies")
     documents: Split | None = Field(None, description="use only the first documents of each split")
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
     samples: Split | None = Field(None, description="use only the first samples of each split")
@@ -102,7 +110,9 @@ class Recipe(Settings):
         description="train each contender once a budget, on this share of the training samples; "
         "more than 1 goes on with the samples that follow them in the text",
     )
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: list[Seed] = Field(
+        [0], min_length=1, description="of weights, noise, order and dropout: a training for each"
+    )
     embedding: EmbeddingSettings = EmbeddingSettings()
     context_store: ContextStoreSettings | None = Field(
         None, description="the text is one stream, whose contexts are kept for phase 2"
@@ -171,6 +181,20 @@ class Recipe(Settings):
                 key = f"contenders.{contender.name}.training" if own else "training"
                 raise ValueError(
                     f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_ask_for_the_next_token(self) -> Self:
+        if not self.evaluation.tasks:
+            return self
+        if self.unit == "answers":
+            raise ValueError("evaluation.tasks: a synthetic task's tokens spell no text")
+        for contender in self.contenders:
+            if self.target_offset_of(contender) > 1:
+                raise ValueError(
+                    f"evaluation.tasks: they ask for the next token, which {contender.name} does "
+                    "not predict: its target_offset is more than 1"
                 )
         return self
 

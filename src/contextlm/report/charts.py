@@ -50,12 +50,14 @@ _BYTES = (
     " : datum.value < 1073741824 ? datum.value / 1048576 + ' MB'"
     " : datum.value / 1073741824 + ' GB'"
 )
-_TOKENS = "format(datum.value, '~s')"
+_TOKENS = "format(datum.value, '.3~s')"
 
 
 def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
     return {
-        "font": "Liberation Sans, Noto Sans CJK JP, Hiragino Sans, Yu Gothic, sans-serif",
+        "font": "Helvetica, Arial, Liberation Sans, Noto Sans CJK JP, Hiragino Sans, sans-serif",
+        # A reader without these fonts sees wider letters.
+        "padding": {"left": 5, "top": 5, "right": 35, "bottom": 5},
         "background": back,
         "view": {"stroke": None},
         "axis": {
@@ -67,6 +69,7 @@ def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
             "gridColor": grid,
             "domainColor": soft,
             "tickColor": soft,
+            "labelSeparation": 8,
         },
         "legend": {
             "labelColor": text,
@@ -146,7 +149,7 @@ def figures(rows: Sequence[Contender]) -> list[Figure]:
 @cache
 def has_glyphs(language: str) -> bool:
     """Whether a font of this machine has the language's glyphs: without one, all look alike."""
-    foreign = {c for text in translations(language).values() for c in text if c > "\u2e80"}
+    foreign = {c for text in translations(language).values() for c in text if c >= "\u4e00"}
     glyphs = sorted(foreign)[:3]
     pictures = {
         vl_convert.svg_to_png(
@@ -303,16 +306,28 @@ def curves(group: Sequence[Contender]) -> Drawn:
     y = alt.Y("y:Q").title(say("loss, nats a token")).scale(zero=False)
     colour = _colour(validation)
     thin = alt.Chart(_values(train)).mark_line(strokeWidth=0.8, opacity=0.6)
-    band = alt.Chart(_values(validation[validation.low < validation.high])).mark_area(opacity=0.15)
-    chart = _layered(
-        [
-            thin.encode(x, y, color=colour),
-            band.encode(x, _low(y), y2="high:Q", color=colour),
-            *_marks(validation.assign(low=math.nan, high=math.nan), x, y, [], line=True),
-        ],
-        len(lines),
-    )
+    spread = validation[validation.low < validation.high]
+    band = alt.Chart(_values(spread)).mark_area(opacity=0.15)
+    layers = [] if train.empty else [thin.encode(x, y, color=colour)]
+    layers += [] if spread.empty else [band.encode(x, _low(y), y2="high:Q", color=colour)]
+    points = validation.assign(low=math.nan, high=math.nan)
+    chart = _layered([*layers, *_marks(points, x, y, [], line=True)], len(lines))
     return say("Loss: with points of validation, without of training (running)."), chart
+
+
+def live_chart(steps: pd.DataFrame) -> Drawn:
+    """Loss by step of each job that has begun, from `label`, `x` and `y`; the latest is last."""
+    if steps.empty:
+        return None
+    lines = []
+    for label, own in steps.groupby("label", sort=False):
+        stretch = np.arange(len(own)) // (-(-len(own) // MOST_POINTS))
+        lines.append(own[["x", "y"]].groupby(stretch).mean().assign(label=visible(str(label))))
+    points = pd.concat(lines[::-1]).assign(baseline=False)
+    x, y = alt.X("x:Q").title(say("step")), alt.Y("y:Q").title(say("loss, nats a token"))
+    line = alt.Chart(_values(points)).mark_line(strokeWidth=1.5)
+    line = line.encode(x, y.scale(zero=False), color=_colour(points))
+    return say("Training loss by step."), _layered([line], len(lines))
 
 
 def _curves(row: Contender) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -417,8 +432,10 @@ def _marks(
     named = [name for name in ("label", "shown", *tips, "versus") if name in points]
     tooltip = [alt.Tooltip(f"{name}:N").title(told[name]) for name in named]
     base = alt.Chart(_values(points)).encode(x, y, color=colour, opacity=picked)
-    spread = alt.Chart(_values(points[points.low.notna()])).mark_rule(strokeWidth=1.5)
-    marks = [spread.encode(x, _low(y), y2="high:Q", color=colour, opacity=picked)]
+    known = points[points.low.notna()]
+    spread = alt.Chart(_values(known)).mark_rule(strokeWidth=1.5)
+    bars = spread.encode(x, _low(y), y2="high:Q", color=colour, opacity=picked)
+    marks = [] if known.empty else [bars]
     if line:
         marks.append(base.mark_line(strokeWidth=1.8))
     shape = alt.Shape("baseline:N").scale(domain=[False, True], range=["circle", "square"])

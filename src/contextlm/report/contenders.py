@@ -27,6 +27,8 @@ from contextlm.results.result import Outcome, PhaseTwoRow, Run, StepRow
 CACHE = "cache_bytes_"
 PPL_AT = "ppl_at_"
 ANSWERS = "answers_"
+SCORE = "score_"
+STDERR = "stderr_"
 REPORTED = "reported_"
 # Contenders that share the first are of one task, and may be ranked if they share the others too.
 _SAME_DATA = [
@@ -74,6 +76,11 @@ class Contender:
     def levels(self) -> list[str]:
         """The columns of the levels that it answered."""
         return self.columns(ANSWERS)
+
+    @property
+    def scores(self) -> list[str]:
+        """The figures of tasks of lm-eval, without what their columns begin with."""
+        return [name.removeprefix(SCORE) for name in self.columns(SCORE)]
 
     @property
     def reported(self) -> list[str]:
@@ -239,6 +246,7 @@ def row_facts(row: Contender) -> dict[str, Any]:
     varying = ["validation_loss", "validation_ppl", "unigram_share", "bits_per_byte", "accuracy"]
     varying += ["train_ppl", "train_ppl_running", "best_epoch", "epochs", *row.levels]
     varying += row.columns(PPL_AT)
+    varying += [start + name for name in row.scores for start in (SCORE, STDERR)]
     varying += ["phase1_iterations", "phase1_converged", "rank_train", "rank_validation"]
     varying += ["seconds_per_epoch", "training_rate", "prefill_rate", "decode_rate"]
     caches = [name for n in row.cache_lengths for name in (f"{CACHE}{n}", f"cache_resident_{n}")]

@@ -12,7 +12,7 @@ from typing import Any
 from contextlm.base.files import plain, write_json, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, numbers
-from contextlm.report.contenders import Contender, contenders, row_facts
+from contextlm.report.contenders import Contender, comparable_groups, contenders, row_facts
 from contextlm.report.sheet import Column, Table, escape_markdown, make_table, markdown_table
 from contextlm.report.statistics import corrected
 from contextlm.report.tables import (
@@ -21,6 +21,7 @@ from contextlm.report.tables import (
     interval_text,
     mean,
     ppl_text,
+    setting_of,
     shared,
     tests_note,
     verdict_text,
@@ -91,15 +92,25 @@ def grid_table(lines: Sequence[_Line]) -> Table:
 
 
 def best_sentences(lines: Sequence[_Line]) -> list[str]:
-    """For each contender the setting with the lowest mean perplexity."""
-    best: dict[str, tuple[float, str]] = {}
-    for point, row in lines:
-        found = None if row.diverged else row.stat("validation_loss")
-        if found is not None and found.mean < best.get(row.name, (math.inf, ""))[0]:
-            setting = ", ".join(f"{key} {_shown(value)}" for key, value in point.values.items())
-            told = f"{setting}: {ppl_text(row)} ({numbers.seeds_text(len(row.seeds))})"
-            best[row.name] = found.mean, told
-    return [f"{name} is lowest with {told}" for name, (_, told) in best.items()]
+    """For each contender the setting with the lowest mean perplexity, of those alike in data.
+
+    Settings with other data, windows or budgets are not ranked with each other.
+    """
+    groups = comparable_groups([row for _, row in lines])
+    found = []
+    for group in groups:
+        best: dict[str, tuple[float, str]] = {}
+        alike = [(point, row) for point, row in lines if row in group]
+        for point, row in alike:
+            loss = None if row.diverged else row.stat("validation_loss")
+            if loss is not None and loss.mean < best.get(row.name, (math.inf, ""))[0]:
+                setting = ", ".join(f"{key} {_shown(value)}" for key, value in point.values.items())
+                told = f"{setting}: {ppl_text(row)} ({numbers.seeds_text(len(row.seeds))})"
+                best[row.name] = loss.mean, told
+        where = f"On {setting_of(group)}: " if len(groups) > 1 else ""
+        if len({id(point) for point, _ in alike}) > 1 or len(groups) == 1:
+            found += [f"{where}{name} is lowest with {told}" for name, (_, told) in best.items()]
+    return found
 
 
 def grid_chart(lines: Sequence[_Line]) -> charts.Drawn:

@@ -34,9 +34,8 @@ def translations(language: str) -> Mapping[str, str]:
     tables = files("contextlm.report") / "languages"
     known = sorted(file.name.removesuffix(".yaml") for file in tables.iterdir())
     if language not in known:
-        raise InputError(
-            f"--language {shown(language)}: expected one of {', '.join([ENGLISH, *known])}"
-        )
+        expected = " or ".join([ENGLISH, *known])
+        raise InputError(f"--language {shown(language)}: expected {expected}")
     return dict(yaml.safe_load((tables / f"{language}.yaml").read_text("utf-8")))
 
 

@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import cache_folder, is_folder, plain, write_json, write_text
+from contextlm.base.files import cache_folder, is_file, is_folder, plain, write_json, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, notes, tables
 from contextlm.report.contenders import Contender, comparable_groups, contenders, row_facts
@@ -78,12 +78,14 @@ def write_report(
         if is_folder(path):
             raise InputError(f"{path}: is a folder, the report needs that name for a file")
     check_inside(folder, folder / FIGURES)
+    if is_file(folder / FIGURES):
+        raise InputError(f"{folder / FIGURES}: is a file, the report needs that name for a folder")
     rows = contenders(runs, against)
     drawn = charts.figures(rows)
     facts = _facts(runs, rows, folder, drawn)
     written: dict[str, Callable[[Path], None]] = {
-        "md": lambda path: write_text(path, _markdown("report.md.j2", facts)),
-        "html": lambda path: write_text(path, _html(facts)),
+        "md": lambda path: write_text(path, markdown_page("report.md.j2", facts)),
+        "html": lambda path: write_text(path, _html(facts, pictures=True)),
         "csv": lambda path: write_text(path, _csv(rows)),
         "latex": lambda path: write_text(path, "\n".join(map(latex_table, facts["main"]))),
         "json": lambda path: write_json(path, plain(report_facts(runs, rows))),
@@ -102,7 +104,7 @@ def render_summary(runs: list[Run], against: str | None = None) -> str:
         InputError: there is no run, or a run in which no contender has finished.
     """
     _check(runs)
-    return _markdown("summary.md.j2", _facts(runs, contenders(runs, against), Path(), []))
+    return markdown_page("summary.md.j2", _facts(runs, contenders(runs, against), Path(), []))
 
 
 def report_facts(runs: Sequence[Run], rows: Sequence[Contender]) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def _facts(
         "terms": _terms(),
         "data": tables.data_table(rows),
         "figures": drawn,
-        "most": max(map(len, comparable_groups(rows))),
+        "most": max(map(len, comparable_groups(rows)), default=0),
+        "live": None,
         "folder": FIGURES,
         "runs": [
             (
@@ -232,21 +235,29 @@ def _csv(rows: Sequence[Contender]) -> str:
     return str(flat.to_csv(index=False, lineterminator="\n"))
 
 
-def _html(facts: dict[str, Any]) -> str:
+def render_page(runs: Sequence[Run], folder: Path, *, live: dict[str, Any]) -> str:
+    """The page of runs that are not finished, with what they are doing, for links from `folder`."""
+    finished = [run for run in runs if run.outcomes]
+    rows = contenders(finished) if finished else []
+    drawn = [*live["figures"], *(charts.figures(rows) if rows else [])]
+    return _html(_facts(finished, rows, folder, drawn) | {"live": live, "title": _title(runs)})
+
+
+def _html(facts: dict[str, Any], *, pictures: bool = False) -> str:
+    """The page; with `pictures` its charts can be seen where scripts do not run, and printed."""
     scripts = [_vega(), (files("contextlm.report") / "templates" / "page.js").read_text("utf-8")]
     drawn = {
         "light": charts.LIGHT,
         "dark": charts.DARK,
         "charts": {figure.name: figure.chart for figure in facts["figures"]},
     }
-    pictures = {figure.name: _data_uri(figure.svg) for figure in facts["figures"]}
     template = _environment(True, _visible_unless_marked).get_template("report.html.j2")
     return template.render(
         **facts,
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         drawn=Markup(json.dumps(drawn).replace("<", "\\u003c")),
-        pictures=pictures,
+        pictures={figure.name: _data_uri(figure.svg) for figure in facts["figures"] if pictures},
     )
 
 
@@ -264,7 +275,13 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _markdown(template: str, facts: dict[str, Any]) -> str:
+def static_page(template: str, facts: dict[str, Any]) -> str:
+    """A page without scripts, of a template of this package."""
+    return _environment(True, _visible_unless_marked).get_template(template).render(facts)
+
+
+def markdown_page(template: str, facts: dict[str, Any]) -> str:
+    """The same as Markdown; a filter ``table`` makes tables."""
     environment = _environment(False, _escape_unless_marked)
     environment.filters["table"] = lambda table: Markup(markdown_table(table))
     return environment.get_template(template).render(facts)

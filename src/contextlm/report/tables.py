@@ -11,6 +11,8 @@ from contextlm.report.contenders import (
     ANSWERS,
     CACHE,
     PPL_AT,
+    SCORE,
+    STDERR,
     Contender,
     cache_length,
     comparable_groups,
@@ -152,6 +154,7 @@ def measured_tables(rows: Sequence[Contender]) -> list[Table]:
     """Everything that was measured, by topic; topics of which no row has anything are left out."""
     tables = [
         retrieval_table(rows),
+        task_table(rows),
         make_table("Quality", QUALITY, rows),
         make_table("Size and training", TRAINING, rows),
         make_table("Phase 1, context training", PHASE_ONE, rows),
@@ -182,6 +185,18 @@ def long_table(rows: Sequence[Contender]) -> Table:
     lengths = sorted({int(n.removeprefix(PPL_AT)) for row in rows for n in row.columns(PPL_AT)})
     columns = [mean(_at(length), f"{PPL_AT}{length}", numbers.perplexity) for length in lengths]
     return make_table("Perplexity of long texts", [CONTENDER, *columns], rows)
+
+
+def task_table(rows: Sequence[Contender]) -> Table | None:
+    """Perplexity and the scores of lm-eval's tasks; None if none were asked for."""
+    figures = dict.fromkeys(name for row in rows for name in row.scores)
+    columns = [CONTENDER, mean("validation PPL", "validation_ppl", numbers.perplexity)]
+    for name in figures:
+        columns.append(mean(name.replace("_", " "), f"{SCORE}{name}", numbers.significant))
+        columns.append(mean("standard error", f"{STDERR}{name}", numbers.significant))
+    scored = [row for row in rows if row.scores]
+    note = "Standard errors are lm-eval's, over the questions of a task."
+    return make_table("Tasks of lm-eval", columns, scored, note) if scored else None
 
 
 def cache_table(rows: Sequence[Contender]) -> Table:

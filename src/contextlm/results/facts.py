@@ -90,6 +90,20 @@ class RetrievalAccuracy(Record):
     answers: Count
 
 
+class TaskScore(Record):
+    """One figure of a task of lm-eval, by lm-eval's names.
+
+    `stderr` is its standard error over the questions, of which there are `samples`; None where
+    lm-eval gives none, as for the figure of a group.
+    """
+
+    task: str
+    metric: str
+    value: Figure
+    stderr: Figure | None
+    samples: Count | None
+
+
 class PhaseOneFacts(Record):
     """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
 

@@ -31,6 +31,7 @@ from contextlm.results.facts import (
     Record,
     RetrievalAccuracy,
     StoreFacts,
+    TaskScore,
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
@@ -77,6 +78,7 @@ class Result(Record):
     train_ppl_windows: Count | None = None
     retrieval: list[RetrievalAccuracy] = []
     positions: list[PositionLoss] = []
+    tasks: list[TaskScore] = []
     best_epoch: Count
     epochs: Count
     trained_tokens: Count | None = None

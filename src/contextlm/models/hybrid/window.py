@@ -82,7 +82,9 @@ class WindowedAttention(Mixer):
     ) -> Tensor:
         """What each query reads of its window, ``[B, T, H E]``; keys and values: kept and new."""
         tokens, total = query_BHTE.shape[2], key_BGSE.shape[2]
-        if tokens > self.window and total > 2 * self.window:
+        # An exported graph has one way for all lengths, and blocks are right for any.
+        many = torch.compiler.is_exporting() or (tokens > self.window and total > 2 * self.window)
+        if many:
             return self._in_blocks(query_BHTE, key_BGSE, value_BGSE, new)
         mask = None
         if new.seen_B is not None or new.places_BT is not None or total > self.window:
@@ -99,9 +101,11 @@ class WindowedAttention(Mixer):
         batch, _, tokens, _ = query_BHTE.shape
         window, device = self.window, query_BHTE.device
         ahead = window - (key_BGSE.shape[2] - tokens)  # columns to fill up to W before the first
-        behind = -tokens % window
-        blocks = (tokens + behind) // window
-        query = F.pad(query_BHTE, (0, 0, 0, behind)).unflatten(2, (blocks, window))
+        blocks = (tokens + window - 1) // window
+        if torch.compiler.is_exporting():  # a length of one is another case to a graph
+            blocks = blocks + 1
+        behind = blocks * window - tokens
+        query = F.pad(query_BHTE, (0, 0, 0, behind)).unflatten(2, (-1, window))
         key, value = (
             F.pad(x, (0, 0, ahead, behind)).unfold(2, 2 * window, window).transpose(-1, -2)
             for x in (key_BGSE, value_BGSE)
@@ -109,9 +113,9 @@ class WindowedAttention(Mixer):
         column_S = torch.arange(2 * window, device=device)
         own_W1 = column_S[window:].unsqueeze(1)
         reach_BT = new.places().clamp(max=window - 1)
-        reach_BJW1 = F.pad(reach_BT, (0, behind)).unflatten(1, (blocks, window)).unsqueeze(-1)
+        reach_BJW1 = F.pad(reach_BT, (0, behind)).unflatten(1, (-1, window)).unsqueeze(-1)
         mask = (column_S <= own_W1) & (column_S >= own_W1 - reach_BJW1)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         mixed, _ = attend(self, query, key, value, mask)
-        return mixed.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :tokens]
+        return mixed.unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]

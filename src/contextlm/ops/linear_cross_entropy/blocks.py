@@ -15,16 +15,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of a block: few enough to stay small beside the weight, enough to repay reading the weight.
-BLOCK = 2**24
+from contextlm.ops.backends import is_installed
+
+# Logits of a block: as many as a processor's caches hold; where the weight's gradient is summed up,
+# so many that reading and writing the sum does not count.
+BLOCK, BLOCK_TRAINED = 2**23, 2**26
+_FEWEST_TO_TURN = 2048  # tokens
+_ALIGNED = 64  # rows of logits that begin anywhere make a float32 product half as slow again
 
 
 def linear_cross_entropy_blocks(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, dtype: torch.dtype
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `linear_cross_entropy`, with products in `dtype` and no target to ignore."""
     return _Blocks.apply(hidden_ND, weight_VD, bias_V, targets_N, dtype)
@@ -44,27 +53,32 @@ class _Blocks(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         own_VD = weight_VD.to(dtype)
         own_V = None if bias_V is None else bias_V.to(dtype)
+        # As the second factor of `d hidden` it is read faster by columns; turning it round has a price.
+        turned_DV = own_VD.t()
+        if dtype == torch.bfloat16 and len(hidden_ND) >= _FEWEST_TO_TURN:
+            turned_DV = turned_DV.contiguous()
         loss = hidden_ND.new_zeros((), dtype=sums)
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
         d_bias_V = torch.zeros_like(bias_V, dtype=sums) if wants_bias else None
-        size = max(1, BLOCK // len(weight_VD))
+        size = max(1, (BLOCK_TRAINED if wants_weight else BLOCK) // len(weight_VD))
+        memory_RV = _rows(min(size, len(hidden_ND)), len(weight_VD), dtype, hidden_ND.device)
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
-            own_RD, targets_R1 = hidden_ND[rows].to(dtype), targets_N[rows, None]
-            logits_RV = F.linear(own_RD, own_VD, own_V).to(sums)
-            log_RV = torch.log_softmax(logits_RV, -1)
-            loss -= log_RV.gather(1, targets_R1).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            d_RV = log_RV.exp_()
-            d_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -1, dtype=sums))
+            own_RD, targets_R = hidden_ND[rows].to(dtype), targets_N[rows]
+            d_RV = memory_RV[: len(own_RD)]
+            if own_V is None:
+                torch.mm(own_RD, own_VD.t(), out=d_RV)
+            else:
+                torch.addmm(own_V, own_RD, own_VD.t(), out=d_RV)
+            loss += _softmax_loss(d_RV, targets_R).sum()
             if d_bias_V is not None:
-                d_bias_V += d_RV.sum(0)
-            d_RV = d_RV.to(dtype)
+                d_bias_V += d_RV.sum(0, dtype=sums)
             if d_hidden_ND is not None:
-                d_hidden_ND[rows] = d_RV @ own_VD
-            if d_weight_VD is not None:
+                d_hidden_ND[rows] = d_RV @ turned_DV.t()
+            if d_weight_VD is not None and dtype == sums:
+                d_weight_VD.addmm_(d_RV.t(), own_RD)
+            elif d_weight_VD is not None:
                 d_weight_VD += d_RV.t() @ own_RD
         ctx.gradients = d_hidden_ND, d_weight_VD, d_bias_V
         return loss
@@ -74,3 +88,24 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if each is None else each * scale for each in ctx.gradients)
         return (*scaled, None, None)
+
+
+def _rows(rows: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for logits, ``[R, V]``, whose rows begin at multiples of `_ALIGNED` bytes."""
+    step = _ALIGNED // dtype.itemsize
+    return torch.empty(rows, -(-entries // step) * step, dtype=dtype, device=device)[:, :entries]
+
+
+def _softmax_loss(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """Each row's loss, in float32 at least; turns its logits into their gradient, in place."""
+    if logits_RV.device.type == "cpu" and is_installed("numba"):
+        from contextlm.ops.linear_cross_entropy.numba import softmax_loss_numba
+
+        return softmax_loss_numba(logits_RV, targets_R)
+    sums = torch.promote_types(logits_RV.dtype, torch.float32)
+    log_RV = torch.log_softmax(logits_RV, -1, dtype=sums)
+    losses_R = -log_RV.gather(1, targets_R[:, None]).squeeze(1)
+    log_RV.exp_()
+    log_RV[torch.arange(len(log_RV), device=log_RV.device), targets_R] -= 1
+    logits_RV.copy_(log_RV)
+    return losses_R

@@ -1,6 +1,7 @@
 """What every registered architecture must do. A new architecture is tested by being registered.
 
-The models run in float64, so that equality can be asked for to rounding.
+These are tests for pytest: the test suite runs them on our own architectures, and `contextlm check`
+on anybody's. The models run in float64, so that equality can be asked for to rounding.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.integrations import flex_attention as flex
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from contextlm.evaluation.memory import cache_bytes, feed, measure_cache, position_limit
 from contextlm.models.base import ReadsStoredContexts, registry
+from contextlm.models.cache import CACHE, NAMES
 
-VARIANTS = [(name, index) for name, entry in registry().items() for index in range(len(entry.tiny))]
 CPU = torch.device("cpu")
 
 
@@ -33,7 +37,23 @@ def build(name: str, index: int) -> PreTrainedModel:
     return entry.model(entry.config(**entry.tiny[index])).double().eval()
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def pytest_generate_tests(metafunc) -> None:
+    """Each test for each variant that is registered by now."""
+    every = [
+        (name, index) for name, entry in registry().items() for index in range(len(entry.tiny))
+    ]
+    if "variant" in metafunc.fixturenames:
+        # Compiling takes seconds: the first of each architecture, and all kinds of mixers.
+        every = [
+            variant for variant in every if variant[1] == 0 or variant == ("context_hybrid", 1)
+        ]
+        metafunc.parametrize("variant", every)
+    else:
+        ids = [f"{name}-{index}" for name, index in every]
+        metafunc.parametrize("built", every, indirect=True, scope="module", ids=ids)
+
+
+@pytest.fixture(scope="module")
 def built(request) -> PreTrainedModel:
     return build(*request.param)
 
@@ -157,7 +177,7 @@ def test_generate_is_greedy_decoding(model):
     expected = greedy(model, ids, 8)
     begun = model(ids[:, :6], past_key_values=model.new_cache(), use_cache=True).past_key_values
     chunked = [{"prefill_chunk_size": size} for size in (1, 3, 100)]
-    for options in ({}, {"past_key_values": begun}, *chunked):
+    for options in ({}, {CACHE: begun}, *chunked):
         assert torch.equal(generate(model, ids, max_new_tokens=8, **options), expected), options
 
 
@@ -233,6 +253,47 @@ def test_the_plain_form_of_attention_gives_the_same(own):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def plain_flash(module, query, key, value, mask, *, scaling, **kwargs):
+    """What flash attention computes: causal, ending together, without the keys that are padding."""
+    scores = query @ key.mT * scaling
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, None, :].bool()
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+def test_flex_and_flash_attention_give_the_same_or_are_refused(variant):
+    """Without compiling flex attention, which takes a minute; with a stand-in for flash."""
+    own, names = build(*variant), ("flex_attention", "flash_attention_2")
+    assert own._supports_flex_attn == own._supports_flash_attn
+    if not own._supports_flex_attn:
+        for name in names:
+            with pytest.raises(ValueError, match="does not support"):
+                own.set_attn_implementation(name)
+        return
+    rows, mask = pad_first_row(make_tokens(own, length=11), 4)
+    row = torch.cat([make_tokens(own, batch=1, length=length) for length in PACKED], dim=1)
+    padded = own(rows, attention_mask=mask).logits[mask.bool()]
+    tokens = generate(own, rows, attention_mask=mask, max_new_tokens=2)
+    packed = own(row, **packed_forms(PACKED)[0]).logits
+    uncompiled = masking_utils.create_block_mask
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex.flex_attention)
+        patch.setattr(
+            masking_utils,
+            "create_block_mask",
+            lambda *args, _compile, **kwargs: uncompiled(*args, **kwargs),
+        )
+        functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+        patch.setitem(functions, "flash_attention_2", plain_flash)
+        for name in names:
+            own.config._attn_implementation = name  # its setter looks for flash itself
+            assert_close(own(rows, attention_mask=mask).logits[mask.bool()], padded)
+            assert_close(own(row, **packed_forms(PACKED)[0]).logits, packed)
+            assert torch.equal(generate(own, rows, attention_mask=mask, max_new_tokens=2), tokens)
+
+
 def test_gradients_reach_every_trainable_parameter(own):
     own.train()
     ids = make_tokens(own)
@@ -262,7 +323,7 @@ def test_gradient_checkpointing_changes_no_gradient(own):
         gradients.append([p.grad.clone() for p in own.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(recomputed, plain)
-    with pytest.raises(ValueError, match="train without past_key_values"):
+    with pytest.raises(ValueError, match=f"train without {CACHE}"):
         own(ids[:, 5:], past_key_values=cache)  # it would be moved on twice
 
 
@@ -322,6 +383,17 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model):
     logits = model(following[:2], past_key_values=cache, use_cache=True).logits
     whole = torch.cat([ids[[1, 0]], following[:2]], dim=1)
     assert_close(logits, model(whole).logits[:, -3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_of_transformers_names_for_the_cache_are_read(model, name):
+    ids = make_tokens(model)
+    cache = model(ids[:, :5], use_cache=True, **{name: model.new_cache()})[CACHE]
+    assert cache.get_seq_length() == 5
+    whole = model(ids).logits
+    assert_close(model(ids[:, 5:], use_cache=True, **{name: cache}).logits, whole[:, 5:])
+    with pytest.raises(ValueError, match="give the cache once"):
+        model(ids, **dict.fromkeys(NAMES, cache))
 
 
 def test_other_kinds_of_cache_are_refused(model):
@@ -425,10 +497,12 @@ def test_positions_of_padding_say_nothing(model):
 
 def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    for name in ("cache", "cache_params", "encoder_hidden_states"):
+    for name in ("cache_params", "encoder_hidden_states"):
         with pytest.raises(ValueError, match=f"does not take {name}"):
             model(ids, **{name: torch.zeros(1)})
         model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})
+    with pytest.raises(ValueError, match="does not take layer_past"):
+        model(ids, layer_past=model.new_cache())
     if not isinstance(model.model, ReadsStoredContexts):
         with pytest.raises(ValueError, match="reads no contexts"):
             model(ids, contexts=torch.zeros(2, 3, 5))
@@ -439,7 +513,8 @@ def test_hidden_states_are_given(model):
     ids = make_tokens(model, length=5)
     for keep in (0, 2):
         states = model(ids, output_hidden_states=True, logits_to_keep=keep).hidden_states
-        assert len(states) == model.config.num_hidden_layers + 1 + hasattr(model.model, "appended")
+        appended = getattr(model.model, "appended", None) is not None  # behind the base's layers
+        assert len(states) == model.config.num_hidden_layers + 1 + appended
         assert all(state.shape[:2] == ids.shape for state in states)
         assert_close(states[-1], model.model(ids).last_hidden_state)
 
@@ -587,8 +662,6 @@ def test_the_vocabulary_can_grow(own):
     assert_close(after[..., :size], before)
 
 
-# Compiling takes seconds: the first variant of each architecture, and all kinds of mixers.
-@pytest.mark.parametrize("variant", [*((name, 0) for name in registry()), ("context_hybrid", 1)])
 def test_compiles_into_one_graph(variant):
     model = build(*variant)
     if not model._can_compile_fullgraph:
@@ -603,3 +676,11 @@ def test_compiles_into_one_graph(variant):
         compiled(ids, attention_mask=mask, use_cache=False).logits[0, 1:],
         model(ids, attention_mask=mask).logits[0, 1:],
     )
+    packed = {"position_ids": torch.tensor([[0, 1, 0]])}
+    if variant[0] in ("context_kv", "context_pythia", "dual_context"):
+        return  # packed documents are theirs as they are context_vector's
+    if model.model.reads_packed:
+        assert_close(compiled(ids, use_cache=False, **packed).logits, model(ids, **packed).logits)
+    else:
+        with pytest.raises(RuntimeError, match="for one document a row"):
+            compiled(ids, use_cache=False, **packed)
