@@ -1,12 +1,13 @@
-"""Makes the tables, figures and plots here, and the README's figures, again from two files.
+"""Makes the tables, figures and plots here, and the README's figures, again from three files.
 
     python results/make.py                         make them again
     python results/make.py add QUESTION RUN...     take in the rows of finished run folders first
 
 `runs.csv` has a row for each contender, seed and budget (`contextlm.report.frame`), and in
 `question` the words that tables ask for; a run that serves two questions is one row with two.
-`benchmarks.csv` has the ratios that ``contextlm bench`` printed. In a page, what stands between
-``<!-- make KIND ARGUMENTS -->`` and ``<!-- made -->`` is made by the function `KIND` below.
+`epochs.csv` has a row for each of their epochs, and for those that a document tells, which have no
+seed. `benchmarks.csv` has the ratios that ``contextlm bench`` printed. In a page, what stands
+between ``<!-- make KIND ARGUMENTS -->`` and ``<!-- made -->`` is made by the function `KIND` below.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from contextlm.report.frame import csv_frame, seed_frame
 from contextlm.report.language import ENGLISH, speaking
 from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
-from contextlm.results.result import read_run
+from contextlm.results.result import PhaseTwoRow, Run, read_run
 
 NOT_FIGURES = ["run", "question", "scale"]
 MARKS = re.compile(r"<!-- make (\w+) ?(.*?) -->\n?(.*?)\n?<!-- made -->", re.DOTALL)
@@ -34,6 +35,9 @@ MARKS = re.compile(r"<!-- make (\w+) ?(.*?) -->\n?(.*?)\n?<!-- made -->", re.DOT
 REPORTED = {
     "val_ppl": ("validation PPL", "validation_ppl", numbers.perplexity),
     "accuracy": ("accuracy", "accuracy", numbers.percent),
+    "val_loss": ("validation loss", "validation_loss", lambda v: numbers.decimal(v, 4)),
+    "train_ppl_best_weights": ("train PPL, best weights", "train_ppl", numbers.perplexity),
+    "cache_kb_at_128": ("cache at 128 tokens, KB", "cache_kb", lambda v: numbers.decimal(v, 1)),
     "best_epoch": ("best epoch", "best_epoch", tables.whole),
     "train_val_gap": ("validation / train PPL", "gap", lambda v: numbers.decimal(v, 2)),
     "phase1_iterations": ("phase-1 iterations", "phase1_iterations", tables.whole),
@@ -50,9 +54,11 @@ class Results:
     def __init__(self, folder: Path):
         self.runs = pd.read_csv(folder / "runs.csv").assign(
             gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
+            cache_kb=lambda rows: rows.cache_bytes_128 / 1024,
             rank_share_train=lambda rows: rows.rank_train / rows.context_dim,
             rank_share_validation=lambda rows: rows.rank_validation / rows.context_dim,
         )
+        self.epochs = pd.read_csv(folder / "epochs.csv")
         self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
         self.rows = cache(self._rows)
 
@@ -60,7 +66,7 @@ class Results:
         """The contenders that answer a question, each compared with its baseline."""
         seeds = self.runs[[question in words.split() for words in self.runs.question]]
         if seeds.empty:
-            raise SystemExit(f"results/runs.csv has no rows for {question!r}")
+            raise LookupError(question)
         plain = [Contender(str(n), rows, ()) for n, rows in seeds.groupby("contender", sort=False)]
         rows: list[Contender] = []
         for row in plain:
@@ -79,7 +85,7 @@ class Results:
 
     def row(self, question: str, contender: str) -> Contender:
         """One contender of a question."""
-        return next(row for row in self.rows(question) if row.name == contender)
+        return {row.name: row for row in self.rows(question)}[contender]
 
     def value(self, figure: str, question: str, contender: str) -> str:
         """One figure: ppl, change, interval, answers, or the share of the baseline's cache."""
@@ -96,8 +102,8 @@ class Results:
         }
         return show[figure](row)
 
-    def comparison(self, question: str) -> str:
-        """All contenders of a question against their baseline."""
+    def comparison(self, question: str, unigram: str = "") -> str:
+        """All contenders of a question against their baseline; if wanted also the unigram's PPL."""
         rows = self.rows(question)
         length = cache_length(rows)
         if length is None:
@@ -107,6 +113,7 @@ class Results:
             tables.CONTENDER,
             *([tables.mean("right answers", "accuracy", numbers.percent)] if rows[0].task else []),
             Column("validation PPL", tables.ppl_text),
+            *([Column("of the unigram's", _share_of_unigram)] if unigram else []),
             Column("vs baseline", tables.difference_text),
             Column("95% interval", tables.interval_text),
             Column("verdict", tables.verdict_text, "text"),
@@ -136,6 +143,11 @@ class Results:
             Column("this run", lambda pair: _found(pair[0], *REPORTED[pair[1]][1:])),
         ]
         return markdown_table(make_table("", columns, cells))
+
+    def course(self, question: str) -> str:
+        """The chart of a question's epochs."""
+        self.rows(question)
+        return f"![Validation perplexity by epoch, over its lowest](plots/course-{question}.svg)"
 
     def budgets(self, *questions: str) -> str:
         """Perplexity of attention and the hybrid, a row a question."""
@@ -168,6 +180,12 @@ class Results:
         ]
         pairs = dict.fromkeys((model, baseline) for model, baseline, _ in cells)
         return markdown_table(make_table("", columns, pairs))
+
+
+def _share_of_unigram(row: Contender) -> str:
+    """Perplexity as a share of what the words' frequencies alone reach, on the same text."""
+    ppl, unigram = row.stat("validation_ppl"), row.value("unigram_ppl")
+    return numbers.ABSENT if ppl is None or unigram is None else numbers.percent(ppl.mean / unigram)
 
 
 def _given(value: float, key: str) -> str:
@@ -215,13 +233,32 @@ def plots(results: Results, folder: Path) -> None:
         (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
 
 
+def courses(epochs: pd.DataFrame, folder: Path) -> None:
+    """For each question validation perplexity by epoch over its lowest: shapes, without levels."""
+    for question, rows in epochs.groupby("question"):
+        points = []
+        for (name, told), own in rows.groupby(["contender", rows.seed.isna()], sort=False):
+            ppl = own.groupby("epoch").validation_ppl.mean().dropna()
+            label = f"{name}, document" if told else str(name)
+            points += [
+                {"label": label, "x": epoch, "y": ratio, "shown": numbers.decimal(ratio, 3)}
+                for epoch, ratio in (ppl / ppl.min()).items()
+            ]
+        drawn = charts.figure(f"course-{question}", charts.course(charts.points_of(points)))
+        for figure in drawn:
+            (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
+
+
 def make(folder: Path) -> None:
     """Make every page and plot of a folder again."""
     results = Results(folder)
 
     def made(mark: re.Match[str]) -> str:
         kind, words = mark.groups()[:2]
-        text = getattr(results, kind)(*words.split())
+        try:
+            text = getattr(results, kind)(*words.split())
+        except LookupError:
+            text = "not run yet"
         around = "\n" if text.endswith("\n") else ""
         return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
 
@@ -229,6 +266,7 @@ def make(folder: Path) -> None:
         with speaking("ja" if page.name.endswith(".ja.md") else ENGLISH):
             page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
     plots(results, folder / "plots")
+    courses(results.epochs, folder / "plots")
 
 
 def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFrame:
@@ -242,12 +280,36 @@ def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFram
     return both.assign(question=words).drop_duplicates(figures)
 
 
+def epoch_frame(question: str, runs: list[Run]) -> pd.DataFrame:
+    """The epochs of every contender and seed, and of its document, which has no seed."""
+    rows = []
+    for outcome in (outcome for run in runs for outcome in run.outcomes):
+        result = outcome.result
+        own = [each for each in outcome.history if isinstance(each, PhaseTwoRow)]
+        told = result.reported_epochs
+        told_ppl = zip(told.get("train_ppl", []), told.get("val_ppl", []), strict=True)
+        rows += [
+            (question, result.contender, result.seed, e.epoch, e.train_ppl, e.validation_ppl)
+            for e in own
+        ]
+        rows += [
+            (question, result.contender, None, number, *ppl)
+            for number, ppl in enumerate(told_ppl, start=1)
+        ]
+    columns = ["question", "contender", "seed", "epoch", "train_ppl", "validation_ppl"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def add(folder: Path, question: str, runs: list[Path]) -> None:
     """Take the seeds of finished run folders into `runs.csv`, as rows that answer `question`."""
-    file = folder / "runs.csv"
+    file, found = folder / "runs.csv", [read_run(run) for run in runs]
     old = pd.read_csv(file, dtype_backend="numpy_nullable")
-    frame = taken_in(old, csv_frame(seed_frame([read_run(run) for run in runs])), question)
+    frame = taken_in(old, csv_frame(seed_frame(found)), question)
     frame.to_csv(file, index=False, lineterminator="\n")
+    file = folder / "epochs.csv"
+    both = pd.concat([pd.read_csv(file), epoch_frame(question, found)], ignore_index=True)
+    known = both.drop_duplicates(["question", "contender", "seed", "epoch"], keep="last")
+    known.to_csv(file, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

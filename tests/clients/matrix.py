@@ -225,7 +225,7 @@ def grpo(folder: Path) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(text)) for text in completions]
+        return [float(sum(map(ord, text)) % 17) for text in completions]  # no two are alike
 
     trainer = GRPOTrainer(
         model=str(folder),

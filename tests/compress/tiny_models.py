@@ -79,10 +79,11 @@ def build(
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
     config._attn_implementation = "eager" if softcapped else implementation or "sdpa"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.to(dtype)  # now: other types draw other numbers
     model.generation_config.eos_token_id = None
     return model
 

@@ -154,6 +154,16 @@ def test_a_budget_waits_for_the_smaller_ones(quick, tmp_path):
     assert len({job.identity for job in made.jobs}) == len({job.setting for job in made.jobs}) * 2
 
 
+def test_a_rate_is_tuned_once_for_all_budgets(quick, tmp_path):
+    tuning = "tuning={learning_rates: [0.001, 0.002], extensions: 0}"
+    run = begin(quick, tmp_path, "budgets=[0.5, 1]", tuning, "contenders.ours=null")
+    half, whole = (outcome.result for outcome in read_run(run).outcomes)
+    assert half.diverged is None
+    assert half.tuning == whole.tuning
+    assert half.learning_rate == half.tuning.chosen
+    assert len(list((run / "base" / "tuning").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -590,5 +590,5 @@ def test_a_missing_package_of_mamba_is_named(monkeypatch):
     made = load_recipe("demo", scale="smoke", overrides=overrides)
     prepare(made, CPU)
     monkeypatch.setattr("contextlm.lab.preparation.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"contenders\.mamba: .*contextlm\[mamba\]"):
+    with pytest.raises(InputError, match=r"contenders\.mamba: .*pip install mambapy"):
         prepare(made, CPU)

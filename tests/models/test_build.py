@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from contextlm.base.errors import InputError
 from contextlm.models.base import registry
@@ -110,3 +112,22 @@ def test_a_number_of_layers_that_follows_from_the_pattern_may_be_given():
     assert config.from_dict(config.to_dict(), num_hidden_layers=3).pattern == "RWR"
     with pytest.raises(InputError, match="num_hidden_layers 4: pattern 'RWR'"):
         build_config({**model, "num_hidden_layers": 4}, 100)
+
+
+@pytest.mark.parametrize("name", ["context_kv", "context_pythia", "context_token"])
+def test_a_checkpoint_of_version_0_1_is_loaded_and_saved(name, tmp_path):
+    """Its context and token layers held their matrix themselves."""
+    entry = registry()[name]
+    model = entry.model(entry.config(**entry.tiny[0])).eval()
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    weights = {key.replace(".update.", "."): value for key, value in load_file(file).items()}
+    assert len(weights.keys() - model.state_dict().keys()) >= 2
+    save_file(weights, file, metadata={"format": "pt"})
+    ids = torch.arange(1, 8).unsqueeze(0)
+    expected = model(ids).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)

@@ -44,10 +44,12 @@ function use() {
   document.querySelector(".topics input[value='1']").click();
   seen.topics.push(shown());
   const dot = document.querySelector("[data-chart='frontier'] .mark-symbol path");
+  dot.scrollIntoView({ block: "center" });
   const box = dot.getBoundingClientRect();
   const where = { bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2 };
   for (const kind of ["pointerover", "pointermove", "mouseover", "mousemove"])
-    dot.dispatchEvent(new MouseEvent(kind, where));
+    document.elementFromPoint(where.clientX, where.clientY).dispatchEvent(
+      new MouseEvent(kind, where));
   seen.hover = document.getElementById("vg-tooltip-element")?.textContent ?? "";
   seen.fetched = performance.getEntriesByType("resource").map((entry) => entry.name).filter(
     (name) => !name.startsWith("data:"));

@@ -117,7 +117,7 @@ def test_sizes_precisions_and_missing_seeds(made, noted):
     )
     assert sorted(found) == [
         "Not finished, and so not shown: mha (seed 1); big (seed 1); late (seeds 0, 1).",
-        "big has 16.9% more parameters than mha: they are not matched in size.",
+        "Parameters are not matched with those of mha: big (+16.9%).",
         "mha, big were trained in different precisions.",
     ]
 
@@ -125,8 +125,10 @@ def test_sizes_precisions_and_missing_seeds(made, noted):
 def test_what_learned_nothing(made, noted):
     data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
     (found,) = noted(made(baseline=True, scale="full", corpus=data))
-    assert found.startswith("mha has learned nothing beyond how frequent each token is")
-    assert found.endswith("a perplexity of 90.0, and it has 111.1% of that.")
+    assert found == (
+        "These learned nothing beyond how frequent each token is, which alone reaches a perplexity "
+        "of 90.0 (in brackets their share of it): mha (111.1%)."
+    )
 
 
 def test_where_nothing_was_learned_the_answer_says_so(made, answered):
@@ -148,7 +150,7 @@ def test_a_rate_at_the_end_of_its_grid(made, noted, best, told):
     trials = [TuningTrial(learning_rate=r, validation_loss=abs(r - best)) for r in rates]
     facts = TuningFacts(share=0.25, seed=0, trials=trials)
     found = noted(made(baseline=True, scale="full", tuning=facts))
-    said = ["The learning rate of mha, 0.002, is the end of its grid: another may be better."]
+    said = ["The learning rate is the end of its grid, and another may be better: mha (0.002)."]
     assert found == (said if told else [])
 
 

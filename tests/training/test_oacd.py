@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from contextlm.base.errors import NotFiniteError
 from contextlm.models.layers import ContextBlock
+from contextlm.ops.normal_noise import normal_noise, philox_key
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.checkpoints import Checkpoints
 from contextlm.training.oacd import (
     PhaseOneState,
-    batch_generator,
     oacd_loss,
     train_context_block,
 )
@@ -69,8 +69,7 @@ def iteration_form(block, table, tokens, settings, seed, number, contexts):
     new, losses = [], []
     for batch, start in enumerate(range(0, len(tokens), settings.batch_size)):
         part = range(start, min(start + settings.batch_size, len(tokens)))
-        noise = torch.empty(len(part), CONTEXT)
-        noise.normal_(generator=batch_generator(seed, number, batch, CPU))
+        noise = normal_noise(len(part), CONTEXT, philox_key(seed, number, batch))
         outputs = []
         for i in part:
             before = contexts[i - 1] if i else torch.zeros(CONTEXT)
@@ -104,8 +103,7 @@ def test_iterations_equal_a_loop_over_positions(layers, clip, doubles):
     )
     block, _, _ = make(layers)
     optimizer = torch.optim.Adam(block.parameters(), lr=settings.learning_rate)
-    contexts = torch.empty(31, CONTEXT)
-    contexts.normal_(0.0, 0.01, generator=batch_generator(4, 1, 0, CPU))
+    contexts = 0.01 * normal_noise(31, CONTEXT, philox_key(4, 1, 0)).double()
     exact = {"rtol": 1e-9, "atol": 1e-9}
     for number in (2, 3):
         contexts, loss, converged = iteration_form(

@@ -105,9 +105,14 @@ def _compare(
     short, compared, long = lengths
     name, baseline = subject.name, subject.baseline
     if baseline is not None:
+        hybrid = subject.model["type"] == "context_hybrid"
+        own, other = rows[name, short], rows[baseline, short]
+        ratio = other["median ms"] / own["median ms"]
+        target = Target(1.0) if hybrid else None
+        answer.compare(f"decode_{name}_vs_{baseline}_at_{short}", ratio, target)
         own, other = rows[name, compared], rows[baseline, compared]
         ratio = other["median ms"] / own["median ms"]
-        target = Target(2.0) if subject.constant else None
+        target = Target(3.0 if hybrid else 2.0) if subject.constant else None
         answer.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
         ratio = other["without head ms"] / own["without head ms"]
         answer.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)

@@ -14,7 +14,7 @@ from contextlm.models.layers import ContextBlock, ContextLayer
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.host_memory import freed_memory_kept
 from contextlm.training.oacd import (
-    batch_generator,
+    batch_noise,
     initial_contexts,
     oacd_loss,
     train_context_block,
@@ -83,11 +83,8 @@ def naive_phase_one(
         moved = 0
         for batch in range(batches):
             part = slice(batch * size, (batch + 1) * size)
-            noise = batch_generator(0, number, batch, CPU)
             fed_NC = before_PC[part]
-            fed_NC = fed_NC + settings.noise * torch.randn(
-                fed_NC.shape, generator=noise, dtype=fed_NC.dtype
-            )
+            fed_NC = fed_NC + settings.noise * batch_noise(fed_NC, 0, number, batch)
             both_NX = torch.cat([fed_NC, table_VD[ids_P[part]]], dim=-1)
             update_NC = F.gelu(layer.update(both_NX))
             new_NC = layer.norm(fed_NC + update_NC)

@@ -42,6 +42,12 @@ _HYBRID = {
     "num_attention_heads": 8,
     "intermediate_size": 1584,
 }
+_SELECTIVE = {
+    "type": "context_hybrid",
+    "hidden_size": 512,
+    "pattern": "ssssssssssss",
+    "num_attention_heads": 8,
+}
 _PYTHIA = {"type": "context_pythia", "max_position_embeddings": POSITIONS}
 _KV = {"type": "context_kv"}
 _DUAL = {"type": "dual_context", "num_positions": 512}
@@ -76,6 +82,14 @@ SUBJECTS = (
     Subject("context-pythia-projected", {**_PYTHIA, "stream": "projected"}, 50_304, "pythia-70m"),
     Subject("llama-70m", _LLAMA, 50_304),
     Subject("hybrid", _HYBRID, 50_304, "llama-70m", constant=True),
+    Subject("selective", _SELECTIVE, 50_304, "llama-70m", constant=True),
+    Subject(
+        "selective-window",
+        {**_SELECTIVE, "pattern": "sssssswsssss", "attention_convolution": 4},
+        50_304,
+        "llama-70m",
+        constant=True,
+    ),
 )
 
 # Widths for `stream`, where only memory is asked about, and for a smoke test.
@@ -88,7 +102,7 @@ _NARROW: dict[str, dict[str, Any]] = {
     "dual_context": {"hidden_size": 64, "base_layers": 1},
     "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
     "llama": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
-    "context_hybrid": {"hidden_size": 32, "pattern": "RW", "intermediate_size": 32},
+    "context_hybrid": {"hidden_size": 32, "intermediate_size": 32, "state_head_dim": 16},
     "context_pythia": {"hidden_size": 32, "context_dim": 16, "num_hidden_layers": 1},
 }
 

@@ -28,6 +28,7 @@ class Case:
         contenders: the name in the table, by the recipe's name.
         precisions: of autocast; the first is the recipe's.
         targets: of ratios in the recipe's precision, by the name in the table.
+        tokens: rows of a batch and tokens of each; None: the recipe's.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Case:
     contenders: dict[str, str]
     precisions: tuple[str, ...]
     targets: dict[str, Target] = field(default_factory=dict)
+    tokens: tuple[int, int] | None = None
 
 
 CASES = (
@@ -52,9 +54,25 @@ CASES = (
         "frontier",
         "small",
         4096,
-        {"hybrid": "hybrid", "mha-conv-norm": "mha-conv-norm", "latent": "latent"},
+        {
+            "hybrid": "hybrid",
+            "mha-conv-norm": "mha-conv-norm",
+            "latent": "latent",
+            "selective": "selective",
+            "selective-window": "selective-window",
+            "delta": "delta",
+        },
         ("bfloat16",),
-        {"hybrid": Target(1.0)},
+        {"hybrid": Target(1.0), "selective": Target(1.0), "selective-window": Target(1.0)},
+    ),
+    Case(
+        "frontier",
+        "small",
+        4096,
+        {"selective": "selective-long", "selective-window": "selective-window-long"},
+        ("bfloat16",),
+        {"selective-long": Target(1.5), "selective-window-long": Target(1.5)},
+        tokens=(2, 2048),
     ),
 )
 
@@ -65,7 +83,8 @@ def measure(options: Options) -> Answer:
     for case in CASES:
         recipe = load_recipe(case.recipe, scale="smoke" if options.smoke else case.scale)
         vocabulary = 512 if options.smoke else case.vocabulary
-        rows, tokens = recipe.training.batch_size, recipe.sequence_length
+        rows, tokens = case.tokens or (recipe.training.batch_size, recipe.sequence_length)
+        rows, tokens = (2, 16) if options.smoke and case.tokens else (rows, tokens)
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(vocabulary, (rows, tokens + 1), generator=generator)
         names = {recipe.baseline.name: recipe.baseline.name, **case.contenders}
@@ -74,7 +93,8 @@ def measure(options: Options) -> Answer:
             for each in recipe.contenders
             if each.name in names
         }
-        answer.settings[case.recipe] = {"B": rows, "T": tokens, "vocabulary": vocabulary}
+        about = {"B": rows, "T": tokens, "vocabulary": vocabulary}
+        answer.settings[f"{case.recipe}, {tokens} tokens"] = about
         for precision in case.precisions:
             steps = {
                 name: partial(

@@ -192,7 +192,7 @@ class Quantised(Form):
         if find_spec("hqq") is None:
             raise InputError(
                 f"policy {self.name} needs hqq, which is not installed: "
-                "pip install 'contextlm[quantised]'"
+                "pip install 'hqq>=0.2.8'"
             )
 
     def readers(

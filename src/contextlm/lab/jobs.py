@@ -233,7 +233,7 @@ def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
 def _trial_job(prepared: Prepared, entry: Entry, rate: float) -> Job:
     settings = prepared.recipe.tuning
     assert settings is not None
-    decides = _decides(prepared, entry, settings.seed)
+    decides = _decides(prepared, entry.at(None), settings.seed)  # one rate for all budgets
     decides["training"]["learning_rate"] = rate
     decides["share"] = settings.share
     return Job("trial", entry.contender.name, settings.seed, _canonical(decides), rate)

@@ -83,8 +83,8 @@ def _training(result: Result, recipe: Recipe, entry: Entry) -> Iterator[str]:
         f"{corpus.train_windows:,} samples of {corpus.sequence_length:,} tokens"
     )
     if result.trained_tokens is not None:
-        epochs = f"epoch {result.best_epoch} of {result.epochs}"
-        yield f"trained on {result.trained_tokens:,} tokens, repeats counted ({epochs} was the best)"
+        best = f"epoch {result.best_epoch} of {result.epochs} was the best"
+        yield f"trained on {result.trained_tokens:,} tokens, repeats counted ({best})"
     rate = f"{result.learning_rate:g}" if result.learning_rate is not None else "?"
     yield (
         f"{training.optimizer}, highest learning rate {rate}, schedule {training.schedule}, "

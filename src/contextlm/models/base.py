@@ -119,6 +119,11 @@ def mark_frozen(frozen: bool, *modules: nn.Module) -> None:
         object.__setattr__(module, "frozen", frozen)
 
 
+# Version 0.1 kept the matrix of a context or token layer in the layer itself. What was loaded is
+# saved under the names that it came with, which is transformers' way.
+_OLD_NAMES = {rf"layers\.(\d+)\.{name}": rf"layers.\1.update.{name}" for name in ("weight", "bias")}
+
+
 class ContextPreTrainedModel(PreTrainedModel):
     """Base of our architectures: weights, flags, and a cache of their own making."""
 
@@ -153,6 +158,7 @@ class ContextPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts that the configuration freezes come back frozen."""
+        kwargs["key_mapping"] = _OLD_NAMES | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_parts()
         return loaded

@@ -203,7 +203,11 @@ def _frontier(group: Sequence[Contender], length: int, measure: str) -> Drawn:
         fontSize=10, fontWeight="bold", color="white"
     )
     chart = _layered(
-        [step, *_marks(points, x, y, ["cache"], size=230), label.encode(x, y, text="number:N")],
+        [
+            step,
+            *_marks(points, x, y, size=230),
+            label.encode(x, y, text="number:N", tooltip=_tips(points)),
+        ],
         len(points),
     )
     said = (
@@ -287,6 +291,14 @@ def grid_chart(points: pd.DataFrame, key: str, marks: Sequence[str]) -> Drawn:
     return _line_chart(points, x, _perplexity(points, say("validation perplexity")), said)
 
 
+def course(points: pd.DataFrame) -> Drawn:
+    """Perplexity by epoch as a multiple of its lowest, from points with `label`, `x` and `y`."""
+    x = alt.X("x:Q").title(say("epoch")).axis(tickMinStep=1, format="d").scale(nice=False)
+    y = alt.Y("y:Q").title(say("validation perplexity over its lowest")).scale(zero=False)
+    points = points.assign(low=math.nan, high=math.nan, baseline=False)
+    return _line_chart(points, x, y, say("Perplexity by epoch, as a multiple of its lowest."))
+
+
 def curves(group: Sequence[Contender]) -> Drawn:
     """Loss over the tokens trained on, of validation and, running, of training.
 
@@ -311,7 +323,7 @@ def curves(group: Sequence[Contender]) -> Drawn:
     layers = [] if train.empty else [thin.encode(x, y, color=colour)]
     layers += [] if spread.empty else [band.encode(x, _low(y), y2="high:Q", color=colour)]
     points = validation.assign(low=math.nan, high=math.nan)
-    chart = _layered([*layers, *_marks(points, x, y, [], line=True)], len(lines))
+    chart = _layered([*layers, *_marks(points, x, y, line=True)], len(lines))
     return say("Loss: with points of validation, without of training (running)."), chart
 
 
@@ -407,14 +419,13 @@ def _values(points: pd.DataFrame) -> dict[str, Any]:
 def _line_chart(points: pd.DataFrame, x: alt.X, y: alt.Y, caption: str) -> Drawn:
     if points.empty:
         return None
-    return caption, _layered(_marks(points, x, y, [], line=True), points.label.nunique())
+    return caption, _layered(_marks(points, x, y, line=True), points.label.nunique())
 
 
 def _marks(
     points: pd.DataFrame,
     x: alt.X,
     y: alt.Y,
-    tips: Sequence[str],
     *,
     size: int = 45,
     line: bool = False,
@@ -427,10 +438,6 @@ def _marks(
     points = points[::-1]  # so that the best are drawn last, over all others
     pick = alt.selection_point(name="pick", fields=["label"], bind="legend")
     picked = alt.condition(pick, alt.value(1), alt.value(0.12))
-    told = {"label": say("contender"), "shown": say("value"), "cache": say("cache")}
-    told |= {"versus": say("vs baseline")}
-    named = [name for name in ("label", "shown", *tips, "versus") if name in points]
-    tooltip = [alt.Tooltip(f"{name}:N").title(told[name]) for name in named]
     base = alt.Chart(_values(points)).encode(x, y, color=colour, opacity=picked)
     known = points[points.low.notna()]
     spread = alt.Chart(_values(known)).mark_rule(strokeWidth=1.5)
@@ -439,8 +446,17 @@ def _marks(
     if line:
         marks.append(base.mark_line(strokeWidth=1.8))
     shape = alt.Shape("baseline:N").scale(domain=[False, True], range=["circle", "square"])
-    dots = base.mark_point(size=size, filled=True).encode(tooltip=tooltip, shape=shape.legend(None))
+    dots = base.mark_point(size=size, filled=True).encode(
+        tooltip=_tips(points), shape=shape.legend(None)
+    )
     return [*marks, dots.add_params(pick)]
+
+
+def _tips(points: pd.DataFrame) -> list[alt.Tooltip]:
+    """What hovering tells, as far as the points have it."""
+    told = {"label": say("contender"), "shown": say("value"), "cache": say("cache")}
+    told |= {"versus": say("vs baseline")}
+    return [alt.Tooltip(f"{name}:N").title(told[name]) for name in told if name in points]
 
 
 def _colour(points: pd.DataFrame) -> alt.Color:

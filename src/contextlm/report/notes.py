@@ -46,7 +46,7 @@ def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
     return [
         *_setting_notes(runs, rows),
         *_missing_notes(runs),
-        *(note for row in rows for note in _row_notes(row)),
+        *_row_notes(rows),
         *_phase1_notes(runs, rows),
         *(
             say(
@@ -141,42 +141,44 @@ def _cache(row: Contender, group: Sequence[Contender], sentence: str) -> str:
     return sentence.format(amount=size, tokens=numbers.count(length))
 
 
-def _row_notes(row: Contender) -> list[str]:
-    found, other = [], row.reference
-    if row.learned_nothing:
-        share = row.stat("unigram_share")
-        assert share is not None
-        found.append(
-            say(
-                "{name} has learned nothing beyond how frequent each token is: that alone reaches "
-                "a perplexity of {unigram}, and it has {share} of that.",
-                name=row.name,
-                unigram=numbers.perplexity(row.value("unigram_ppl")),
-                share=numbers.percent(share.mean),
-            )
+def _row_notes(rows: Sequence[Contender]) -> list[str]:
+    """What single rows have to be read with: one note a matter, which names them all."""
+    nothing: dict[str, list[str]] = {}
+    unmatched: dict[str, list[str]] = {}
+    ends = []
+    for row in rows:
+        share, change = row.stat("unigram_share"), row.change("parameters")
+        if row.learned_nothing and share is not None:
+            unigram = numbers.perplexity(row.value("unigram_ppl"))
+            nothing.setdefault(unigram, []).append(f"{row.name} ({numbers.percent(share.mean)})")
+        if row.reference is not None and change is not None and abs(change) > MATCHED_PERCENT:
+            told = f"{row.name} ({numbers.signed_percent(change)})"
+            unmatched.setdefault(row.reference.name, []).append(told)
+        tuning = row.outcomes[0].result.tuning if row.outcomes else None
+        if tuning is not None and tuning.at_an_end:
+            ends.append(f"{row.name} ({tuning.chosen:g})")
+    found = [
+        say(
+            "These learned nothing beyond how frequent each token is, which alone reaches a "
+            "perplexity of {unigram} (in brackets their share of it): {names}.",
+            unigram=unigram,
+            names=", ".join(names),
         )
-    change = row.change("parameters")
-    if other is not None and change is not None and abs(change) > MATCHED_PERCENT:
-        values = {"name": row.name, "amount": numbers.amount(change), "other": other.name}
-        found.append(
-            say(
-                "{name} has {amount} more parameters than {other}: they are not matched in size.",
-                **values,
-            )
-            if change > 0
-            else say(
-                "{name} has {amount} fewer parameters than {other}: they are not matched in size.",
-                **values,
-            )
+        for unigram, names in nothing.items()
+    ]
+    found += [
+        say(
+            "Parameters are not matched with those of {other}: {names}.",
+            other=other,
+            names=", ".join(names),
         )
-    tuning = row.outcomes[0].result.tuning if row.outcomes else None
-    if tuning is not None and tuning.at_an_end:
+        for other, names in unmatched.items()
+    ]
+    if ends:
         found.append(
             say(
-                "The learning rate of {name}, {rate}, is the end of its grid: another may be "
-                "better.",
-                name=row.name,
-                rate=f"{tuning.chosen:g}",
+                "The learning rate is the end of its grid, and another may be better: {names}.",
+                names=", ".join(ends),
             )
         )
     return found

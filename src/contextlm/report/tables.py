@@ -195,7 +195,7 @@ def task_table(rows: Sequence[Contender]) -> Table | None:
         columns.append(mean(name.replace("_", " "), f"{SCORE}{name}", numbers.significant))
         columns.append(mean("standard error", f"{STDERR}{name}", numbers.significant))
     scored = [row for row in rows if row.scores]
-    note = "Standard errors are lm-eval's, over the questions of a task."
+    note = say("Standard errors are lm-eval's, over the questions of a task.")
     return make_table("Tasks of lm-eval", columns, scored, note) if scored else None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from contextlm.base import distribution
 from contextlm.base.errors import NotFiniteError
 from contextlm.models.layers import ContextBlock
+from contextlm.ops.normal_noise import normal_noise, philox_key
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.checkpoints import (
     Checkpoints,
@@ -126,16 +127,23 @@ def oacd_loss(contexts_NC: Tensor, mean_weight: float = 0.1) -> Tensor:
     return mean_weight * mean_C.square().sum() - dispersion
 
 
-def batch_generator(seed: int, iteration: int, batch: int, device: torch.device) -> torch.Generator:
-    """The noise source of one batch: it depends on nothing but these numbers."""
-    mixed = np.random.SeedSequence([seed, iteration, batch]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(mixed[0] >> np.uint64(1)))
+def batch_noise(like_NC: Tensor, seed: int, iteration: int, batch: int) -> Tensor:
+    """Numbers of N(0, 1) for one batch: they depend on its shape and these numbers alone.
+
+    An accelerator draws others than the CPU, by torch's own generator.
+    """
+    key = philox_key(seed, iteration, batch)
+    if like_NC.device.type == "cpu":
+        rows, columns = like_NC.shape
+        return normal_noise(rows, columns, key).to(like_NC.dtype)
+    generator = torch.Generator(like_NC.device).manual_seed(key[0] << 31 | key[1] >> 1)
+    return torch.empty_like(like_NC).normal_(generator=generator)
 
 
 def initial_contexts(positions: int, width: int, seed: int, device: torch.device) -> Tensor:
     """The random contexts that the first iteration consists of, ``[P, C]``."""
     contexts_PC = torch.empty(positions, width, device=device)
-    return contexts_PC.normal_(0.0, INITIAL_STD, generator=batch_generator(seed, 1, 0, device))
+    return batch_noise(contexts_PC, seed, 1, 0).mul_(INITIAL_STD)
 
 
 class _VocabularyProjection:
@@ -295,9 +303,8 @@ def refine(
     for batch in range(batches):
         rows = slice(batch * settings.batch_size, (batch + 1) * settings.batch_size)
         previous_NC = contexts_PC[rows].clone()
-        generator = batch_generator(seed, number, batch, device)
-        noise_NC = torch.empty_like(previous_NC).normal_(generator=generator)
-        fed_NC = torch.cat([before_1C, previous_NC[:-1]]) + settings.noise * noise_NC
+        fed_NC = torch.cat([before_1C, previous_NC[:-1]])
+        fed_NC.add_(batch_noise(fed_NC, seed, number, batch), alpha=settings.noise)
         projected_NC = projection.rows(entries_P[rows])
         new_NC = block.step(fed_NC, projected_NC)
         loss = oacd_loss(new_NC, settings.mean_weight)

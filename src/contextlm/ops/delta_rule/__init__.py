@@ -21,6 +21,7 @@ N is the width of a head's keys here, P that of its values, X is N, or 1 for a d
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ def delta_rule(
         from contextlm.ops.delta_rule.kernels import delta_rule_fla as run
     else:
         from contextlm.ops.delta_rule.naive import delta_rule_naive as run
-    return run(*given, initial_BHNP.to(kind), begins_BT)
+    arguments: list[Any] = [*given, initial_BHNP.to(kind), begins_BT]
+    return run(*arguments)
 
 
 def delta_rule_backend(*tensors: Tensor, packed: bool = False, backend: str = AUTO) -> str:

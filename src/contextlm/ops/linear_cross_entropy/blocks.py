@@ -1,6 +1,6 @@
 """The loss block by block over tokens: gradients are had with it, and logits thrown away.
 
-For a block of R tokens, with p the softmax of their logits and y their targets as ones among zeros::
+For a block of R tokens, with p the softmax of their logits and y ones at targets among zeros::
 
     loss += sum log(sum exp(logits)) - logits[target]
     d hidden = (p - y) W        d W += (p - y)^T hidden        d b += sum (p - y)
@@ -53,14 +53,14 @@ class _Blocks(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         own_VD = weight_VD.to(dtype)
         own_V = None if bias_V is None else bias_V.to(dtype)
-        # As the second factor of `d hidden` it is read faster by columns; turning it round has a price.
+        # The gradient's product reads it faster by columns; turning it round has a price.
         turned_DV = own_VD.t()
         if dtype == torch.bfloat16 and len(hidden_ND) >= _FEWEST_TO_TURN:
             turned_DV = turned_DV.contiguous()
         loss = hidden_ND.new_zeros((), dtype=sums)
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=sums) if wants_bias else None
+        d_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=sums) if wants_bias else None
         size = max(1, (BLOCK_TRAINED if wants_weight else BLOCK) // len(weight_VD))
         memory_RV = _rows(min(size, len(hidden_ND)), len(weight_VD), dtype, hidden_ND.device)
         for start in range(0, len(hidden_ND), size):

@@ -1,4 +1,4 @@
-"""The loss written out: all logits at once, which is the truth that the blocks are tested against."""
+"""The loss written out: all logits at once. It is the truth that the blocks are tested against."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
 from contextlm.ops.backends import compiled, in_threads
+from contextlm.ops.bits import bits_as_float, float_as_bits
 
 # exp(r) for |r| <= log(2) / 2: Taylor's, to float32's rounding.
 _EXP = tuple(1 / math.factorial(n) for n in range(8))
@@ -25,26 +25,6 @@ _LOWEST = -87.0  # below, exp is no normal float32
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 
 # Compiled functions have no annotations, hence the silenced checks (see `context_scan.numba`).
-
-
-@intrinsic
-def _bits_as_float(context, bits):  # type: ignore[no-untyped-def]
-    """The float32 of 32 bits."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _float_as_bits(context, number):  # type: ignore[no-untyped-def]
-    """The 32 bits of a float32."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
 
 
 def _read(x):  # type: ignore[no-untyped-def]
@@ -62,7 +42,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 @overload(_read, inline="always")
 def _choose_read(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
-        return lambda x: _bits_as_float(np.uint32(x) << np.uint32(16))
+        return lambda x: bits_as_float(np.uint32(x) << np.uint32(16))
     return lambda x: x
 
 
@@ -72,7 +52,7 @@ def _choose_written(x, like):  # type: ignore[no-untyped-def]
         return lambda x, like: x
 
     def rounded(x, like):  # type: ignore[no-untyped-def]
-        bits = _float_as_bits(x)
+        bits = float_as_bits(x)
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         return np.uint16((bits + half) >> np.uint32(16))
 
@@ -93,7 +73,7 @@ def _choose_exp(x):  # type: ignore[no-untyped-def]
         r = x - n * high - n * low
         p = c4 + r * (c5 + r * (c6 + r * c7))
         p = c0 + r * (c1 + r * (c2 + r * (c3 + r * p)))
-        return p * _bits_as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+        return p * bits_as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
     return polynomial
 

@@ -19,6 +19,7 @@ N is numbers of state a channel here, P channels of a head.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def selective_state(
         from contextlm.ops.selective_state.kernels import selective_state_fla as run
     else:
         from contextlm.ops.selective_state.naive import selective_state_naive as run
-    return run(*given, initial_BHNP.to(kind), begins_BT)
+    arguments: list[Any] = [*given, initial_BHNP.to(kind), begins_BT]
+    return run(*arguments)
 
 
 def selective_state_backend(*tensors: Tensor, packed: bool = False, backend: str = AUTO) -> str:
