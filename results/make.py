@@ -1,4 +1,4 @@
-"""Makes the tables, figures and plots in this folder again, all from three files.
+"""Makes the tables, figures and plots here, and the README's figures, again from three files.
 
     python results/make.py                         make them again
     python results/make.py add QUESTION RUN...     take in the rows of finished run folders first
@@ -19,14 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.figure import Figure
 
-from contextlm.report import numbers, tables
-from contextlm.report.charts import frontier_figure, styles
-from contextlm.report.contenders import Contender
+from contextlm.report import charts, numbers, tables
+from contextlm.report.contenders import CACHE, Contender, cache_length
 from contextlm.report.frame import csv_frame, seed_frame
+from contextlm.report.language import ENGLISH, speaking
 from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
 from contextlm.results.result import PhaseTwoRow, Run, read_run
@@ -90,8 +88,11 @@ class Results:
         return {row.name: row for row in self.rows(question)}[contender]
 
     def value(self, figure: str, question: str, contender: str) -> str:
-        """One figure: ppl, change, interval or answers."""
+        """One figure: ppl, change, interval, answers, or the share of the baseline's cache."""
         row = self.row(question, contender)
+        if figure == "cache":
+            change = row.change(f"{CACHE}{row.value('sequence_length')}")
+            return numbers.ABSENT if change is None else numbers.percent(1 + change / 100)
         if figure == "answers":
             return numbers.with_deviation(row.stat("accuracy"), numbers.percent)
         show = {
@@ -104,8 +105,10 @@ class Results:
     def comparison(self, question: str, unigram: str = "") -> str:
         """All contenders of a question against their baseline; if wanted also the unigram's PPL."""
         rows = self.rows(question)
-        length = max(n for n in rows[0].cache_lengths if n <= 2048)
-        size = f"cache_bytes_{length}"
+        length = cache_length(rows)
+        if length is None:
+            raise SystemExit(f"results/runs.csv has no cache of {question} at its windows' length")
+        size = f"{CACHE}{length}"
         columns = [
             tables.CONTENDER,
             *([tables.mean("right answers", "accuracy", numbers.percent)] if rows[0].task else []),
@@ -144,7 +147,7 @@ class Results:
     def course(self, question: str) -> str:
         """The chart of a question's epochs."""
         self.rows(question)
-        return f"![Validation perplexity by epoch, over its lowest](plots/course-{question}.svg)"
+        return f"![Validation perplexity by epoch](plots/course-{question}.svg)"
 
     def budgets(self, *questions: str) -> str:
         """Perplexity of attention and the hybrid, a row a question."""
@@ -211,62 +214,36 @@ def _ratio(line: Any) -> str:
 def plots(results: Results, folder: Path) -> None:
     """Perplexity against bytes and against tokens, and right answers by difficulty."""
     folder.mkdir(exist_ok=True)
-    save(frontier_figure(results.rows("frontier")), folder / "frontier.svg")
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log", xlabel="million training tokens", ylabel="validation PPL"
-    )
+    drawn = charts.figure("frontier", charts.frontier(results.rows("frontier")))
+    for task in ("recall", "needles"):
+        drawn += charts.figure(task, charts.retrieval(results.rows(task)))
     tuned, same = ("half", "frontier", "double"), ("one-rate", "double-one-rate")
-    for questions, label, line in ((tuned, "tuned", "-"), (same, "0.004 for both", "--")):
-        for name, style in zip(("mha", "hybrid"), styles(2), strict=True):
-            rows = pd.concat([results.row(question, name).seeds for question in questions])
-            ppl = rows.groupby("train_tokens").validation_ppl.mean()
-            look = {"color": style.colour, "marker": style.marker, "linestyle": line}
-            axes.plot(ppl.index / 1e6, ppl, **look, label=f"{name}, {label}")
-    axes.set_xticks([0.75, 1.5, 3], ["0.75", "1.5", "3"])
-    axes.set_xticks([], minor=True)
-    axes.legend()
-    save(figure, folder / "budgets.svg")
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    asked = ("recall", "needles")
-    looks = dict(zip([row.name for row in results.rows(asked[0])], styles(5), strict=True))
-    for axes, question in zip(figure.subplots(1, 2, sharey=True), asked, strict=True):
-        rows = results.rows(question)
-        for row in rows:
-            look = {"color": looks[row.name].colour, "marker": looks[row.name].marker}
-            shares = [100 * row.value(level) for level in row.levels]
-            levels = [level.split("_")[1] for level in row.levels]
-            axes.plot(levels, shares, **look, alpha=0.8, label=row.name)
-        axes.set(title=question, xlabel=rows[0].levels[0].split("_")[2])
-    figure.axes[0].set_ylabel("right answers, %")
-    figure.axes[0].legend(fontsize="small")
-    save(figure, folder / "retrieval.svg")
+    points = [
+        {
+            **charts.point(row, f"{name}, {rates}", row.stat("validation_ppl")),
+            "x": row.budget,
+            "baseline": name == "mha",
+        }
+        for questions, rates in ((tuned, "tuned"), (same, "rate 0.004"))
+        for name in ("hybrid", "mha")
+        for row in (results.row(question, name) for question in questions)
+    ]
+    drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
+    for question, epochs in results.epochs.groupby("question"):
+        drawn += charts.figure(f"course-{question}", course_chart(epochs))
+    for figure in drawn:
+        (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
 
 
-def courses(epochs: pd.DataFrame, folder: Path) -> None:
-    """For each question validation perplexity by epoch over its lowest: shapes, without levels."""
-    for question, rows in epochs.groupby("question"):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="epoch", ylabel="validation PPL over its lowest")
-        names = rows.contender.unique()
-        for name, style in zip(names, styles(len(names)), strict=True):
-            own = rows[rows.contender == name]
-            for told, look in ((False, "-"), (True, "--")):
-                ppl = own[own.seed.isna() == told].groupby("epoch").validation_ppl.mean().dropna()
-                label = f"{name}, document" if told else name
-                if len(ppl):
-                    line = {"color": style.colour, "marker": style.marker, "linestyle": look}
-                    axes.plot(ppl.index, ppl / ppl.min(), **line, ms=4, label=label)
-        axes.legend(fontsize="small")
-        save(figure, folder / f"course-{question}.svg")
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a plot, the same bytes each time."""
-    with mpl.rc_context({"svg.hashsalt": "contextlm", "svg.fonttype": "none"}):
-        figure.savefig(file, metadata={"Date": None})
+def course_chart(epochs: pd.DataFrame) -> Any:
+    """Validation perplexity by epoch, the seeds' mean; what a document tells is a line beside."""
+    told = epochs.seed.isna().map({True: ", document", False: ""})
+    lines = epochs.assign(label=epochs.contender + told).groupby(["label", "epoch"], sort=False)
+    means = lines.validation_ppl.mean().dropna().rename("y").reset_index()
+    texts = means.y.map(numbers.perplexity)
+    points = means.assign(x=means.epoch.astype(str), low=means.y, high=means.y, shown=texts)
+    marks = [str(number) for number in sorted(set(means.epoch))]
+    return charts.grid_chart(points.assign(baseline=False).drop(columns="epoch"), "epoch", marks)
 
 
 def make(folder: Path) -> None:
@@ -282,10 +259,10 @@ def make(folder: Path) -> None:
         around = "\n" if text.endswith("\n") else ""
         return f"<!-- make {kind} {words} -->{around}{text}<!-- made -->"
 
-    for page in sorted(folder.glob("*.md")):
-        page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
+    for page in [*sorted(folder.glob("*.md")), *sorted(folder.parent.glob("README*.md"))]:
+        with speaking("ja" if page.name.endswith(".ja.md") else ENGLISH):
+            page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
     plots(results, folder / "plots")
-    courses(results.epochs, folder / "plots")
 
 
 def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFrame:

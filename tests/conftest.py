@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# They stand in the package, where pytest does not look for assertions to explain.
+pytest.register_assert_rewrite("contextlm.contract.architecture")
 
 
 @pytest.fixture
@@ -40,6 +44,30 @@ def saved() -> Iterator[Callable[[Path, Any], Path]]:
     logging.disable_progress_bar()  # a command of its own process has these off from the start
     yield save
     logging.enable_progress_bar()
+
+
+@pytest.fixture
+def forget_outside() -> Iterator[Callable[[], None]]:
+    """Makes architectures and mixers from outside unknown again that came since; at last itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from contextlm.models import base, outside
+    from contextlm.models.hybrid import mixer
+
+    registries = (base._REGISTRY, mixer._MIXERS, CONFIG_MAPPING._extra_content)
+    known, modules = [set(names) for names in registries], set(outside._OUTSIDE)
+
+    def forget() -> None:
+        for names, before in zip(registries, known, strict=True):
+            for name in names.keys() - before:
+                del names[name]
+        for top in outside._OUTSIDE.keys() - modules:
+            del outside._OUTSIDE[top]
+            for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+                del sys.modules[name]
+
+    yield forget
+    forget()
 
 
 # What takes longest begins first, so that no worker is left with it at the end.

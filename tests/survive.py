@@ -54,7 +54,7 @@ PRELOADED = [
     "contextlm.cli",
     "accelerate",
     "transformers.models.gpt2.modeling_gpt2",
-    "matplotlib.backends.backend_agg",
+    "contextlm.report.page",
 ]
 LONGEST = 300.0  # seconds that a run may take before it counts as stuck
 

@@ -12,12 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
+import contextlm
 from contextlm.base.progress import SilentProgress
 from contextlm.lab.running import run
 from contextlm.models import base
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
 
+CONTRACT = Path(contextlm.__file__).parent / "contract" / "architecture.py"
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding-an-architecture.md").read_text("utf-8")
 
@@ -53,7 +55,7 @@ def leaky_average(tmp_path_factory):
 
 def contract_tests() -> list[tuple[str, dict[str, object]]]:
     """Every contract test by name, once for each of its parameters."""
-    module = load("contract_of_the_page", ROOT / "tests" / "models" / "test_contract.py")
+    module = load("contract_of_the_page", CONTRACT)
     calls: list[tuple[str, dict[str, object]]] = []
     for name, test in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("test_"):

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compress": {"base", "ops", "models"},
     "training": {"base", "ops", "models", "data", "recipe", "results"},
     "evaluation": {"base", "ops", "models", "compress", "data", "recipe", "results"},
+    "contract": {"base", "models", "evaluation"},
     "report": {"base", "results"},
     "lab": {
         "base",
@@ -63,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "lab",
         "benchmarks",
+        "contract",
     },
     "__main__": {"cli"},
     "__init__": {"models", "compress"},

@@ -18,11 +18,12 @@ from contextlm.cli.shell import execute
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
+JAPANESE = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "ja").glob("*.md"))
 
 
-def fenced(language: str) -> list[str]:
-    """The README's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def fenced(language: str, page: str = README) -> list[str]:
+    """A page's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def run(*command: str, folder: Path, **options: str) -> str:
@@ -74,6 +75,18 @@ def test_commands_and_python_work_in_order(
         assert run(sys.executable, "-c", example, folder=tmp_path).strip()
 
 
+def test_the_japanese_readme_has_the_same_commands_and_python() -> None:
+    page = (ROOT / "README.ja.md").read_text("utf-8")
+    assert fenced("python", page) == fenced("python")
+    ours, theirs = (
+        [shlex.split(line, comments=True) for line in block.splitlines()]
+        for block in (*fenced("bash"), *fenced("bash", page))
+    )
+    assert ours == theirs
+    for target in ("demo", "test"):
+        assert any(line.startswith(f"    make {target} ") for line in page.splitlines()[:24])
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_demo(tmp_path: Path) -> None:
     # The environment at work stands in for the one that make would install; its stamp counts as
@@ -98,6 +111,10 @@ def test_make_test_runs_pytest(tmp_path: Path) -> None:
     assert "-m pytest" in planned
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README + (ROOT / "CONTRIBUTING.md").read_text()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", ["README.md", "README.ja.md", "CONTRIBUTING.md", *JAPANESE], ids=str
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), target

@@ -28,14 +28,18 @@ def runs() -> pd.DataFrame:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
+    for page in RESULTS.parent.glob("README*.md"):
+        shutil.copy(page, tmp_path)
     return Path(shutil.copytree(RESULTS, tmp_path / "results"))
 
 
 def test_making_changes_nothing(copy: Path) -> None:
     shutil.rmtree(copy / "plots")
     make.make(copy)
-    for file in (path for path in RESULTS.rglob("*") if path.suffix in {".md", ".svg"}):
-        assert (copy / file.relative_to(RESULTS)).read_bytes() == file.read_bytes(), file.name
+    made = [path for path in RESULTS.rglob("*") if path.suffix in {".md", ".svg"}]
+    for file in (*made, *RESULTS.parent.glob("README*.md")):
+        other = copy.parent / file.relative_to(RESULTS.parent)
+        assert other.read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_changed_figure_is_made_again(copy: Path) -> None:

@@ -288,3 +288,11 @@ def test_other_models_and_caches_are_refused_in_one_line(evaluate: Command) -> N
     code, out, said = evaluate("gpt2", "--cache", "output")
     assert (code, out, said.count("\n")) == (2, "", 1)
     assert "--cache" in said
+
+
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder(command: Command) -> None:
+    code, out, err = command("eval", "EleutherAI/pythia-70m")
+    assert (code, out) == (2, "")
+    assert "checkpoint 'EleutherAI/pythia-70m': no such folder" in err
+    assert "hf download EleutherAI/pythia-70m --local-dir FOLDER" in err
+    assert "hf download" not in command("eval", "nowhere")[2]

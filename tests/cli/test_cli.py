@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ sys.argv = ["contextlm", *sys.argv[1:]]
 try:
     contextlm_script.main()
 finally:
-    heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "pandas", "pyarrow"}
+    heavy = {"torch", "transformers", "numpy", "datasets", "altair", "pandas", "pyarrow"}
     print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     done = subprocess.run(
@@ -209,13 +210,22 @@ def test_runs_and_their_reports_are_one_json_object(
     monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
     command("report", run, "--out", "elsewhere", "--open")
     assert opened == [(tmp_path / "elsewhere" / "report.html").as_uri()]
+    papers = ("--format", "csv,latex,json", "--language", "ja", "--against", "base")
+    said = command("report", run, "--out", "papers", *papers).out
+    assert "だけ" in said
+    names = {path.name for path in (tmp_path / "papers").iterdir()}
+    assert names == {"report.csv", "report.tex", "report.json", "figures"}
+    assert "md, html, csv, latex, json" in command("report", run, "--format", "docx").error
+    assert "--open" in command("report", run, "--format", "csv", "--open").error
+    assert "--language 'xx': expected en or ja" in command("report", run, "--language", "xx").error
+    assert "no such contender" in command("report", run, "--against", "nobody").error
     assert "named twice" in command("report", run, run / "." / "").error
     (run / "base" / "seed-4" / "result.json").unlink()
     assert str(run) in command("report", run).error
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
-    command: Command, recipe_file: Path
+    command: Command, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("run", recipe_file, "--dry-run", "--device", "cpu", "--out", "runs")
     cost = RecipeCost.model_validate_json(command(*arguments, "--json").out)
@@ -223,7 +233,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert shown.code == 0
     for text in (f"{cost.train_tokens:,} training", f"{cost.contenders[0].total:,}", "FLOPs"):
         assert text in shown.out
-    assert "training time in all, roughly" in shown.out
+    assert "training time in all, from a few steps of each: " in shown.out
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    assert "too large" in command(*arguments).out
     assert not Path("runs").exists()
 
 

@@ -26,9 +26,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from contextlm import InputCache
 from contextlm.base.errors import InputError
-from contextlm.compress.input_cache import attention as input_cache_attention
-from contextlm.compress.input_cache.attention import absorbing_pays
-from contextlm.compress.input_cache.layer import SLACK
+from contextlm.compress import entries
+from contextlm.compress.entries import absorbing_pays
+from contextlm.compress.kept import SLACK
 from contextlm.evaluation.memory import cache_bytes
 
 LAYERS, WIDTH, LENGTH, PAD = 2, 24, 29, 6
@@ -85,7 +85,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of reading, for any size of pieces; `generate` chooses between them."""
     always = request.param == "absorbed"
-    monkeypatch.setattr(input_cache_attention, "absorbing_pays", lambda *_: always)
+    monkeypatch.setattr(entries, "absorbing_pays", lambda *_: always)
     return str(request.param)
 
 
@@ -211,9 +211,10 @@ def test_bfloat16_is_as_close_as_the_plain_cache(model: Any, reading: str) -> No
 
 
 def test_few_new_tokens_absorb_and_many_rebuild() -> None:
-    pythia = {"width": 512, "heads": 8, "rotary": 16}
-    gpt2_small = {"width": 768, "heads": 12, "rotary": 0}
-    for sizes in (pythia, gpt2_small):
+    pythia = {"entry": 512, "width": 64, "heads": 8, "groups": 8, "rebuilt": 16}
+    gpt2_small = {"entry": 768, "width": 64, "heads": 12, "groups": 12, "rebuilt": 0}
+    grouped_latent = {"entry": 96, "width": 64, "heads": 9, "groups": 3, "rebuilt": 64}
+    for sizes in (pythia, gpt2_small, grouped_latent):
         for past in (100, 1000, 10000):
             choices = [absorbing_pays(new, past, **sizes) for new in range(1, 200)]
             assert choices[0]
@@ -261,7 +262,7 @@ def test_a_conversation_goes_on_with_its_cache(model: Any) -> None:
         first = generate(model, tokens(), past_key_values=cache)
         assert torch.equal(generate(model, first, past_key_values=cache), plain)
         made = generate(model, tokens(), return_dict_in_generate=True).past_key_values
-    assert [tuple(layer.inputs.shape) for layer in made.layers] == [(2, 53, WIDTH)] * LAYERS
+    assert [tuple(layer.entries.shape) for layer in made.layers] == [(2, 53, WIDTH)] * LAYERS
     assert all(layer.keys is None for layer in (*made.layers, *cache.layers))
 
 
@@ -288,7 +289,7 @@ def test_memory_behind_the_cache_grows_by_a_share(model: Any) -> None:
             cache = in_pieces(model, tokens(2, 1), [1], cache)[1]
             held = cache_bytes(cache)
             assert held.logical <= held.resident <= (1 + 1 / SLACK) * held.logical
-            buffers.add(cache.layers[0].inputs.untyped_storage().data_ptr())
+            buffers.add(cache.layers[0].entries.untyped_storage().data_ptr())
             assert cache.get_seq_length() == length
     assert len(buffers) < 60
 
@@ -405,8 +406,6 @@ def test_removing_restores_the_model(model: Any) -> None:
     assert cache.layers[0].keys is not None
     with InputCache(model):  # and again
         assert in_pieces(model, tokens(), [5])[1].layers[0].keys is None
-        with pytest.raises(InputError, match="installed in this model already"):
-            InputCache(model.base_model)
     with pytest.raises(KeyError), InputCache(model):
         raise KeyError
     assert everything_of(model) == before
@@ -434,7 +433,7 @@ def test_a_copy_of_an_installed_model_is_its_own(model: Any) -> None:
             for parameter in model.parameters():
                 parameter.zero_()
         ours, cache = in_pieces(twin.base_model, tokens(), [9, 1])
-    assert cache.layers[0].inputs is not None
+    assert cache.layers[0].entries is not None
     assert_close(ours, twin.base_model(tokens(), use_cache=False)[0].detach())
     assert ours.abs().max() > 0.1
 
@@ -481,19 +480,23 @@ def changing_rotary() -> Any:
     return build(neox(rope_parameters={**rope, "partial_rotary_factor": 1.0}))
 
 
-def llama() -> LlamaForCausalLM:
+def grouped_llama() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=61, num_attention_heads=2, **sizes))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=61, **heads, **sizes))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (llama, "supports gpt_neox and gpt2, not 'llama'"),
-        (lambda: nn.Linear(2, 2), "supports gpt_neox and gpt2, not 'Linear'"),
+        (grouped_llama, r"would keep 16 numbers .* own cache 16 \(2 heads .* share 1 .*latent:4"),
+        (lambda: nn.Linear(2, 2), "no adaptor for the attention of 'Linear', only for llama"),
         (lambda: build(gpt2(add_cross_attention=True)), "cross-attention"),
         (changing_rotary, "rope_type 'dynamic'"),
-        (lambda: with_other_projection(build(neox())), "an? Adapter, only a plain Linear"),
+        (
+            lambda: with_other_projection(build(neox())),
+            "an? Adapter cannot be read, only a plain Linear",
+        ),
     ],
     ids=["llama", "linear", "cross-attention", "rotary", "adapter"],
 )
@@ -530,7 +533,7 @@ def test_a_cache_of_inputs_is_for_its_own_rows_and_for_an_installed_input_cache(
         _, cache = in_pieces(model, tokens(), [20, 1])
         with torch.no_grad(), pytest.raises(ValueError, match="holds 2 rows, the new tokens 1"):
             model(tokens(1, 1), past_key_values=cache)
-    with pytest.raises(TypeError, match="InputLayer keeps no keys and values"):
+    with pytest.raises(TypeError, match="EntryLayer keeps no keys and values"):
         model(tokens(), past_key_values=cache)
     with pytest.raises(InputError, match="has been removed"):
         installed.new_cache()

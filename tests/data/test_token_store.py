@@ -9,10 +9,11 @@ import pytest
 from small_corpus import make_corpus
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder
 from contextlm.data import token_store
 from contextlm.data.corpus import Corpus
 from contextlm.data.pieces import pieces
-from contextlm.data.token_store import build_token_store, cache_folder, repeated_documents
+from contextlm.data.token_store import build_token_store, repeated_documents
 from contextlm.data.tokenizers import encode, load_tokenizer
 
 SPLITS = ("train", "validation")

@@ -45,3 +45,15 @@ def toy(tmp_path_factory) -> str:
     file = tmp_path_factory.mktemp("recipe") / "toy.yaml"
     file.write_text(RECIPE, "utf-8")
     return str(file)
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> str:
+    """The same recipe on a small text of its own, which is prepared in no time."""
+    folder = tmp_path_factory.mktemp("quick")
+    lines = (f"Line {n} of a text has {n * n % 97} words, or {n % 7} letters." for n in range(900))
+    (folder / "notes.txt").write_text("\n".join(lines), "utf-8")
+    text = RECIPE.replace("corpus: pydocs", f"corpus: text:{folder / 'notes.txt'}")
+    file = folder / "toy.yaml"
+    file.write_text(text.replace("documents: {train: 4, validation: 2}\n", ""), "utf-8")
+    return str(file)

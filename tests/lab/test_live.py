@@ -19,10 +19,12 @@ def train(path: Path, epochs: int, steps: int, until: int | None = None) -> list
     for number in range(1, epochs + 1):
         watcher.on_epoch_begin(number, epochs, steps)
         for step in range((number - 1) * steps + 1, number * steps + 1):
-            watcher.on_step(step, 1 / step, 0.5)
+            watcher.on_step(step, 1 / step, 0.5, 8 * step)
             if step == until:
                 return [json.loads(line) for line in path.read_text().splitlines()]
-        watcher.on_epoch_end(Epoch(number, number * steps, 2.0, 3.0, 0.25, 0.5, 9.0), True)
+        watcher.on_epoch_end(
+            Epoch(number, number * steps, 8 * number * steps, 2.0, 3.0, 0.25, 0.5, 9.0), True
+        )
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -32,7 +34,9 @@ def test_every_step_and_every_epoch_has_a_row(tmp_path: Path) -> None:
         *((1, 1), (2, 1), (None, 1)),
         *((3, 2), (4, 2), (None, 2)),
     ]
-    assert rows[1] == {"phase": 2, "step": 2, "epoch": 1, "loss": 0.5, "learning_rate": 0.5}
+    step = {"phase": 2, "step": 2, "epoch": 1, "loss": 0.5, "learning_rate": 0.5, "tokens": 16}
+    assert rows[1] == step
+    assert rows[2]["tokens"] == 16
 
 
 def test_many_steps_are_thinned_evenly_over_all_epochs(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.progress import SilentProgress
@@ -31,7 +31,10 @@ def demo(cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTEXTLM_CACHE", str(cache))
         recipe = load_recipe(
-            "demo", scale="smoke", overrides=["training.precision=bfloat16"], seeds=[0, 3]
+            "demo",
+            scale="smoke",
+            overrides=["training.precision=bfloat16", "evaluation.long=true"],
+            seeds=[0, 3],
         )
         out = tmp_path_factory.mktemp("runs")
         return read_run(run(recipe, out, device="cpu", progress=SilentProgress()))
@@ -41,7 +44,7 @@ def test_the_run_folder_holds_what_it_should(demo):
     assert demo.folder.name == "demo-001"
     top = {path.name for path in demo.folder.iterdir()}
     files = {"recipe.yaml", "environment.json", "report.md", "report.html"}
-    assert top == files | {"curves.png", "frontier.png"} | {
+    assert top == files | {"figures"} | {
         contender["name"] for contender in demo.recipe["contenders"]
     }
     for outcome in demo.outcomes:
@@ -50,9 +53,23 @@ def test_the_run_folder_holds_what_it_should(demo):
         assert names == {"job.json", "history.jsonl", "result.json", "timings.json", "checkpoint"}
         assert (place / "checkpoint" / "model.safetensors").is_file()
         assert (place / "checkpoint" / "tokenizer.json").is_file()
-    for name in ("curves.png", "frontier.png"):
-        with Image.open(demo.folder / name) as image:
-            assert min(image.size) > 300
+    figures = {path.name for path in (demo.folder / "figures").iterdir()}
+    names = ("curves", "frontier", "frontier-long", "positions")
+    assert figures == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf")}
+
+
+def test_long_texts_are_scored_where_the_cache_is_measured(demo):
+    for outcome in demo.outcomes:
+        result = outcome.result
+        assert result.positions[-1].last == 8 * result.corpus.sequence_length
+        assert sorted(result.ppl_at()) == [bucket.last for bucket in result.positions]
+        longer = {tokens for tokens in result.ppl_at() if tokens >= result.corpus.sequence_length}
+        assert longer == {cache.tokens for cache in result.cache}
+        first, second, *_ = result.positions
+        together = (first.tokens * first.loss + second.tokens * second.loss) / (
+            first.tokens + second.tokens
+        )
+        assert result.ppl_at()[second.last] == pytest.approx(math.exp(together))
 
 
 def test_every_contender_and_seed_has_a_result(demo):
@@ -103,10 +120,28 @@ def test_a_checkpoint_gives_the_figures_of_its_result(demo):
         )
         assert report.architecture == result.architecture
         assert report.parameters == result.parameters_total
-        assert report.cache == result.cache
+        assert report.cache == [held for held in result.cache if held.tokens in (32, 128)]
         model, tokenizer = load_checkpoint(folder, "cpu")
         assert model.config.use_cache is True
         assert tokenizer.decode(tokenizer("naïve 🐍")["input_ids"]) == "naïve 🐍"
+
+
+def test_a_checkpoint_says_what_it_is_and_how_to_load_it(demo, monkeypatch):
+    for outcome in demo.outcomes[::2]:
+        result = outcome.result
+        folder = seed_folder(demo.folder, result.contender, result.seed) / "checkpoint"
+        card = (folder / "README.md").read_text("utf-8")
+        head, text = card.removeprefix("---\n").split("\n---\n")
+        assert yaml.safe_load(head)["tags"] == ["contextlm", result.architecture]
+        assert f"# {result.contender}\n" in text
+        assert f"| validation PPL | {result.validation_ppl:.1f} |" in text
+        assert f"| parameters | {result.parameters_total:,} |" in text
+        assert "trained on 3,072 tokens, repeats counted" in text  # 48 windows of 32, twice
+        assert ("import contextlm\n" in text) == (result.architecture != "gpt_neox")
+        monkeypatch.chdir(folder)
+        found: dict[str, Any] = {}
+        exec(text.split("```python\n")[1].split("```")[0], found)
+        assert found["model"].num_parameters() == result.parameters_total
 
 
 def test_results_hold_no_times_and_the_environment_names_versions(demo):
@@ -208,6 +243,7 @@ def test_a_dry_run_counts_operations_and_writes_nothing(tmp_path, monkeypatch):
     forward = 2 * (weights + attention)
     assert pythia.flops == pytest.approx(3 * forward * pythia.tokens_per_epoch * 2, rel=0.02)
     assert pythia.seconds_estimate > 0
+    assert pythia.steps == 2 * 48 / 8
     assert list(tmp_path.iterdir()) == []
 
 
@@ -440,7 +476,7 @@ def test_stores_are_removed_after_the_run(tmp_path):
     done = finish(stored(), tmp_path)
     assert stores_of(done.folder) == []
     folders = {path.name for path in done.folder.iterdir() if path.is_dir()}
-    assert folders == {"final-only", "layerwise"}
+    assert folders == {"final-only", "layerwise", "figures"}
 
 
 def test_contenders_with_the_same_block_share_a_store_that_may_be_kept(tmp_path):
@@ -504,7 +540,7 @@ def test_a_stored_runs_checkpoint_gives_its_figures_over_the_whole_stream(tmp_pa
     ("override", "key"),
     [
         ("freeze_embedding=false", "embed_tokens.weight learns in phase 2"),
-        ("freeze_context=false", "context_block.layers.0.weight learns in phase 2"),
+        ("freeze_context=false", "context_block.layers.0.update.weight learns in phase 2"),
     ],
 )
 def test_a_store_needs_what_the_contexts_depend_on_frozen(tmp_path, override, key):

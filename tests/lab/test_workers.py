@@ -85,7 +85,7 @@ def test_without_ray_the_extra_is_named(command, toy, monkeypatch, tmp_path):
     monkeypatch.setattr(executors.importlib.util, "find_spec", lambda name: None)
     code, out, err = command(toy, "--workers", "2", "--out", str(tmp_path / "out"))
     assert (code, out) == (2, "")
-    assert "--workers needs Ray: pip install 'contextlm[workers]'" in err
+    assert "--workers needs Ray: pip install 'ray>=2.50'" in err
 
 
 def figures(folder: Path) -> dict[str, bytes]:

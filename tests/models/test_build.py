@@ -58,14 +58,6 @@ def test_listed_types_exist():
         assert build_config({"type": name}, 50).model_type == name
 
 
-def test_a_name_can_be_registered_once_only():
-    from contextlm.models.base import register_architecture
-
-    entry = registry()["context_pythia"]
-    with pytest.raises(ValueError, match="registered already"):
-        register_architecture(tiny=())(entry.model)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -13,13 +13,20 @@ from naive_parts import turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
-from contextlm.models.gated_recurrence import GatedRecurrence
+from contextlm.models.convolution import CausalConvolution
+from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
 from contextlm.models.hybrid import ContextHybridConfig, ContextHybridForCausalLM
-from contextlm.models.hybrid.convolution import CausalConvolution
+from contextlm.models.hybrid import mixer as mixer_module
+from contextlm.models.hybrid.delta import DeltaMixer
+from contextlm.models.hybrid.gated_convolution import GatedConvolution, TapsLayer
+from contextlm.models.hybrid.global_latents import GlobalLatents
 from contextlm.models.hybrid.latent import LatentAttention, LatentLayer
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.hybrid.recurrence import RecurrenceLayer, RecurrentMixer
+from contextlm.models.hybrid.selective import SelectiveMixer
 from contextlm.models.hybrid.window import WindowedAttention, WindowLayer
 from contextlm.models.inputs import NewTokens
+from contextlm.models.selective_state import Decay
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +66,10 @@ def convolved(conv: CausalConvolution | None, inputs: list[Tensor]) -> list[Tens
 # R -------------------------------------------------------------------------------------------
 
 
+def recurrent(**fields) -> RecurrentMixer:
+    return RecurrentMixer(config(pattern="R", **fields))
+
+
 def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     """DESIGN 2 and Griffin, one token and one channel block at a time."""
     width = x_TD.shape[1]
@@ -89,10 +100,10 @@ def naive_recurrence(mixer: RecurrentMixer, x_TD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("gates", ["none", "dense", "block_diagonal"])
 @pytest.mark.parametrize("taps", [0, 4])
-def test_r_is_its_equations(blocks, taps):
-    mixer = RecurrentMixer(12, blocks, taps)
+def test_r_is_its_equations(gates, taps):
+    mixer = recurrent(convolution=taps, gates=gates)
     randomise(mixer)
     x = torch.randn(1, 37, 12)
     assert_close(mixer(x, None, NewTokens.of(x))[0], naive_recurrence(mixer, x[0]))
@@ -103,14 +114,14 @@ def test_r_starts_with_slow_decays_and_an_identity_convolution():
     assert 0.9 <= a.min() < 0.905
     assert 0.998 < a.max() <= 0.999
     x = torch.randn(1, 5, 12)
-    convolution = RecurrentMixer(12, 3, 4).convolution
+    convolution = recurrent().convolution
     torch.testing.assert_close(convolution(x, None, NewTokens.of(x)), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "numba", "parallel"])
 def test_the_parallel_scan_is_the_step_recurrence_with_its_gradients(backend, monkeypatch):
     monkeypatch.setenv("CONTEXTLM_BACKEND", f"linear_scan={backend}")
-    mixer = RecurrentMixer(6, 2, 4)
+    mixer = recurrent(hidden_size=6, num_attention_heads=2)
     randomise(mixer)
     x = torch.randn(2, 63, 6, requires_grad=True)
     leaves = [x, *mixer.parameters()]
@@ -135,7 +146,7 @@ def test_decays_near_0_and_near_1_over_4096_tokens_in_float32(extreme):
     for kind in (torch.float64, torch.float32):
         module = gates.to(kind)
         inputs = x.to(kind).requires_grad_()
-        states = module(inputs, None, NewTokens.of(inputs))
+        states = gated_states(module, inputs, None, NewTokens.of(inputs))
         grads = torch.autograd.grad(states.square().mean(), [inputs, module.decay])
         outcomes.append([states.double(), *(g.double() for g in grads)])
     for exact, single in zip(*outcomes, strict=True):
@@ -149,7 +160,7 @@ def test_the_root_has_a_bounded_gradient():
     gates = GatedRecurrence(3, 0)
     with torch.no_grad():
         gates.decay.fill_(-1000.0)  # a is 1 exactly: the root's derivative would be infinite
-    a, added = gates.terms(torch.ones(1, 2, 3), None)
+    a, added = gates(torch.ones(1, 2, 3))
     assert (a == 1).all()
     (gradient,) = torch.autograd.grad(added.sum(), gates.decay)
     assert torch.isfinite(gradient).all()
@@ -362,6 +373,238 @@ def test_a_cache_of_which_a_part_forgets_is_not_cropped_at_all(fields):
     assert_close(decoded, model(ids).logits[:, 15:])
 
 
+# S -------------------------------------------------------------------------------------------
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def naive_selective(mixer: SelectiveMixer, x_TD: Tensor) -> Tensor:
+    """DESIGN 2, one token and one head at a time."""
+    core = mixer.recurrence
+    inner, size = core.output.in_features, core.head_size
+    projected = [core.inner.weight @ x for x in x_TD]
+    seen = sum(core.parts)
+    given = [p[inner : inner + seen] for p in projected]
+    mixed = [silu(c) for c in convolved(core.convolution, given)]
+    states = [torch.zeros(5, size) for _ in range(inner // size)]
+    outputs = []
+    for p, m in zip(projected, mixed, strict=True):
+        write, read = core.fixed if core.fixed is not None else m[inner:].chunk(2)
+        heads = []
+        for h in range(len(states)):
+            u = m[h * size : (h + 1) * size]
+            dt = torch.log(1 + torch.exp(p[inner + seen + h] + core.decay.step[h]))
+            decay = torch.exp(-dt * torch.exp(core.decay.rate[h]))
+            states[h] = decay * states[h] + dt * torch.outer(write, u)
+            heads.append(states[h].T @ read + core.skip[h] * u)
+        gated = torch.cat(heads) * silu(p[:inner])
+        normed = gated if core.norm is None else rms_norm(core.norm, gated)
+        outputs.append(core.output.weight @ normed)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"convolution": 0}, {"selective": False}, {"output_norm": False, "expand": 1}],
+    ids=str,
+)
+def test_s_is_its_equations(fields):
+    mixer = SelectiveMixer(config(pattern="S", state_head_dim=6, state_size=5, **fields))
+    randomise(mixer)
+    for tokens in (1, 37):
+        x = torch.randn(1, tokens, 12)
+        assert_close(mixer(x, None, NewTokens.of(x))[0], naive_selective(mixer, x[0]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "numba", "chunked"])
+def test_s_decodes_in_one_compiled_call_or_in_plain_torch(backend, monkeypatch):
+    """Tokens one at a time, with gradients switched off and on."""
+    monkeypatch.setenv("CONTEXTLM_BACKEND", f"selective_state={backend}")
+    mixer = SelectiveMixer(config(pattern="S", state_head_dim=6, state_size=5))
+    randomise(mixer)
+    x = torch.randn(2, 9, 12)
+    expected = torch.stack([naive_selective(mixer, row) for row in x])
+    state, pieces = mixer.new_state(mixer.config), []
+    for t in range(9):
+        with torch.set_grad_enabled(t in (0, 4)):
+            seen = torch.full((2,), t) if t else None
+            piece = x[:, t : t + 1]
+            pieces.append(mixer(piece, state, NewTokens.of(piece, past=t, seen_B=seen)))
+    assert_close(torch.cat(pieces, dim=1), expected)
+    assert state.counts.tolist() == [9, 9]
+
+
+def test_s_starts_as_mamba_2_does():
+    decay = Decay(6000)
+    rates, steps = torch.exp(decay.rate), F.softplus(decay.step)
+    assert 1 <= rates.min() < 1.1
+    assert 15.9 < rates.max() <= 16
+    assert 1e-3 <= steps.min() < 1.1e-3
+    assert 0.09 < steps.max() <= 0.1
+    torch.testing.assert_close(steps.log().mean().exp().item(), 1e-2, rtol=0.1, atol=0)
+    core = SelectiveMixer(config(pattern="S", state_head_dim=6)).recurrence
+    assert 0.4 < core.convolution.weight.abs().max() <= 0.5
+    assert (core.skip == 1).all()
+
+
+def test_states_may_be_kept_in_bfloat16():
+    model = ContextHybridForCausalLM(
+        config(pattern="sk", state_head_dim=6, state_size=5, state_dtype="bfloat16")
+    ).eval()
+    ids = torch.randint(0, 53, (1, 30))
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    assert [layer.state.dtype for layer in cache.layers] == [torch.bfloat16] * 2
+    last = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, 0]
+    exact = model(ids).logits[:, -1]
+    assert 0 < (last - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+# K -------------------------------------------------------------------------------------------
+
+
+def naive_delta(mixer: DeltaMixer, x_TD: Tensor) -> Tensor:
+    heads, numbers, inner = mixer.heads, mixer.key_size, mixer.inner_size
+    size, keys = inner // heads, heads * numbers
+    projected = [(mixer.inner.weight @ x).split(mixer.widths) for x in x_TD]
+    mixed = [silu(c) for c in convolved(mixer.convolution, [p[1] for p in projected])]
+    states = [torch.zeros(numbers, size) for _ in range(heads)]
+    outputs = []
+    for (gate, _, decay, rate), m in zip(projected, mixed, strict=True):
+        read = []
+        for h in range(heads):
+            q, k = (part.unflatten(0, (heads, -1))[h] for part in (m[:keys], m[keys : 2 * keys]))
+            q, k = q / q.norm(), k / k.norm()
+            v = m[2 * keys + h * size : 2 * keys + (h + 1) * size]
+            channels = len(decay) // heads
+            d = (decay + mixer.decay.step)[h * channels : (h + 1) * channels]
+            g = -torch.exp(mixer.decay.rate[h]) * torch.log(1 + torch.exp(d))
+            g = g if channels == 1 else -5 * torch.tanh(-g / 5)
+            state = torch.exp(g).unsqueeze(1) * states[h]
+            beta = 1 / (1 + torch.exp(-rate[h]))
+            states[h] = state + beta * torch.outer(k, v - state.T @ k)
+            read.append(rms_norm(mixer.norm, states[h].T @ q))
+        outputs.append(mixer.output.weight @ (torch.cat(read) * silu(gate)))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("decay", ["channel", "head"])
+@pytest.mark.parametrize("taps", [0, 4])
+def test_k_is_its_equations(decay, taps):
+    fields = {"state_head_dim": 6, "state_size": 5, "convolution": taps, "delta_decay": decay}
+    mixer = DeltaMixer(config(pattern="K", **fields))
+    randomise(mixer)
+    for tokens in (1, 37):
+        x = torch.randn(1, tokens, 12)
+        assert_close(mixer(x, None, NewTokens.of(x))[0], naive_delta(mixer, x[0]))
+
+
+# C -------------------------------------------------------------------------------------------
+
+
+def test_c_is_its_equations():
+    mixer = GatedConvolution(config(pattern="C", convolution=3))
+    randomise(mixer)
+    x = torch.randn(1, 11, 12)
+    parts = [(mixer.inner.weight @ token).chunk(3) for token in x[0]]
+    inner = convolved(mixer.convolution, [before * u for before, _, u in parts])
+    expected = [mixer.output.weight @ (p[1] * c) for p, c in zip(parts, inner, strict=True)]
+    assert_close(mixer(x, None, NewTokens.of(x))[0], torch.stack(expected))
+
+
+# G -------------------------------------------------------------------------------------------
+
+
+def naive_global(mixer: GlobalLatents, x_TD: Tensor) -> Tensor:
+    heads, size = mixer.heads, mixer.latent
+    inner = convolved(mixer.convolution, [mixer.inner.weight @ x for x in x_TD])
+    raw = [c[heads * size :] for c in inner]
+    outputs = []
+    for t in range(len(x_TD)):
+        blocks = 0 if mixer.pool == 1 else max(0, -(-(t + 1 - mixer.window) // mixer.pool))
+        seen = []
+        for j in range(blocks):
+            block = range(j * mixer.pool, (j + 1) * mixer.pool)
+            scores = torch.stack([mixer.score.weight[0] @ x_TD[s] for s in block]) + mixer.place
+            seen.append(sum(a * raw[s] for a, s in zip(scores.softmax(0), block, strict=True)))
+        seen += raw[blocks * mixer.pool : t + 1]
+        entries = torch.stack([rms_norm(mixer.latent_norm, c) for c in seen])
+        mixed = []
+        for h in range(heads):
+            query = rms_norm(mixer.query_norm, inner[t][h * size : (h + 1) * size])
+            mixed.append((entries @ query / math.sqrt(size)).softmax(0) @ entries)
+        outputs.append(mixer.output.weight @ torch.cat(mixed))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"attention_convolution": 3}, {"pool": 3, "window": 5}, {"pool": 4, "window": 4}],
+    ids=str,
+)
+def test_g_is_its_equations(fields):
+    mixer = GlobalLatents(config(pattern="G", latent_dim=7, **fields))
+    randomise(mixer)
+    for tokens in (1, 4, 23):
+        x = torch.randn(1, tokens, 12)
+        assert_close(mixer(x, None, NewTokens.of(x))[0], naive_global(mixer, x[0]))
+
+
+def test_a_pooled_g_keeps_its_window_and_one_latent_a_block(monkeypatch):
+    """Also where queries are computed a few at a time."""
+    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 4)
+    mixer = GlobalLatents(config(pattern="G", latent_dim=7, pool=3, window=5))
+    randomise(mixer)
+    x = torch.randn(1, 40, 12)
+    state, pieces, seen = mixer.new_state(mixer.config), [], 0
+    for size in (3, 1, 20, 1, 15):
+        piece = x[:, seen : seen + size]
+        pieces.append(mixer(piece, state, after(seen, piece)))
+        seen += size
+        assert state.entries.shape == (1, min(5, seen), 7 + 1)
+        assert state.pooled.shape == (1, max(0, -(-(seen - 5) // 3)), 7)
+    assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
+
+
+# Letters -------------------------------------------------------------------------------------
+
+
+def test_small_letters_go_without_a_feed_forward_part():
+    model = ContextHybridForCausalLM(config(pattern="sSw", state_head_dim=6))
+    parts = [layer.feed_forward is not None for layer in model.model.layers]
+    assert parts == [False, True, False]
+    assert [type(layer.mixer) for layer in model.model.layers] == model.config.layer_mixers
+    assert model.config.num_hidden_layers == 3
+
+
+def test_a_letter_of_ones_own(monkeypatch):
+    """A mixer from outside in a pattern beside ours, with settings of its own."""
+    monkeypatch.setattr(mixer_module, "_MIXERS", dict(mixer_module._MIXERS))
+
+    @register_mixer("X")
+    class Shift(Mixer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.nn.Parameter(torch.tensor(config.mixer_settings["scale"]))
+
+        @classmethod
+        def new_state(cls, config):
+            return TapsLayer()
+
+        def forward(self, x_BTD, state, new):
+            return self.scale * x_BTD
+
+    made = config(pattern="xRX", mixer_settings={"scale": 2.0})
+    model = ContextHybridForCausalLM(made).eval()
+    assert model.model.layers[0].mixer.scale == 2
+    with pytest.raises(ValueError, match="'X' is registered already"):
+        register_mixer("X")(Shift)
+    for wrong in ("x", "XY", "1"):
+        with pytest.raises(ValueError, match="one capital letter"):
+            register_mixer(wrong)(Shift)
+
+
 # The whole -----------------------------------------------------------------------------------
 
 
@@ -381,6 +624,17 @@ def test_the_model_is_its_layers_written_out():
         stream = stream + (gate / (1 + torch.exp(-gate)) * up) @ part.down_proj.weight.T
     stream = torch.stack([rms_norm(model.model.norm, x) for x in stream])
     assert_close(model(ids.unsqueeze(0)).logits[0], stream @ model.lm_head.weight.T)
+
+
+def test_an_exported_graph_serves_all_lengths():
+    model = ContextHybridForCausalLM(config(pattern="RWL", window=5, latent_dim=7, rope_dim=6))
+    model.eval()
+    ids = torch.randint(0, 53, (1, 23))
+    length = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    graph = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=length)
+    for tokens in (2, 5, 6, 23, 40):
+        ids = torch.randint(0, 53, (1, tokens))
+        assert_close(graph.module()(ids, use_cache=False).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("pattern", ["RW", "LR"])
@@ -411,7 +665,7 @@ def test_without_an_l_memory_is_constant_and_counted():
 
 
 def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
-    mixer = RecurrentMixer(12, 3, 4).bfloat16()
+    mixer = recurrent().bfloat16()
     state = RecurrenceLayer()
     x = torch.randn(1, 9, 12).bfloat16()
     mixer(x, state, NewTokens.of(x))
@@ -429,6 +683,9 @@ def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
         ({"num_key_value_heads": 2}, "num_key_value_heads"),
         ({"convolution": -1}, "convolution"),
         ({"pattern": "R", "hidden_size": 13}, "num_attention_heads"),
+        ({"pattern": "S", "state_head_dim": 7}, "state_head_dim"),
+        ({"pattern": "C", "convolution": 0}, "convolution"),
+        ({"pattern": "G", "pool": 65}, "pool"),
     ],
     ids=str,
 )

@@ -60,7 +60,7 @@ def naive_logits(model: ContextKVForCausalLM, ids: list[int]) -> Tensor:
         entries, context = [], torch.zeros(config.context_dim, dtype=torch.float64)
         for e in embedded:
             for block in decoder.context_block.layers:
-                update = gelu(block.weight @ torch.cat([context, e]) + block.bias)
+                update = gelu(block.update.weight @ torch.cat([context, e]) + block.update.bias)
                 context = norm(context + update, block.norm)
             entries.append(context)
     logits = []
@@ -219,11 +219,16 @@ def test_cache_bytes_of_token_memory():
 
 
 def widths(model: ContextKVForCausalLM, *names: str) -> list[list[int]]:
-    """How many positions each of these linear layers is given, in calls from now on."""
+    """How many positions each of these linear layers is given, in calls from now on.
+
+    The zero vector whose key stands in for missing entries is no position.
+    """
     calls: list[list[int]] = [[] for _ in names]
     for name, seen in zip(names, calls, strict=True):
         module = model.model.layer.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+        module.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.extend(args[0].shape[1:-1])
+        )
     return calls
 
 

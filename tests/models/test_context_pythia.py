@@ -44,7 +44,7 @@ def naive_logits(model: ContextPythiaForCausalLM, ids: list[int]) -> Tensor:
     for token in ids:
         embedded = norm(decoder.embed_tokens.weight[token], decoder.embed_norm)
         for layer in decoder.context_block.layers:
-            update = gelu(layer.weight @ torch.cat([context, embedded]) + layer.bias)
+            update = gelu(layer.update.weight @ torch.cat([context, embedded]) + layer.update.bias)
             context = norm(context + update, layer.norm)
         if config.stream == "projected":
             stream.append(decoder.projection.weight @ context + decoder.projection.bias)

@@ -33,7 +33,7 @@ def make(mode: str = "layerwise", layers: int = 2, **fields) -> ContextTokenForC
 
 def layer_step(layer, stream: Tensor, other: Tensor) -> Tensor:
     """``LN(s + GELU(W [s ; o] + b))``; the columns of the updated stream come first."""
-    update = gelu(layer.weight @ torch.cat([stream, other]) + layer.bias)
+    update = gelu(layer.update.weight @ torch.cat([stream, other]) + layer.update.bias)
     return norm(stream + update, layer.norm)
 
 
@@ -149,15 +149,17 @@ def test_both_blocks_start_from_the_documents_spreads():
     config = ContextTokenConfig(vocab_size=2000, hidden_size=300, context_dim=200)
     decoder = ContextTokenForCausalLM(config).model
     layers = [*decoder.context_block.layers, *decoder.layers]
-    assert [tuple(layer.weight.shape) for layer in layers] == [(200, 500)] * 2 + [(300, 500)] * 2
+    assert [tuple(layer.update.weight.shape) for layer in layers] == [(200, 500)] * 2 + [
+        (300, 500)
+    ] * 2
     for layer in layers:
-        assert layer.weight.mean().item() == pytest.approx(0.0, abs=0.002)
-        assert layer.weight.std().item() == pytest.approx(0.1, rel=0.02)
+        assert layer.update.weight.mean().item() == pytest.approx(0.0, abs=0.002)
+        assert layer.update.weight.std().item() == pytest.approx(0.1, rel=0.02)
         # Both parts of the matrix, whichever stream they read.
-        for part in (layer.weight[:, :200], layer.weight[:, -200:]):
+        for part in (layer.update.weight[:, :200], layer.update.weight[:, -200:]):
             assert part.std().item() == pytest.approx(0.1, rel=0.02)
-        assert layer.bias.mean().item() == pytest.approx(0.0, abs=0.003)
-        assert layer.bias.std().item() == pytest.approx(0.01, rel=0.2)
+        assert layer.update.bias.mean().item() == pytest.approx(0.0, abs=0.003)
+        assert layer.update.bias.std().item() == pytest.approx(0.01, rel=0.2)
         assert (layer.norm.weight == 1).all()
         assert (layer.norm.bias == 0).all()
     assert decoder.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.02)

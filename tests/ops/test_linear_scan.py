@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from contextlm.ops import linear_scan as module
 from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
@@ -194,6 +195,20 @@ def test_traced_whole_by_torch_compile() -> None:
     slow = naive_scan(*tensors)
     for a, e in zip(actual, torch.autograd.grad(slow, tensors, cotangent(slow)), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_scan, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (13, 7, 30, 64):
+        tensors = make(2, tokens, 3)
+        states, slow = compiled(*tensors), naive_scan(*tensors)
+        torch.testing.assert_close(states, slow, rtol=1e-12, atol=1e-12)
+        actual = torch.autograd.grad(states, tensors, cotangent(states))
+        expected = torch.autograd.grad(slow, tensors, cotangent(slow))
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    assert counter.frame_count == 1
 
 
 def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:

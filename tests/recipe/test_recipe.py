@@ -243,7 +243,7 @@ def test_every_recipe_that_is_installed_loads_at_every_scale(name: str) -> None:
     ("override", "message"),
     [
         ("training.accumulation=3", "accumulation (3) must divide batch_size (16)"),
-        ("training.schedule=linear", "minimum_ratio is for schedule cosine, not linear"),
+        ("training.schedule=linear", "minimum_ratio is for schedules cosine and wsd, not linear"),
         ("training={accumulation: 2, drop_last: true}", "drop_last with accumulation"),
         ("training.schedule_unit=epoch", "warmup with schedule_unit epoch"),
         ("training.optimizer=adam", "weight_decay is for optimizer adamw"),

@@ -173,7 +173,7 @@ def save(run: Run) -> None:
         (place / "history.jsonl").write_text(lines)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def three_seeds() -> list[Outcome]:
     """A baseline, a winner with an eighth of its cache and a loser with half, three seeds each."""
     found = []
@@ -211,13 +211,13 @@ def run(three_seeds: list[Outcome], tmp_path: Path) -> Run:
     return make_run(three_seeds, tmp_path / "run-1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made() -> Callable[..., Outcome]:
     """`outcome`, for tests that need their own."""
     return outcome
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_of() -> Callable[..., Run]:
     """`make_run`, for tests that need their own."""
     return make_run

@@ -7,8 +7,15 @@ import math
 
 import pytest
 
+from contextlm.base.errors import InputError
 from contextlm.base.files import plain
-from contextlm.report.contenders import cache_length, comparable_groups, contenders, row_facts
+from contextlm.report.contenders import (
+    cache_length,
+    comparable_groups,
+    contenders,
+    ranked,
+    row_facts,
+)
 from contextlm.report.statistics import Stat
 
 
@@ -93,6 +100,42 @@ def test_other_data_and_other_budgets_are_not_ranked_together(made, run_of, tmp_
     assert list(map(names, groups)) == [["a/mha"], ["b/mha"], ["c/mha", "d/mha"]]
 
 
+def test_budgets_of_one_run_are_rows_of_their_own(made, run_of, tmp_path):
+    outcomes = []
+    for share, tokens in ((0.5, 256_000), (1.0, 512_000)):
+        corpus = made().result.corpus.model_copy(update={"train_tokens": tokens})
+        for seed in range(2):
+            outcomes += [
+                made(name, ppl=ppl, seed=seed, baseline=name == "mha", corpus=corpus, budget=share)
+                for name, ppl in (("mha", 100), ("ctx", 50 / share))
+            ]
+    rows = contenders([run_of(outcomes, tmp_path / "run", budgets=[0.5, 1.0])])
+    assert names(rows) == [
+        *("mha, 256,000 tokens", "ctx, 256,000 tokens"),
+        *("mha, 512,000 tokens", "ctx, 512,000 tokens"),
+    ]
+    assert [row.reference and row.reference.name for row in rows] == [
+        *(None, "mha, 256,000 tokens"),
+        *(None, "mha, 512,000 tokens"),
+    ]
+    groups = comparable_groups(rows)
+    assert [len(group) for group in groups] == [2, 2]
+    assert ranked(groups[1])[0].name == "ctx, 512,000 tokens"
+
+
+def test_against_another_contender_than_the_baseline(run, made, run_of, tmp_path):
+    mha, hybrid, compressed = contenders([run], against="hybrid")
+    assert (hybrid.reference, hybrid.shown_name) == (None, "hybrid (baseline)")
+    assert (mha.reference.name, compressed.reference.name) == ("hybrid", "hybrid")
+    assert (mha.shown_name, mha.difference.verdict) == ("mha", "higher")
+    assert 100 * math.expm1(mha.difference.mean) == pytest.approx(100 / 90 * 100 - 100, abs=0.02)
+    with pytest.raises(InputError, match="--against 'x': no such contender, there are mha, hybrid"):
+        contenders([run], against="x")
+    other = run_of([made("newer", ppl=80, seed=seed) for seed in range(3)], tmp_path / "b")
+    rows = contenders([run, other], against="newer")
+    assert [row.reference and row.reference.name for row in rows] == ["newer"] * 3 + [None]
+
+
 def test_without_a_baseline_nothing_is_compared(made, rows_of):
     (row,) = rows_of(made("hybrid"))
     assert (row.reference, row.difference, row.change("parameters")) == (None, None, None)
@@ -123,8 +166,7 @@ def test_a_synthetic_task_is_compared_by_right_answers(made, rows_of):
     ("measured", "expected"),
     [
         ([128, 512], 128),  # the windows have 128 tokens
-        ([64, 512, 2048], 512),
-        ([32, 64], 64),
+        ([64, 512, 2048], None),  # no length that both were measured at
         ([], None),
     ],
 )

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from contextlm.report.grid import GridPoint, grid_figure, grid_lines, write_grid
+from contextlm.report.grid import GridPoint, best_sentences, grid_chart, grid_lines, write_grid
 
 RATE = "training.learning_rate"
 
@@ -30,7 +30,7 @@ def points(made, run_of, tmp_path):
 
 def test_the_files(points, tmp_path):
     paths = write_grid(points, tmp_path / "grid")
-    assert list(paths) == ["grid.md", "grid.json", "grid.png"]
+    assert list(paths) == ["grid.md", "grid.json", "grid.png", "grid.svg", "grid.pdf"]
     text = paths["grid.md"].read_text("utf-8")
     assert text.startswith("| training.learning_rate | contender | validation PPL |")
     assert "| 0.008 | ctx | 86.0 ± 1.0 | -10.4% |" in text
@@ -48,14 +48,20 @@ def test_the_files(points, tmp_path):
     assert paths["grid.png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_chart_has_a_line_a_contender_with_bars(points):
-    figure = grid_figure(grid_lines(points))
-    (axes,) = figure.axes
-    assert axes.get_xlabel() == RATE
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.008"]
-    assert len(axes.containers) == 3
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["mha", "ctx", "late"]
+def test_the_chart_has_a_point_a_setting_with_its_interval(points):
+    caption, chart = grid_chart(grid_lines(points))
+    drawn = chart.to_dict(validate=False)
+    marks = {layer["mark"]["type"]: layer for layer in drawn["layer"]}
+    dots = drawn["datasets"][marks["point"]["data"]["name"]][::-1]
+    assert [(dot["x"], dot["label"], dot["y"]) for dot in dots] == [
+        ("0.001", "mha (baseline)", 101),
+        ("0.001", "ctx", 91),
+        ("0.008", "mha (baseline)", 96),
+        ("0.008", "ctx", 86),
+    ], "the one that diverged has none"
+    assert all(dot["low"] < dot["y"] < dot["high"] for dot in dots)
+    assert marks["point"]["encoding"]["x"]["title"] == RATE
+    assert "95% interval" in caption
 
 
 def test_of_several_keys_the_first_is_x(points):
@@ -64,11 +70,19 @@ def test_of_several_keys_the_first_is_x(points):
         for word in ("linear", "$cosine$")
         for point in points
     ]
-    figure = grid_figure(grid_lines(words))
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["linear", "$cosine$"]
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[:2] == [f"mha, {RATE} 0.001", f"ctx, {RATE} 0.001"]
+    _, chart = grid_chart(grid_lines(words))
+    layer = chart.to_dict(validate=False)["layer"][-1]["encoding"]
+    assert layer["x"]["sort"] == ["linear", "$cosine$"]
+    assert layer["color"]["legend"]["values"][1] == f"ctx, {RATE} 0.001"
+
+
+def test_settings_of_other_budgets_are_not_ranked_together(points, made, run_of, tmp_path):
+    longer = made().result.corpus.model_copy(update={"train_tokens": 1_024_000})
+    run = run_of([made("ctx", ppl=50, baseline=True, corpus=longer)], tmp_path / "longer")
+    told = best_sentences(grid_lines([*points, GridPoint({RATE: 4e-3}, run)]))
+    assert len(told) == 2
+    assert all("512,000 training tokens" in sentence for sentence in told)
+    assert "ctx is lowest with training.learning_rate 0.008: 86.0" in told[1]
 
 
 def test_a_grid_of_which_nothing_finished(run_of, tmp_path):

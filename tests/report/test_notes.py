@@ -31,13 +31,13 @@ def noted(run_of, tmp_path):
 # --- the answer ------------------------------------------------------------------------------
 
 
-def test_one_sentence_with_interval_and_cache_at_the_windows_length(run):
+def test_two_sentences_with_interval_and_cache_at_the_windows_length(run):
     (sentence,) = answers(contenders([run]))
     assert sentence.startswith(
         "hybrid has the lowest validation perplexity, 90.0 ± 1.0 (3 seeds): 10.0% lower than the "
         "baseline mha (95% interval -1"
     )
-    assert sentence.endswith("with 50.0% less cache at 128 tokens.")
+    assert sentence.endswith("). It keeps 50.0% less cache at 128 tokens.")
     assert not {"wins", "loses"} & set(sentence.split())
 
 
@@ -68,7 +68,7 @@ def test_overlapping_seeds_are_undecided(made, answered):
 def test_where_the_baseline_is_lowest_the_nearest_is_named(made, answered):
     (sentence,) = answered(made(baseline=True), made("far", ppl=200), made("near", ppl=110))
     assert sentence == (
-        "mha has the lowest validation perplexity, 100.0 (1 seed); the nearest, near, is 10.0% "
+        "mha has the lowest validation perplexity, 100.0 (1 seed). The nearest, near, is 10.0% "
         "higher than the baseline mha (one seed: no interval), with as much cache at 128 tokens."
     )
 
@@ -117,7 +117,7 @@ def test_sizes_precisions_and_missing_seeds(made, noted):
     )
     assert sorted(found) == [
         "Not finished, and so not shown: mha (seed 1); big (seed 1); late (seeds 0, 1).",
-        "big has 16.9% more parameters than mha: the two are not matched in size.",
+        "big has 16.9% more parameters than mha: they are not matched in size.",
         "mha, big were trained in different precisions.",
     ]
 
@@ -126,7 +126,20 @@ def test_what_learned_nothing(made, noted):
     data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
     (found,) = noted(made(baseline=True, scale="full", corpus=data))
     assert found.startswith("mha has learned nothing beyond how frequent each token is")
-    assert found.endswith("a perplexity of 90.0.")
+    assert found.endswith("a perplexity of 90.0, and it has 111.1% of that.")
+
+
+def test_where_nothing_was_learned_the_answer_says_so(made, answered):
+    data = made().result.corpus.model_copy(update={"unigram_ppl": 90.0})
+    (sentence,) = answered(made(baseline=True, corpus=data), made("ctx", ppl=95, corpus=data))
+    assert sentence.endswith("No contender has learned more than how frequent each token is.")
+
+
+def test_a_length_at_which_quality_was_not_measured_is_not_named(made, answered):
+    (sentence,) = answered(
+        made(baseline=True, cache={2048: 9000}), made("ctx", ppl=90, cache={2048: 9})
+    )
+    assert sentence.endswith("10.0% lower than the baseline mha (one seed: no interval).")
 
 
 @pytest.mark.parametrize(("best", "told"), [(1e-3, False), (2e-3, True)])
@@ -170,11 +183,11 @@ def test_an_unconverged_phase_one(made, noted, converged, phase1, said):
 @pytest.mark.parametrize(
     ("scale", "reported", "keys", "said"),
     [
-        ("full", True, ["corpus"], "Not the document's setting: corpus differs. Compare"),
-        ("small", True, list("abcdefghi"), "setting: a, b, c, d, e, f, 3 more differ."),
-        ("full", True, ["contenders.ctx.model.x"], "setting: contenders.ctx.model.x differs."),
+        ("full", True, ["corpus"], "document's setting, it differs in: corpus. Compare"),
+        ("small", True, list("abcdefghi"), "it differs in: a, b, c, d, e, f, 3 more."),
+        ("full", True, ["contenders.ctx.model.x"], "it differs in: contenders.ctx.model.x."),
         ("full", True, ["contenders.mha.model.x"], None),  # no figure of the document's
-        ("small", True, None, "Not the document's setting: scale differs. Compare"),
+        ("small", True, None, "it differs in: scale. Compare"),
         ("full", True, None, None),
         ("small", False, ["corpus"], "Measured at scale small, not at the recipe's full setting."),
         ("fair", False, [], None),
@@ -203,5 +216,7 @@ def test_several_runs_say_which(made, run_of, tmp_path):
         for name, keys in (("run-1", []), ("run-2", ["corpus"]))
     ]
     found = notes(runs, contenders(runs))
-    assert any("Not the document's setting (run-2): corpus" in note for note in found)
+    assert any(
+        "Not the document's setting (run-2), it differs in: corpus" in note for note in found
+    )
     assert "Not finished, and so not shown: run-1/mha (seed 1); run-2/mha (seed 1)." in found

@@ -25,6 +25,14 @@ def test_mean_and_sample_deviation():
     assert stat(seeds(math.nan)) is None
 
 
+def test_the_interval_of_a_mean():
+    values = [4.0, 4.4, 4.1, 4.3]
+    known = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert stat(values).interval == pytest.approx((known.low, known.high))
+    assert stat(values[:2]).interval is None
+    assert stat([4.0, 4.1, math.inf]).interval is None
+
+
 def test_the_same_seeds_are_paired():
     generator = np.random.default_rng(0)
     order = generator.normal(4, 0.5, 16)  # the seeds differ more than the two contenders

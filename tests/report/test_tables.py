@@ -85,11 +85,12 @@ def test_the_comparison_with_three_seeds(run):
         "cache at 128 tokens (measured)",
         "cache vs baseline (measured)",
         "parameters (measured)",
+        "parameters vs baseline (measured)",
     )
     mha, hybrid, compressed = table.rows
     assert mha[:5] == ("mha (baseline)", "100.0 ± 1.0", ABSENT, ABSENT, ABSENT)
     assert hybrid[:3] == ("hybrid", "90.0 ± 1.0", "-10.0%")
-    assert hybrid[4:] == ("lower", ABSENT, ABSENT, "64.0 KB", "-50.0%", "2,566,272")
+    assert hybrid[4:] == ("lower", ABSENT, ABSENT, "64.0 KB", "-50.0%", "2,566,272", "0.0%")
     low, high = hybrid[3].split(" to ")
     assert float(low[:-1]) < -10 < float(high[:-1]) < 0
     assert compressed[4:7] == ("higher", "554.2", "+17.6%")

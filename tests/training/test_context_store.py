@@ -62,7 +62,10 @@ class Made:
         embedded = self.table[int(self.tokens[position])]
         context = previous
         for layer in self.block.layers:
-            inner = layer.weight.detach() @ torch.cat([context, embedded]) + layer.bias.detach()
+            inner = (
+                layer.update.weight.detach() @ torch.cat([context, embedded])
+                + layer.update.bias.detach()
+            )
             moved = context + 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
             centred = moved - moved.sum() / C
             spread = torch.sqrt((centred**2).sum() / C + 1e-5)
@@ -157,7 +160,7 @@ def test_whatever_the_contexts_depend_on_gives_another_file(tmp_path):
     def changed(change: str) -> Made:
         made = Made()
         if change == "weight":
-            made.block.layers[1].weight.data[0, 0] += 1e-3
+            made.block.layers[1].update.weight.data[0, 0] += 1e-3
         if change == "norm":
             made.block.layers[0].norm.bias.data[2] += 1e-3
         if change == "stream":

@@ -39,15 +39,18 @@ VOCABULARY = 19
 class Watcher:
     def __init__(self):
         self.losses, self.rates, self.epochs, self.best = [], [], [], []
+        self.tokens = 0
 
     def on_epoch_begin(self, number: int, epochs: int, steps: int) -> None:
         assert number == len(self.epochs) + 1 <= epochs
         assert steps * (number - 1) == len(self.losses)
 
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+    def on_step(self, step: int, loss: float, learning_rate: float, tokens: int) -> None:
         self.losses.append(loss)
         self.rates.append(learning_rate)
         assert step == len(self.losses)
+        assert tokens > self.tokens
+        self.tokens = tokens
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
         self.epochs.append(epoch)

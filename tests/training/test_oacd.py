@@ -55,7 +55,7 @@ def doubles():
 def block_form(block: ContextBlock, context: torch.Tensor, embedded: torch.Tensor):
     """``c' = LN(c + GELU(W [c ; e] + b))`` for every layer, of one position."""
     for layer in block.layers:
-        moved = F.gelu(layer.weight @ torch.cat([context, embedded]) + layer.bias)
+        moved = F.gelu(layer.update.weight @ torch.cat([context, embedded]) + layer.update.bias)
         norm = layer.norm
         context = F.layer_norm(context + moved, (CONTEXT,), norm.weight, norm.bias)
     return context

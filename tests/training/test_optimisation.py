@@ -25,6 +25,11 @@ def rates(settings: TrainingSettings, steps_per_epoch: int, steps: int) -> list[
         ({"schedule": "linear"}, "linear", None),
         ({"schedule": "cosine"}, "cosine", None),
         ({"schedule": "cosine", "minimum_ratio": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        (
+            {"schedule": "wsd", "cooldown": 0.25},
+            "warmup_stable_decay",
+            {"num_decay_steps": 3, "decay_type": "1-sqrt"},
+        ),
     ],
 )
 def test_schedules_equal_those_of_transformers(ours, name, options, warmup):
@@ -54,6 +59,15 @@ def test_cosine_per_epoch_equals_torchs_annealing():
         reference_optimizer.step()
         reference.step()
     assert rates(settings, 3, 12) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_longer_wsd_begins_as_a_shorter_one_until_that_ones_rate_falls():
+    settings = TrainingSettings(schedule="wsd", warmup=2, cooldown=0.4, epochs=1)
+    assert settings.stable_until(10) == 6
+    assert rates(settings, 20, 12)[:6] == rates(settings, 10, 6)
+    assert rates(settings, 20, 12)[6:] == [settings.learning_rate] * 6
+    assert TrainingSettings(schedule="wsd").stable_until(10) == 8
+    assert TrainingSettings(schedule="wsd").stable_until(2) == 1
 
 
 def test_parameter_groups_and_decay():

@@ -33,8 +33,8 @@ class KillingWatcher(Watcher):
         super().__init__()
         self.step, self.what = step, what
 
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
-        super().on_step(step, loss, learning_rate)
+    def on_step(self, step: int, loss: float, learning_rate: float, tokens: int) -> None:
+        super().on_step(step, loss, learning_rate, tokens)
         if step == self.step:
             self.what()
 
@@ -67,6 +67,7 @@ def resumable(folder, watcher=None):
     epochs = [dataclasses.replace(epoch, seconds=0) for epoch in outcome.epochs]
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert watcher.losses == outcome.losses  # all are told, those before a kill too
+    assert [epoch.tokens for epoch in epochs] == [96 * epoch.number for epoch in epochs]
     return (epochs, outcome.best_epoch, outcome.losses, weights), told
 
 
@@ -87,7 +88,8 @@ def test_the_checkpoint_to_fall_back_on_keeps_its_best_weights(tmp_path):
     done = PhaseTwo()
     for number, loss in enumerate((1.0, 2.0, 0.5), 1):
         done.losses.append(loss)
-        done.epochs.append(Epoch(number, number, loss, loss, 0.0, 1e-3, 0.1))
+        done.tokens.append(number)
+        done.epochs.append(Epoch(number, number, number, loss, loss, 0.0, 1e-3, 0.1))
         state.save(model, optimizer, done)
     (tmp_path / "step-3" / "state.safetensors").write_bytes(b"damaged")
     back = state.restore(model, optimizer)

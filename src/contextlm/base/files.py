@@ -213,6 +213,24 @@ def with_home(text: str, where: str) -> Path:
         raise InputError(f"{where}: no home folder is known for {text.split('/')[0]!r}") from None
 
 
+def cache_folder() -> Path:
+    """``CONTEXTLM_CACHE``, or ``~/.cache/contextlm``; it need not exist yet.
+
+    Raises:
+        InputError: nothing could be written there.
+    """
+    named = os.environ.get("CONTEXTLM_CACHE")
+    try:
+        folder = Path(named or "~/.cache/contextlm").expanduser()
+    except RuntimeError:  # no home
+        raise InputError("CONTEXTLM_CACHE: must name a folder here: there is no home") from None
+    problem = why_not_writable(folder)
+    if problem is not None:
+        hint = "" if named else " (it can name another folder for the cache)"
+        raise InputError(f"CONTEXTLM_CACHE: {problem}{hint}")
+    return folder
+
+
 def why_not_writable(folder: Path) -> str | None:
     """Why nothing could be written into `folder`, or None if it could.
 

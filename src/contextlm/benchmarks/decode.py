@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from contextlm.benchmarks.harness import Answer, Curve, Options, Target, Timing
 from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed
+from contextlm.models.cache import CACHE
 
 WINDOW = 32  # tokens of one measurement
 COMPARED = 8192
@@ -38,7 +39,8 @@ class _Text:
         decoder, ids_11 = self.model.base_model, torch.ones(1, 1, dtype=torch.long)
         started = time.perf_counter()
         for _ in range(window):
-            self.cache = decoder(ids_11, past_key_values=self.cache, use_cache=True).past_key_values
+            output = decoder(ids_11, use_cache=True, **{CACHE: self.cache})
+            self.cache = getattr(output, CACHE)
         self.body.append((time.perf_counter() - started) / window)
 
     def row(self) -> dict[str, Any]:

@@ -129,25 +129,31 @@ def _synchronize() -> None:
 
 def draw(question: str, answer: Answer, path: Path) -> None:
     """Write a PNG: latency and memory against length where there are curves, else the ratios."""
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(f"contextlm bench {question}")
+    title = f"contextlm bench {question}"
     if answer.curves:
-        latency, memory = figure.subplots(1, 2)
-        for number, curve in enumerate(answer.curves):
-            style = "-" if number < 10 else "--"  # matplotlib's cycle has ten colours
-            marks: dict[str, Any] = {"marker": "o", "label": curve.label, "linestyle": style}
-            latency.plot(curve.tokens, [1e3 * s for s in curve.seconds], **marks)
-            memory.plot(curve.tokens, [b / 1e6 for b in curve.cache_bytes], **marks)
-        for axes, what in ((latency, "ms a token"), (memory, "cache, MB")):
-            axes.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=what)
-            axes.grid(alpha=0.3)
-        memory.legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
+        points = [
+            {"model": curve.label, "tokens": tokens, "ms": 1e3 * seconds, "megabytes": size / 1e6}
+            for curve in answer.curves
+            for tokens, seconds, size in zip(
+                curve.tokens, curve.seconds, curve.cache_bytes, strict=True
+            )
+        ]
+        lines = alt.Chart({"values": points}).mark_line(point=True)
+        x = alt.X("tokens:Q").scale(type="log").title("tokens before")
+        names = alt.Color("model:N").title(None).legend(labelLimit=0, symbolLimit=0)
+        y = (
+            alt.Y(f"{field}:Q").scale(type="log").title(what)
+            for field, what in (("ms", "ms a token"), ("megabytes", "cache, MB"))
+        )
+        chart: alt.HConcatChart | alt.LayerChart = alt.HConcatChart(
+            hconcat=[lines.encode(x, one, color=names) for one in y]
+        )
     else:
-        axes = figure.subplots()
-        axes.barh(list(answer.ratios), list(answer.ratios.values()))
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set_xlabel("ratio")
-        axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+        ratios = [{"figure": name, "ratio": ratio} for name, ratio in answer.ratios.items()]
+        y = alt.Y("figure:N").sort(None).title(None).axis(labelLimit=0)
+        bars = alt.Chart({"values": ratios}).mark_bar().encode(alt.X("ratio:Q"), y)
+        one = alt.Chart({"values": [{"ratio": 1}]}).mark_rule().encode(alt.X("ratio:Q"))
+        chart = alt.LayerChart(layer=[bars, one])
+    chart.properties(title=title).save(path, scale_factor=2)

@@ -86,7 +86,7 @@ def naive_phase_one(
             fed_NC = before_PC[part]
             fed_NC = fed_NC + settings.noise * batch_noise(fed_NC, 0, number, batch)
             both_NX = torch.cat([fed_NC, table_VD[ids_P[part]]], dim=-1)
-            update_NC = F.gelu(F.linear(both_NX, layer.weight, layer.bias))
+            update_NC = F.gelu(layer.update(both_NX))
             new_NC = layer.norm(fed_NC + update_NC)
             (oacd_loss(new_NC) / batches).backward()
             moved += int(((new_NC.detach() - contexts_PC[part]).square().mean(-1) < 0.03).sum())

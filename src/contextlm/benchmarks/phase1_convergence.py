@@ -17,8 +17,9 @@ import torch
 
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, RunError
+from contextlm.base.files import cache_folder
 from contextlm.data.corpora import load_corpus
-from contextlm.data.token_store import build_token_store, cache_folder
+from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer, vocab_entries
 from contextlm.evaluation.quality import effective_rank, sample_rows
 from contextlm.models.base import HasContextBlock

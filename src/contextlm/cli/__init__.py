@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from contextlm import __version__
-from contextlm.cli import benchmarking, checkpoints, comparisons, listing, reports
+from contextlm.cli import (
+    benchmarking,
+    checking,
+    checkpoints,
+    comparisons,
+    compressing,
+    listing,
+    reports,
+)
 from contextlm.cli.shell import PlainCommand, PlainGroup, execute, leave
 
 app = typer.Typer(
@@ -64,6 +72,8 @@ app.command("params", cls=PlainCommand)(comparisons.params)
 app.command("report", cls=PlainCommand)(reports.report)
 app.command("eval", cls=PlainCommand)(checkpoints.evaluate)
 app.command("generate", cls=PlainCommand)(checkpoints.generate)
+app.command("check", cls=PlainCommand)(checking.check)
+app.command("compress", cls=PlainCommand)(compressing.compress)
 app.command("bench", cls=PlainCommand)(benchmarking.bench)
 app.command("list", cls=PlainCommand)(listing.list_known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from contextlm.base.errors import InputError
 from contextlm.base.files import is_folder
 from contextlm.base.live_line import LiveLine
 from contextlm.base.visible import shown
-from contextlm.cli.options import AsJson, Checkpoint, Device, count, optional
+from contextlm.cli.options import AsJson, Checkpoint, Device, Imports, count, optional
 from contextlm.cli.output import print_facts, print_json, print_table
 from contextlm.cli.prompt import read_prompt
 
@@ -66,6 +67,16 @@ def evaluate(
             "one of tasks.",
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            show_default=False,
+            help="Instead: scores of these tasks of lm-eval (pip install lm-eval; CONTEXTLM_TASKS "
+            "names a folder of your own task files). --samples: only the first N questions.",
+        ),
+    ] = None,
+    imports: Imports = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -82,10 +93,19 @@ def evaluate(
     contextlm eval runs/demo-001/pythia/seed-0/checkpoint --cache input
     contextlm eval CHECKPOINT --long --corpus text:books/
     contextlm eval CHECKPOINT --long --corpus recall:16
+    contextlm eval CHECKPOINT --tasks arc_easy,hellaswag --samples 200
     ```
     """
     lengths = None if cache_lengths is None else read_lengths(cache_lengths)
     folder = _existing(checkpoint)
+    if tasks is not None:
+        others: dict[str, object] = {"--long": long, "--cache input": cache == "input"}
+        others |= {"--cache-lengths": lengths, "--corpus": corpus != "pydocs", "--split": split}
+        for option, value in {**others, "--sequence-length": sequence_length}.items():
+            if value:
+                raise InputError(f"--tasks does not take {option}")
+        _print_tasks(folder, tasks, device, samples, as_json)
+        return
     given: dict[str, Any] = {
         "corpus": corpus,
         "device": device,
@@ -148,6 +168,7 @@ def generate(
     seed: Annotated[
         int | None, count("Makes sampling repeatable.", least=0, most=2**32 - 1)
     ] = None,
+    imports: Imports = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -194,6 +215,38 @@ def generate(
     else:
         print(flush=True)
         print(summary(made), file=sys.stderr)
+
+
+def _print_tasks(
+    folder: Path, listed: str, device: str, samples: int | None, as_json: bool
+) -> None:
+    names = [name.strip() for name in listed.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(f"--tasks {shown(listed)}: expected names such as arc_easy,hellaswag")
+
+    from contextlm.evaluation.tasks import evaluate_tasks
+    from contextlm.report import numbers
+
+    report = evaluate_tasks(folder, names, device=device, samples=samples)
+    if as_json:
+        print_json(report)
+        return
+    columns = ["task", "metric", "score", "standard error", "questions"]
+    absent, significant = numbers.ABSENT, numbers.significant
+    lines = [
+        [
+            score.task,
+            score.metric,
+            significant(score.value),
+            absent if score.stderr is None else significant(score.stderr),
+            absent if score.samples is None else numbers.count(score.samples),
+        ]
+        for score in report.scores
+    ]
+    caption = f"{folder}: {report.architecture}, {numbers.count(report.parameters)} parameters"
+    print_table(columns, lines, caption=caption, text=2)
+    if report.remarks:
+        print(f"note: {'; '.join(report.remarks)}")
 
 
 def summary(made: Continuation) -> str:
@@ -294,7 +347,7 @@ def _print_long(report: LongReport) -> None:
         print(f"note: {'; '.join(report.remarks)}")
 
 
-def read_lengths(text: str) -> list[int]:
+def read_lengths(text: str, option: str = "--cache-lengths") -> list[int]:
     """Comma-separated token counts, ascending and each once.
 
     Raises:
@@ -302,7 +355,7 @@ def read_lengths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part[:12]) < 10**9 for part in parts):
-        raise InputError(f"--cache-lengths {shown(text)}: expected token counts such as 128,512")
+        raise InputError(f"{option} {shown(text)}: expected token counts such as 128,512")
     return sorted({int(part) for part in parts})
 
 
@@ -320,6 +373,9 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 
 
 def _existing(checkpoint: Path) -> Path:
-    if not is_folder(checkpoint):
-        raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder")
-    return checkpoint
+    if is_folder(checkpoint):
+        return checkpoint
+    how = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):  # as the hub names models
+        how = f"; of a model of the hub, make one: hf download {checkpoint} --local-dir FOLDER"
+    raise InputError(f"checkpoint {shown(str(checkpoint), 300)}: no such folder{how}")

@@ -14,7 +14,7 @@ from contextlm.base.distribution import launched_rank
 from contextlm.base.errors import InputError
 from contextlm.base.progress import duration
 from contextlm.base.visible import shown, visible
-from contextlm.cli.options import AsJson, Device
+from contextlm.cli.options import AsJson, Device, Imports
 from contextlm.cli.output import (
     REPORT_FILES,
     print_comparison,
@@ -81,8 +81,17 @@ Workers = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Do the jobs in N workers of Ray (pip install 'contextlm[workers]'): on this machine, "
+        help="Do the jobs in N workers of Ray (pip install ray): on this machine, "
         "or on the cluster that RAY_ADDRESS names.",
+    ),
+]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        show_default=False,
+        help="Also tell tensorboard, wandb, trackio or mlflow, several with commas between them; "
+        "on this machine only, unless its own settings say otherwise.",
     ),
 ]
 
@@ -120,6 +129,16 @@ def run(
         ),
     ] = None,
     workers: Workers = None,
+    imports: Imports = None,
+    track: Track = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Serve the run's page while it is at work, on 127.0.0.1 alone; the address is "
+            "told on stderr.",
+        ),
+    ] = False,
     device: Device = "auto",
     out: Annotated[
         str,
@@ -129,7 +148,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print contenders, parameters, tokens, FLOPs, rough time and memory.",
+            help="Only print contenders, parameters, tokens, FLOPs, memory, and the time that a "
+            "few steps of each let expect.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -157,8 +177,14 @@ def run(
     contextlm run demo --grid training.learning_rate=1e-3,2e-3 --workers 2
     ```
     """
-    if dry_run and (resume or into or grid or workers):
+    if dry_run and (resume or into or grid or workers or watch or track):
         raise InputError("--dry-run: goes with a new run alone")
+    options = {
+        "device": device,
+        "workers": workers,
+        "watch": watch,
+        "track": [name.strip() for name in track.split(",")] if track is not None else [],
+    }
     if resume and into:
         raise InputError("--into: adds to a run; --resume only finishes what it began with")
     if resume and (recipe is None or _is_run(Path(recipe))):
@@ -169,13 +195,13 @@ def run(
         from contextlm.lab.run_folder import newest_unfinished
 
         folder = newest_unfinished(Path(out)) if recipe is None else Path(recipe)
-        _resume(folder, device, workers, as_json)
+        _resume(folder, options, as_json)
         return
     if recipe is None:
         raise InputError("missing argument 'RECIPE'")
     points = _points(recipe, scale, overrides, grid, seeds)
     place = writable_folder(str(into or out), "--into" if into else "--out")
-    from contextlm.data.token_store import cache_folder
+    from contextlm.base.files import cache_folder
 
     cache_folder()  # so that one that cannot be used is told before the corpus is prepared
     if dry_run:
@@ -190,11 +216,10 @@ def run(
         if found is None:
             print(f"no unfinished {name} below {place}: a new one", file=sys.stderr)
     if found is not None:
-        _resume(found, device, workers, as_json)
-    elif into is not None:
-        _show(_at_work(running.extend, points, into, device=device, workers=workers), as_json)
+        _resume(found, options, as_json)
     else:
-        _show(_at_work(running.run_points, points, place, device=device, workers=workers), as_json)
+        work, place_of = (running.extend, into) if into else (running.run_points, place)
+        _show(_at_work(work, points, place_of, **options), as_json)
 
 
 def sweep(
@@ -271,13 +296,13 @@ def _at_work(work: Callable[..., Path], *arguments: Any, **options: Any) -> Path
         return work(*arguments, progress=progress, **options)
 
 
-def _resume(folder: Path, device: str, workers: int | None, as_json: bool) -> None:
+def _resume(folder: Path, options: dict[str, Any], as_json: bool) -> None:
     """Finish an unfinished run; of a finished one only the table is shown."""
     from contextlm.lab import running
     from contextlm.lab.run_folder import is_unfinished, points_of
 
     if any(map(is_unfinished, points_of(folder) or [folder])):
-        _at_work(running.resume, folder, device=device, workers=workers)
+        _at_work(running.resume, folder, **options)
     else:
         print(f"{folder} has finished: nothing to resume", file=sys.stderr)
     _show(folder, as_json)
@@ -321,6 +346,7 @@ def params(
     recipe: RecipeName,
     scale: Scale = None,
     overrides: Overrides = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """Count every contender's parameters on the real modules, without training or memory.
@@ -340,10 +366,18 @@ def params(
     if as_json:
         print_json({"contenders": counts})
         return
-    print_table(
-        ["contender", "parameters", "trainable"],
-        [(c.name, f"{c.total:,}", f"{c.trainable:,}") for c in counts],
-    )
+    from contextlm.report.numbers import signed_percent
+
+    headings = ["contender", "parameters", "vs baseline", "trainable"]
+    rows = [
+        [c.name, f"{c.total:,}", signed_percent(c.versus_baseline_percent), f"{c.trainable:,}"]
+        for c in counts
+    ]
+    if any(c.matched for c in counts):
+        headings.append("matched by")
+        for row, c in zip(rows, counts, strict=True):
+            row.append(", ".join(f"{field} {value:,}" for field, value in c.matched.items()))
+    print_table(headings, rows)
 
 
 def read_seeds(text: str) -> list[int]:
@@ -385,16 +419,18 @@ def _show_cost(recipe: Recipe, device: str, as_json: bool) -> None:
             f"{c.epochs:,}",
             f"{c.seeds:,}",
             scientific(c.flops),
-            duration(c.seconds_estimate),
+            "too large" if c.seconds_estimate is None else duration(c.seconds_estimate),
             human_bytes(c.memory_bytes_estimate),
         )
         for c in cost.contenders
     ]
     headings = ["contender", "parameters", "trainable", "tokens an epoch", "epochs"]
-    headings += ["seeds", "FLOPs", "training time, roughly", "weights, optimiser, logits"]
+    headings += ["seeds", "FLOPs", "training time", "weights, optimiser, logits"]
     print_comparison(headings, rows)
-    total = sum(c.seconds_estimate for c in cost.contenders)
-    print(f"training time in all, roughly: {duration(total)}")
+    known = [c.seconds_estimate for c in cost.contenders if c.seconds_estimate is not None]
+    print(f"training time in all, from a few steps of each: {duration(sum(known))}")
+    if len(known) < len(cost.contenders):
+        print("too large: more than the memory that this machine has free, so not timed")
     trials = cost.contenders[0].tuning_trials
     if trials:
         print(f"of it {trials} learning rates a contender on a part of the text; more may be tried")

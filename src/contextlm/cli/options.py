@@ -15,6 +15,28 @@ Checkpoint = Annotated[
         help="A saved model with its tokenizer, e.g. runs/demo-001/NAME/seed-0/checkpoint.",
     ),
 ]
+
+
+def _import(names: list[str] | None) -> list[str] | None:
+    if names:
+        from contextlm.models.outside import import_outside
+
+        import_outside(names)
+    return names
+
+
+# Imported while the command line is read, so that all which follows knows it.
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE|MODULE",
+        callback=_import,
+        show_default=False,
+        help="Python code that registers architectures or mixers of your own; it is run. May be "
+        "repeated.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, mps."),

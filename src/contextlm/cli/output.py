@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contextlm.results.result import Run
 
 # What the report of a run consists of.
-REPORT_FILES = ("report.md", "report.html", "curves.png", "frontier.png")
+REPORT_FILES = ("report.md", "report.html", "figures")
 
 _WIDE = 240  # columns of a table that goes into a file or a pipe
 
@@ -74,13 +74,13 @@ def print_facts(facts: Mapping[str, str], *, caption: str) -> None:
     print_table(["", "value"], list(facts.items()), caption=caption, text=2)
 
 
-def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
+def print_runs(runs: Sequence[Run], paths: Mapping[str, Path], against: str | None = None) -> None:
     """Print the answer and the comparison of some runs, and where their report is."""
     from contextlm.report.contenders import contenders
     from contextlm.report.notes import answers
     from contextlm.report.tables import main_tables
 
-    rows = contenders(runs)
+    rows = contenders(runs, against)
     for sentence in answers(rows):
         print(visible(sentence))
     tables = main_tables(rows)
@@ -93,16 +93,14 @@ def print_runs(runs: Sequence[Run], paths: Mapping[str, Path]) -> None:
         print(f"{kind}: {visible(str(path))}")
 
 
-def runs_json(runs: Sequence[Run], paths: Mapping[str, Path]) -> dict[str, Any]:
+def runs_json(
+    runs: Sequence[Run], paths: Mapping[str, Path], against: str | None = None
+) -> dict[str, Any]:
     """The same as one object, with the result of every seed beside the rows of their means."""
-    from contextlm.report.contenders import contenders, row_facts
+    from contextlm.report.contenders import contenders
+    from contextlm.report.page import report_facts
 
-    return {
-        "runs": [run.folder for run in runs],
-        "report": dict(paths),
-        "rows": [row_facts(row) for row in contenders(runs)],
-        "results": [o.result.model_dump() for run in runs for o in run.outcomes],
-    }
+    return {"report": dict(paths), **report_facts(runs, contenders(runs, against))}
 
 
 def writable_folder(text: str, option: str) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.files import is_file
+from contextlm.base.visible import shown
 from contextlm.cli.options import AsJson
 from contextlm.cli.output import print_json, print_runs, runs_json, writable_folder
 
@@ -37,6 +38,26 @@ def report(
             "`<!-- results:begin NAME -->` and `<!-- results:end NAME -->`.",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="Compare with this contender instead of the baseline.",
+        ),
+    ] = None,
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="LIST",
+            help="What to write, of md, html, csv, latex and json; charts always come as PNG, SVG "
+            "and PDF.",
+        ),
+    ] = "md,html",
+    language: Annotated[
+        str, typer.Option(metavar="NAME", help="The report's language: en or ja.")
+    ] = "en",
     open_page: Annotated[
         bool, typer.Option("--open", help="Show the page in the web browser.")
     ] = False,
@@ -44,8 +65,8 @@ def report(
 ) -> None:
     """Make the report of one run, or one report of several, from their folders.
 
-    Several runs share one table and one frontier of perplexity against cache. Nothing is trained
-    or measured again.
+    Several runs share their tables and charts; only those of one budget are ranked in one list.
+    Nothing is trained or measured again.
 
     Examples:
 
@@ -53,27 +74,46 @@ def report(
     contextlm report runs/demo-001 --open
     contextlm report runs/context-pythia-001 runs/context-pythia-002 --out comparison
     contextlm report runs/demo-001 --into README.md
+    contextlm report runs/frontier-001 --against mamba --format csv,latex
+    contextlm report runs/demo-001 --language ja --open
     ```
     """
     from contextlm.report.embed import embed, embedded
+    from contextlm.report.language import speaking
     from contextlm.report.page import render_summary, write_report
     from contextlm.results.result import read_run
 
     _check_runs(runs)
+    wanted = _formats(formats, open_page)
     place = _default_folder(runs) if out is None else writable_folder(out, "--out")
     loaded = [read_run(folder) for folder in runs]
     document, _, block = (into or "").partition("#")
-    if into is not None:  # asked before anything is written
-        embedded(Path(document), block or None, render_summary(loaded))
-    paths = write_report(loaded, place)
-    if into is not None:
-        embed(Path(document), block or None, render_summary(loaded))
-    if as_json:
-        print_json(runs_json(loaded, paths))
-    else:
-        print_runs(loaded, paths)
+    with speaking(language):
+        if into is not None:  # asked before anything is written
+            summary = render_summary(loaded, against)
+            embedded(Path(document), block or None, summary)
+        paths = write_report(loaded, place, wanted, against=against)
+        if into is not None:
+            embed(Path(document), block or None, summary)
+        if as_json:
+            print_json(runs_json(loaded, paths, against))
+        else:
+            print_runs(loaded, paths, against)
     if open_page:
         _show(paths)
+
+
+def _formats(text: str, open_page: bool) -> list[str]:
+    """The forms that ``--format`` names, each once."""
+    from contextlm.report.page import FORMATS
+
+    wanted = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = next((name for name in wanted if name not in FORMATS), None)
+    if unknown is not None:
+        raise InputError(f"--format {shown(unknown)}: expected some of {', '.join(FORMATS)}")
+    if open_page and "html" not in wanted:
+        raise InputError("--open: shows the page, which --format leaves out")
+    return wanted
 
 
 def _check_runs(runs: list[Path]) -> None:

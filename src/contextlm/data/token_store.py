@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, why_not_writable, write_json
+from contextlm.base.files import atomic_open, write_json
 from contextlm.data.corpus import Corpus, document_key
 from contextlm.data.pieces import encode_pieces
 from contextlm.data.tokenizers import encode, keeps_text, tokenizer_hash, vocab_entries
@@ -90,6 +90,11 @@ class TokenStore:
     def __len__(self) -> int:
         return self.facts.tokens
 
+    @property
+    def documents(self) -> list[npt.NDArray[Any]]:
+        """The ids of each document."""
+        return [self.tokens[start:end] for start, end in pairwise(self.document_offsets)]
+
     def byte_count(self, tokens: int) -> int:
         """UTF-8 bytes of the text behind the first `tokens` tokens.
 
@@ -110,24 +115,6 @@ class TokenStore:
         if of_text == 0:
             return count
         return count + self.facts.document_bytes[whole] * min(tokens - start, of_text) // of_text
-
-
-def cache_folder() -> Path:
-    """``CONTEXTLM_CACHE``, or ``~/.cache/contextlm``; it need not exist yet.
-
-    Raises:
-        InputError: nothing could be written there.
-    """
-    named = os.environ.get("CONTEXTLM_CACHE")
-    try:
-        folder = Path(named or "~/.cache/contextlm").expanduser()
-    except RuntimeError:  # no home
-        raise InputError("CONTEXTLM_CACHE: must name a folder here: there is no home") from None
-    problem = why_not_writable(folder)
-    if problem is not None:
-        hint = "" if named else " (it can name another folder for the cache)"
-        raise InputError(f"CONTEXTLM_CACHE: {problem}{hint}")
-    return folder
 
 
 def build_token_store(

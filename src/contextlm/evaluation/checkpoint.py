@@ -30,6 +30,7 @@ from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, is_out_of_memory
 from contextlm.base.files import is_file, write_json
 from contextlm.base.visible import shown
+from contextlm.data.hub import from_hub
 from contextlm.data.tokenizers import vocab_entries
 from contextlm.models.build import check_values, config_class, meta_model, reason
 from contextlm.results.run_files import first_problem
@@ -82,6 +83,26 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
         )
     model.generation_config = _plain_generation(folder, model, entries)
     return model.to(place).eval(), tokenizer
+
+
+def fetched(name: str) -> Path:
+    """The folder of a model of the hub: its configuration, tokenizer and safetensors, no code.
+
+    Raises:
+        InputError: it is neither a folder here nor a model's name.
+        RunError: the hub could not be reached, or did not deliver.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    def load(online: bool) -> Path:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not online))
+
+    try:
+        return from_hub(f"model {shown(name)}, no folder here", "give a folder", load)
+    except HFValidationError:
+        raise InputError(f"model {shown(name, 300)}: no such folder") from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
@@ -24,10 +24,13 @@ from contextlm.base.errors import InputError
 from contextlm.data.pieces import encode_pieces
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.memory import CHUNK, cache_argument, cache_bytes, feed, position_limit
+from contextlm.models.cache import CACHE
 
 SHOWN = 10_000  # characters; a longer prompt is not repeated
 PIECE = 2**15  # characters that are tokenised at once
 LONGEST_WORD = 2**18  # characters without a border, after which the text is cut all the same
+
+_DROPS_MASKS = "_mask_length" in GenerationConfig.__annotations__  # noted when one is dropped
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def continue_text(
         hook.remove()
     seconds = time.perf_counter() - start
     new_ids = output.sequences[0, read.rest_1T.shape[1] :]
-    held = cache_bytes(output.past_key_values)
+    held = cache_bytes(getattr(output, CACHE))
     return Continuation(
         prompt=text.all(),
         # Without cleaning up: else the text would not be the one that was streamed.
@@ -174,13 +177,17 @@ class ReadPrompt:
 
         `generate` takes ids that are shorter than their mask as new ones. A mask without a zero is
         then dropped, so that one more entry than ids says all it would with an entry for each token
-        read; positions are given because they would be counted from the mask.
+        read; positions are given because they would be counted from the mask. transformers 5.17
+        does not drop it, and gets the whole; but a cache by an older name goes with new ids alone.
         """
-        rest = self.rest_1T.shape[1]
-        mask_1M = torch.ones(1, rest + (self.cache is not None), dtype=torch.long)
+        rest, name = self.rest_1T.shape[1], cache_argument(model)
+        earlier = 1 if _DROPS_MASKS else self.before
+        if self.cache is None or name != CACHE:
+            earlier = 0
+        mask_1M = torch.ones(1, rest + earlier, dtype=torch.long)
         given: dict[str, Any] = {"attention_mask": mask_1M.to(self.rest_1T.device)}
         if self.cache is not None:
-            given[cache_argument(model)] = self.cache
+            given[name] = self.cache
             if "position_ids" in inspect.signature(model.forward).parameters:
                 positions_1T = torch.arange(self.before, self.before + rest).unsqueeze(0)
                 given["position_ids"] = positions_1T.to(self.rest_1T.device)

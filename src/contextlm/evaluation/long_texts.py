@@ -8,6 +8,7 @@ position. On a corpus of synthetic tasks right answers are counted instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder
 from contextlm.data.samples import Answers
 from contextlm.data.synthetic import MARK, Task, find_task, synthetic
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import build_token_store
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.measure import MEASURED, SEQUENCE_LENGTH, Split, open_corpus
 from contextlm.evaluation.memory import CHUNK, feed_all, measure_cache, position_limit
 from contextlm.evaluation.quality import perplexity, retrieval_accuracy
-from contextlm.results.facts import CacheBytes, RetrievalAccuracy
+from contextlm.results.facts import CacheBytes, PositionLoss, RetrievalAccuracy
 
 WINDOWS = 16
 QUESTIONS = 1000
 TIMES = 8  # the training length
 ROWS = 4  # windows read side by side
 _LOGITS = 2**25  # numbers at once
-
-
-class Bucket(BaseModel):
-    """The targets at positions ``first`` to ``last - 1``; `loss` is their mean in nats."""
-
-    first: int
-    last: int
-    tokens: int
-    loss: float
-    ppl: float
 
 
 class LongReport(BaseModel):
@@ -64,7 +56,7 @@ class LongReport(BaseModel):
     trained: int
     length: int
     windows: int
-    positions: list[Bucket] = []
+    positions: list[PositionLoss] = []
     retrieval: list[RetrievalAccuracy] = []
     cache: list[CacheBytes]
     remarks: list[str]
@@ -106,8 +98,17 @@ def evaluate_long(
         found = _retrieval(model, tokenizer, task, samples or QUESTIONS, cache)
     else:
         text, split, store = open_corpus(corpus, split, tokenizer, cache)
-        found = _positions(model, store, trained, note.target_offset, samples or WINDOWS, remarks)
-        found |= {"corpus": text.name, "split": split}
+        most = samples or WINDOWS
+        long = score_positions(model, store.documents, trained, ahead=note.target_offset, most=most)
+        remarks += long.remarks
+        found = {
+            "corpus": text.name,
+            "split": split,
+            "length": long.length,
+            "windows": long.windows,
+            "positions": long.positions,
+            "cache": measure_cache(model, long.edges, next(model.parameters()).device),
+        }
     return LongReport(
         checkpoint=str(folder),
         architecture=model.config.model_type,
@@ -118,20 +119,44 @@ def evaluate_long(
     )
 
 
-def _positions(
+@dataclass(frozen=True)
+class LongTexts:
+    """Perplexity by position in `windows` texts of `length` tokens; where the buckets end."""
+
+    length: int
+    windows: int
+    positions: list[PositionLoss]
+    remarks: list[str]
+
+    @property
+    def edges(self) -> list[int]:
+        """The ends of the buckets."""
+        return [bucket.last for bucket in self.positions]
+
+
+def score_positions(
     model: PreTrainedModel,
-    store: TokenStore,
+    documents: Sequence[npt.NDArray[Any]],
     trained: int,
-    ahead: int,
-    most: int,
-    remarks: list[str],
-) -> dict[str, Any]:
-    """Perplexity by position, in at most so many windows; adds to `remarks` why it ends early."""
-    place = next(model.parameters()).device
-    offsets = store.document_offsets
-    longest = int(np.diff(offsets).max()) - ahead
+    *,
+    ahead: int = 1,
+    most: int = WINDOWS,
+) -> LongTexts:
+    """Perplexity by position in windows of `TIMES` the training length, or as long as there are.
+
+    Args:
+        model: decodes with a cache.
+        documents: token ids of each.
+        trained: the training length, in tokens.
+        ahead: how many tokens ahead the model predicts.
+        most: windows that are read, from as many documents as possible.
+
+    Raises:
+        InputError: no document has a token to predict.
+    """
+    longest = max(map(len, documents), default=0) - ahead
     limit = position_limit(model)
-    length = TIMES * trained
+    length, remarks = TIMES * trained, []
     if limit is not None and limit < length:
         length = limit
         remarks.append(f"measured up to the model's {limit:,} positions")
@@ -139,17 +164,11 @@ def _positions(
         length = longest
         remarks.append(f"the longest document has {longest + ahead:,} tokens")
     if length < 1:
-        raise InputError(f"corpus {store.name!r}: its documents have no text to measure")
-    documents = [store.tokens[start:end] for start, end in pairwise(offsets)]
+        raise InputError("the documents have no text to measure")
     windows = windows_of(documents, length + ahead, most)
-    edges = bucket_edges(trained, length)
-    total_W = losses_by_position(model, windows, ahead, place)
-    return {
-        "length": length,
-        "windows": len(windows),
-        "positions": buckets(total_W, len(windows), edges),
-        "cache": measure_cache(model, edges[1:], place),
-    }
+    total_W = losses_by_position(model, windows, ahead, next(model.parameters()).device)
+    found = buckets(total_W, len(windows), bucket_edges(trained, length))
+    return LongTexts(length, len(windows), found, remarks)
 
 
 def _retrieval(
@@ -254,11 +273,12 @@ def losses_by_position(
     return total_W
 
 
-def buckets(total_W: Tensor, windows: int, edges: Sequence[int]) -> list[Bucket]:
+def buckets(total_W: Tensor, windows: int, edges: Sequence[int]) -> list[PositionLoss]:
     """Losses summed over `windows`, as means over buckets; each token has weight 1."""
     found = []
     for first, last in pairwise(edges):
         tokens = windows * (last - first)
         loss = float(total_W[first:last].sum()) / tokens
-        found.append(Bucket(first=first, last=last, tokens=tokens, loss=loss, ppl=perplexity(loss)))
+        facts = {"first": first, "last": last, "tokens": tokens, "loss": loss}
+        found.append(PositionLoss(**facts, ppl=perplexity(loss)))
     return found

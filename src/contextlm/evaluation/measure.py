@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError
-from contextlm.compress.input_cache import InputCache
+from contextlm.base.files import cache_folder
+from contextlm.compress.inputs import InputCache
 from contextlm.data.corpora import Corpus, load_corpus, whole_corpus
-from contextlm.data.token_store import TokenStore, build_token_store, cache_folder
+from contextlm.data.token_store import TokenStore, build_token_store
 from contextlm.data.windows import Windows
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.memory import measure_cache, position_limit

@@ -13,9 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from contextlm.base.errors import RunError
+from contextlm.models.cache import CACHE
 from contextlm.results.facts import CacheBytes
 
 CHUNK = 1024
@@ -101,10 +102,10 @@ def measure_cache(
 def cache_argument(model: PreTrainedModel) -> str:
     """What the model calls its cache.
 
-    State-space models of transformers take it as `cache_params`, all others as `past_key_values`.
+    Before 5.24 state-space models of transformers had a name of their own for it.
     """
     known = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in known else "past_key_values"
+    return "cache_params" if "cache_params" in known else CACHE
 
 
 def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
@@ -115,7 +116,7 @@ def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[T
     Raises:
         RunError: the model keeps no cache.
     """
-    for piece_BT in _continuable(model, ids_BT, cache):
+    for piece_BT in _continuable(ids_BT, cache):
         logits_BTV, cache = _call(model, piece_BT, cache, keep=1)
     assert cache is not None
     return logits_BTV[:, -1], cache
@@ -124,20 +125,20 @@ def feed(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[T
 def feed_all(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
     """As `feed`, with the logits of every new token, ``[B, T, V]``."""
     found = []
-    for piece_BT in _continuable(model, ids_BT, cache):
+    for piece_BT in _continuable(ids_BT, cache):
         logits_BTV, cache = _call(model, piece_BT, cache, keep=0)
         found.append(logits_BTV)
     assert cache is not None
     return torch.cat(found, dim=1) if len(found) > 1 else found[0], cache
 
 
-def _continuable(model: PreTrainedModel, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, ...]:
+def _continuable(ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, ...]:
     """The tokens in pieces with which the model can go on from its cache.
 
-    transformers' Mamba takes up its state for a single token only: to several it gives the
-    convolution's state, but begins the scan from zeros.
+    transformers' Mamba, which has no layer of ordinary attention, takes up its state for a single
+    token only: to several it gives the convolution's state, but begins the scan from zeros.
     """
-    if cache is not None and cache_argument(model) == "cache_params":
+    if cache is not None and not any(isinstance(it, CacheLayerMixin) for it in cache.layers):
         return ids_BT.split(1, dim=1)
     return (ids_BT,)
 

@@ -41,20 +41,20 @@ def measure_speed(model: PreTrainedModel, tokens: int, device: torch.device) -> 
     prefill: list[float] = []
     decode: list[float] = []
     for _ in range(REPETITIONS + 1):
-        started = _now(device)
+        started = now(device)
         cache = feed(model, prompt_1T, None)[1]
-        prefilled = _now(device)
+        prefilled = now(device)
         for _ in range(decoded):
             cache = feed(model, prompt_1T[:, :1], cache)[1]
         prefill.append(prefilled - started)
-        decode.append(_now(device) - prefilled)
+        decode.append(now(device) - prefilled)
     model.train(was_training)
     # The first round warms up.
     seconds, decoding = statistics.median(prefill[1:]), statistics.median(decode[1:])
     return Speed(tokens, tokens / seconds, decoded / decoding)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once an accelerator, which otherwise only queues its work, is done with it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -29,10 +29,9 @@ from transformers.utils import cached_file
 
 from contextlm.base import distribution
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, is_folder, with_home
+from contextlm.base.files import atomic_open, cache_folder, is_folder, with_home
 from contextlm.base.progress import Progress
 from contextlm.data.hub import from_hub
-from contextlm.data.token_store import cache_folder
 from contextlm.data.windows import Windows
 from contextlm.evaluation.quality import evaluator, perplexity
 from contextlm.lab.live import EpochWatcher, History

@@ -18,6 +18,7 @@ from contextlm.base import distribution
 from contextlm.base.errors import InputError
 from contextlm.base.files import write_json
 from contextlm.base.progress import Progress
+from contextlm.models.outside import outside
 
 _PACKAGES = (
     "torch",
@@ -31,18 +32,22 @@ _PACKAGES = (
     "huggingface_hub",
     "pydantic",
     "pyyaml",
-    "matplotlib",
+    "altair",
+    "vl-convert-python",
     "jinja2",
 )
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and hardware as plain JSON values."""
+    """Versions, commit, code from outside the package, and hardware as plain JSON values."""
     return {
         "contextlm": contextlm.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "architectures": {
+            name: f"{found.place} (sha256 {found.sha256})" for name, found in outside().items()
+        },
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0))
@@ -67,11 +72,8 @@ def note_changes(file: Path, now: dict[str, Any], progress: Progress) -> None:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        begun = json.loads(file.read_text("utf-8"))
-        before, after = _flat(begun), _flat(now)
-    except (OSError, ValueError, AttributeError):
-        raise InputError(f"{file}: cannot be read") from None
+    begun = _read(file)
+    before, after = _flat(begun), _flat(now)
     changes = {key: value for key, value in after.items() if before.get(key) != value}
     if not changes:
         return
@@ -83,9 +85,30 @@ def note_changes(file: Path, now: dict[str, Any], progress: Progress) -> None:
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:
-    packages = environment.get("packages", {})
-    rest = {k: v for k, v in environment.items() if k not in ("packages", "resumed_under")}
-    return {**rest, **packages}
+    nested = {**environment.get("packages", {}), **environment.get("architectures", {})}
+    apart = ("packages", "architectures", "resumed_under")
+    return {**{k: v for k, v in environment.items() if k not in apart}, **nested}
+
+
+def check_imported(run: Path) -> None:
+    """See to it that the code from outside the package that a run began with is at hand.
+
+    Raises:
+        InputError: some is not, or the file that names it cannot be read.
+    """
+    begun = _read(run / "environment.json").get("architectures", {})
+    for name in sorted(begun.keys() - outside().keys()):
+        file = str(begun[name]).partition(" (sha256")[0]
+        raise InputError(f"{run}: it was begun with {name}: give --import {file} again")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        environment = dict(json.loads(file.read_text("utf-8")))
+        _flat(environment)
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InputError(f"{file}: cannot be read") from None
+    return environment
 
 
 def _commit() -> str | None:

@@ -1,51 +1,57 @@
-"""What a recipe would build and cost, found out without training anything."""
+"""What a recipe would build and cost, found out without training more than a few steps."""
 
 from __future__ import annotations
 
-import time
-
+import psutil
 import torch
 from pydantic import BaseModel
+from torch import Tensor
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError
 from contextlm.data.tokenizers import known_vocab_size
-from contextlm.lab.preparation import Entry, Prepared, prepare
-from contextlm.models.build import build_config, meta_model
+from contextlm.lab.matching import Match, matched, parameters
+from contextlm.lab.preparation import Entry, Prepared, on_first_part, prepare
+from contextlm.models.base import ReadsStoredContexts
+from contextlm.models.build import build_config, create_model, meta_model
 from contextlm.recipe.schema import Contender, Recipe
-
-# A training step reaches only a part of what one large matrix product reaches: losses, norms and
-# optimisers are bound by memory. Seen on two cores; the estimate is a guide, not a promise.
-_EFFICIENCY = 0.35
+from contextlm.training.next_token import seconds_a_step
 
 
 class ParameterCount(BaseModel):
     """Parameters of one contender, counted on its real modules.
 
     `trainable` require gradients once the model is built; `trainable_phase2` are those that
-    next-token training updates.
+    next-token training updates; `versus_baseline_percent` compares the totals. `matched` is the
+    field that the recipe's `match` was to find, and the value chosen.
     """
 
     name: str
     total: int
     trainable: int
     trainable_phase2: int
+    versus_baseline_percent: float
+    matched: dict[str, int]
 
 
 class ContenderCost(ParameterCount):
-    """Cost of one contender over all seeds and epochs; time and memory are rough estimates.
+    """Cost of one contender over all seeds, budgets and epochs.
 
-    Where the recipe tunes, FLOPs and time hold the trials of the grid, not those beyond its ends.
+    `seconds_estimate` rests on a few real steps; None where the memory estimated, which is rough,
+    is more than this machine has free. Where the recipe tunes, FLOPs and time hold the trials of
+    the grid, not those beyond its ends.
     """
 
     tokens_per_epoch: int
     epochs: int
     seeds: int
     tuning_trials: int
+    steps: int
     flops: float
-    seconds_estimate: float
+    seconds_estimate: float | None
     memory_bytes_estimate: int
 
 
@@ -70,7 +76,10 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
     vocab_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer)
     if vocab_size is None:
         raise InputError(f"tokenizer {recipe.tokenizer!r}: it has no tokenizer.json to count")
-    return [_count(c.name, _meta(c, vocab_size)) for c in recipe.contenders]
+    contenders, matches = matched(recipe, vocab_size)
+    models = {contender.name: _meta(contender, vocab_size) for contender in contenders}
+    of_baseline = parameters(models[recipe.baseline.name])
+    return [_count(name, models[name], of_baseline, matches.get(name)) for name in models]
 
 
 def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
@@ -81,9 +90,9 @@ def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
 
 
 def dry_run(recipe: Recipe, *, device: str) -> RecipeCost:
-    """Check a recipe with its corpus and estimate what a run would take; writes no run folder.
+    """Check a recipe with its corpus and find out what a run would take; writes no run folder.
 
-    Time rests on one quick measurement of this machine's matrix products; memory counts weights,
+    Each contender takes a few optimiser steps on its first windows; memory counts weights,
     gradients, optimiser state and the logits of one step.
 
     Raises:
@@ -103,34 +112,86 @@ def dry_run(recipe: Recipe, *, device: str) -> RecipeCost:
     )
 
 
-def _count(name: str, model: PreTrainedModel) -> ParameterCount:
-    total = sum(p.numel() for p in model.parameters())
+def _count(
+    name: str, model: PreTrainedModel, of_baseline: int, match: Match | None
+) -> ParameterCount:
+    total = parameters(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ParameterCount(name=name, total=total, trainable=trainable, trainable_phase2=trainable)
+    return ParameterCount(
+        name=name,
+        total=total,
+        trainable=trainable,
+        trainable_phase2=trainable,
+        versus_baseline_percent=100 * (total / of_baseline - 1),
+        matched={} if match is None else {match.field: match.value},
+    )
 
 
 def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
     recipe, training, model = prepared.recipe, entry.training, entry.meta
-    counts = _count(entry.contender.name, model)
-    tokens = prepared.facts.train_windows * recipe.sequence_length
-    trials = 0 if recipe.tuning is None else len(recipe.tuning.learning_rates)
-    share = 0.0 if recipe.tuning is None else recipe.tuning.share
-    runs = training.epochs * (len(recipe.seeds) + trials * share)
-    # A backward pass costs about two forward passes.
-    flops = 3.0 * _forward_flops(model, recipe.sequence_length) * tokens * runs
-    dtype = torch.bfloat16 if entry.precision == "bfloat16" else torch.float32
-    logits = training.batch_size * recipe.sequence_length * model.config.vocab_size
+    name = entry.contender.name
+    baseline = parameters(prepared.entries[recipe.baseline.name].meta)
+    counts = _count(name, model, baseline, prepared.matches.get(name))
+    length, tuning = recipe.sequence_length, recipe.tuning
+    trained = [entry.at(budget) for budget in prepared.budgets] * len(recipe.seeds)
+    trials = 0 if tuning is None else len(tuning.learning_rates)
+    if tuning is not None:
+        trained += [on_first_part(entry, tuning)] * trials
+    windows = training.epochs * sum(part.windows_per_epoch for part in trained)
+    steps = sum(part.steps for part in trained) - _shared_steps(prepared, entry)
+    logits = training.batch_size * length * model.config.vocab_size
+    # float32 weights, gradients and two moments; logits, their float copy and gradient.
+    memory = 4 * (counts.total + 3 * counts.trainable + 3 * logits)
     return ContenderCost(
         **counts.model_dump(),
-        tokens_per_epoch=tokens,
+        tokens_per_epoch=len(entry.train) * length,
         epochs=training.epochs,
         seeds=len(recipe.seeds),
         tuning_trials=trials,
-        flops=flops,
-        seconds_estimate=flops / (_EFFICIENCY * _matmul_flops_per_second(prepared.device, dtype)),
-        # float32 weights, gradients and two moments; logits, their float copy and gradient.
-        memory_bytes_estimate=4 * (counts.total + 3 * counts.trainable + 3 * logits),
+        steps=steps,
+        # A backward pass costs about two forward passes.
+        flops=3.0 * _forward_flops(model, length) * length * windows,
+        seconds_estimate=_seconds(prepared, entry, steps, memory),
+        memory_bytes_estimate=memory,
     )
+
+
+def _shared_steps(prepared: Prepared, entry: Entry) -> int:
+    """Steps that longer budgets need not take, because shorter ones have taken them."""
+    if entry.training.schedule != "wsd":
+        return 0
+    steps = [entry.at(budget).steps for budget in prepared.budgets]
+    return sum(map(entry.training.stable_until, steps[:-1])) * len(prepared.recipe.seeds)
+
+
+def _seconds(prepared: Prepared, entry: Entry, steps: int, memory: int) -> float | None:
+    device = prepared.device
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    if memory > free:
+        return None
+    model = create_model(entry.config, 0).to(device)
+    windows: Dataset[dict[str, Tensor]] = entry.train
+    if entry.reads_store:
+        windows = _WithContexts(entry, model.base_model)
+    each = seconds_a_step(model, windows, entry.training, device=device, precision=entry.precision)
+    return each * steps
+
+
+class _WithContexts(Dataset[dict[str, Tensor]]):
+    """The windows of a contender with contexts of zeros, in the place of a store's."""
+
+    def __init__(self, entry: Entry, decoder: ReadsStoredContexts):
+        self.windows = entry.train
+        self.rows = decoder.history + entry.train.sequence_length
+        self.width = decoder.context_block.context_dim
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self.windows[index], "contexts": torch.zeros(self.rows, self.width)}
 
 
 def _forward_flops(model: PreTrainedModel, tokens: int) -> float:
@@ -142,13 +203,3 @@ def _forward_flops(model: PreTrainedModel, tokens: int) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
     return counter.get_total_flops() / tokens
-
-
-def _matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)

@@ -17,8 +17,9 @@ from contextlm.base import distribution
 from contextlm.base.errors import ContextLMError, InputError, RunError
 from contextlm.base.progress import Progress, SilentProgress, duration
 from contextlm.lab.jobs import Job, Planner
+from contextlm.lab.tracking import check_trackers
 
-EXTRA = "--workers needs Ray: pip install 'contextlm[workers]'"
+EXTRA = "--workers needs Ray: pip install 'ray>=2.50'"
 
 Runs = Sequence[tuple[Path, Planner]]
 
@@ -33,14 +34,15 @@ class Executor(AbstractContextManager["Executor"], Protocol):
         """Do some of what is ready in the runs; False when nothing is left to do."""
 
 
-def new_executor(workers: int | None, progress: Progress) -> Executor:
-    """This process, or so many workers of Ray.
+def new_executor(workers: int | None, progress: Progress, track: Sequence[str]) -> Executor:
+    """This process, or so many workers of Ray; `track` are names of trackers.
 
     Raises:
         InputError: Ray is not installed, or a launcher started several processes.
         RunError: nothing answers at RAY_ADDRESS.
     """
-    return Here(progress) if workers is None else RayWorkers(workers, progress)
+    check_trackers(track)
+    return Here(progress, track) if workers is None else RayWorkers(workers, progress, track)
 
 
 def carry_out(runs: Runs, executor: Executor) -> None:
@@ -70,10 +72,12 @@ class Here(Executor):
     Args:
         progress: gets a heading for each job, with its number and a time to go, and what the job
             tells.
+        track: names of trackers.
     """
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress, track: Sequence[str] = ()):
         self.progress = progress
+        self.track = track
         self.failed: dict[str, str] = {}
         self._clock = _Clock()
 
@@ -90,7 +94,7 @@ class Here(Executor):
                 from contextlm.lab.work import execute
 
                 started = time.monotonic()
-                execute(job, planner, run, self.progress)
+                execute(job, planner, run, self.progress, self.track)
                 if job.kind == "contender":
                     self._clock.took(job, time.monotonic() - started)
                 return True
@@ -130,18 +134,20 @@ class RayWorkers(Executor):
     Args:
         workers: N.
         progress: gets a line for each job that ends.
+        track: names of trackers.
 
     Raises:
         InputError, RunError: as for `new_executor`.
     """
 
-    def __init__(self, workers: int, progress: Progress):
+    def __init__(self, workers: int, progress: Progress, track: Sequence[str] = ()):
         if importlib.util.find_spec("ray") is None:
             raise InputError(EXTRA)
         if "LOCAL_RANK" in os.environ:
             raise InputError("--workers: either workers do the jobs, or a launcher's processes")
         _check_cluster(os.environ.get("RAY_ADDRESS", ""))
         self.workers = workers
+        self.track = track
         self.progress = progress
         self.failed: dict[str, str] = {}
         self._running: dict[Any, tuple[Path, Job]] = {}
@@ -170,11 +176,16 @@ class RayWorkers(Executor):
         """Hand out what is ready, as far as workers are free, and wait until a job ends."""
         import ray
 
+        from contextlm.models.outside import outside
+
+        imports = [found.given for found in outside().values() if found.on_request]
         for run, planner in runs:
             for job in planner.ready(run):
                 if len(self._running) < self.workers and (run, job) not in self._begun:
                     recipe, device = planner.prepared.recipe, planner.prepared.device.type
-                    reference = self._work.remote(job, recipe, device, run.absolute())
+                    reference = self._work.remote(
+                        job, recipe, device, run.absolute(), imports, self.track
+                    )
                     self._running[reference] = run, job
                     self._begun.add((run, job))
         if not self._running:
@@ -194,17 +205,26 @@ class RayWorkers(Executor):
         return True
 
 
-def _work(job: Job, recipe: Any, device: str, run: Path) -> None:
+def _work(
+    job: Job,
+    recipe: Any,
+    device: str,
+    run: Path,
+    imports: Sequence[str],
+    track: Sequence[str],
+) -> None:
     """Do one job, wherever Ray puts it."""
     from contextlm.lab.work import execute
+    from contextlm.models.outside import import_outside
 
+    import_outside(imports)
     planner = _planner(recipe.model_dump_json(), device)
     described = {mine.described for mine in planner.jobs} | {
         mine.described for mine in planner.ready(run)
     }
     if job.described not in described:
         raise RunError(f"{job.title}: a worker's machine has other data than the one that began")
-    execute(job, planner, run, SilentProgress())
+    execute(job, planner, run, SilentProgress(), track)
 
 
 @lru_cache(maxsize=2)

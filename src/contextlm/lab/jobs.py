@@ -21,9 +21,10 @@ from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
+from contextlm.models.outside import sources
 from contextlm.recipe.settings import EmbeddingSettings, TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
-from contextlm.results.result import read_outcome, read_trial
+from contextlm.results.result import read_outcome, read_trial, seed_folder
 
 JOB_FILE = "job.json"
 WORKING = "_working"  # in a run folder; no contender can be named so
@@ -40,6 +41,7 @@ class Job:
         seed: of its weights, noise, order and dropout.
         described: JSON of everything that decides its figures, keys sorted.
         rate: the learning rate that a trial tries.
+        budget: the share of the training samples, where the recipe names such.
     """
 
     kind: Literal["embedding", "trial", "contender"]
@@ -47,6 +49,7 @@ class Job:
     seed: int
     described: str
     rate: float | None = None
+    budget: float | None = None
 
     @cached_property
     def decides(self) -> dict[str, Any]:
@@ -68,13 +71,21 @@ class Job:
         """Its place below the run folder."""
         if self.kind == "embedding":
             return Path(WORKING, "embedding")
-        place = Path(_TUNING, repr(self.rate)) if self.rate is not None else f"seed-{self.seed}"
-        return Path(self.contender, place)
+        if self.rate is not None:
+            return Path(self.contender, _TUNING, repr(self.rate))
+        return seed_folder(Path(), self.contender, self.seed, self.budget)
 
     @property
     def working(self) -> Path:
         """Where, below the run folder, it keeps what a killed process resumes from."""
         return self.folder if self.kind == "embedding" else Path(WORKING, self.folder)
+
+    @property
+    def shared(self) -> Path:
+        """The same for what it shares with the contender's other budgets of this seed."""
+        if self.budget is None:
+            return self.working
+        return Path(WORKING, seed_folder(Path(), self.contender, self.seed))
 
     @property
     def title(self) -> str:
@@ -83,7 +94,8 @@ class Job:
             return "learning embeddings"
         if self.kind == "trial":
             return f"{self.contender}, trying learning rate {self.rate:g}"
-        return f"{self.contender}, seed {self.seed}"
+        budget = "" if self.budget is None else f", budget {self.budget:g}"
+        return f"{self.contender}, seed {self.seed}{budget}"
 
 
 class Planner:
@@ -93,26 +105,32 @@ class Planner:
         prepared: the recipe with its data.
 
     Attributes:
-        jobs: a job for each contender and seed, seed by seed.
+        jobs: a job for each contender, seed and budget, seed by seed.
     """
 
     def __init__(self, prepared: Prepared):
         self.prepared = prepared
         self.jobs = [
-            _contender_job(prepared, entry, seed)
+            _contender_job(prepared, entry.at(budget), seed)
             for seed in prepared.recipe.seeds
             for entry in prepared.entries.values()
+            for budget in prepared.budgets
         ]
         self._done: set[Job] = set()
         self._learned = False
 
     def ready(self, run: Path) -> list[Job]:
-        """The jobs that are not done and wait for no other, in order; none when all are done."""
+        """The jobs that are not done and wait for no other, in order; none when all are done.
+
+        A budget waits for the smaller ones, from which it goes on.
+        """
         if not self._embedding_is_learned():
             return [self._embedding_job()]
         ready: list[Job] = []
+        begun: set[Path] = set()
         for job in self.jobs:
-            if not self.is_done(run, job):
+            if not self.is_done(run, job) and job.shared not in begun:
+                begun.add(job.shared)
                 waiting = self._missing_trials(run, self.prepared.entries[job.contender])
                 ready += [trial for trial in waiting or [job] if trial not in ready]
         return ready
@@ -123,7 +141,7 @@ class Planner:
             if not (run / job.folder / "result.json").exists():
                 return False
             try:
-                read_outcome(run, job.contender, job.seed)
+                read_outcome(run, job.contender, job.seed, job.budget)
             except InputError:
                 return False
             self._done.add(job)
@@ -200,12 +218,16 @@ class Planner:
 def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     recipe = prepared.recipe
     decides = _decides(prepared, entry, seed)
-    # A result holds no speeds.
-    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude={"speed_tokens"})
+    # A result holds no speeds; a job that asks for no long texts or tasks is what it was before
+    # there were any.
+    asks = recipe.evaluation
+    left_out = {"speed_tokens", *(name for name in ("long", "tasks") if not getattr(asks, name))}
+    decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")
-    return Job("contender", entry.contender.name, seed, _canonical(decides))
+    share = None if entry.budget is None else entry.budget.share
+    return Job("contender", entry.contender.name, seed, _canonical(decides), budget=share)
 
 
 def _trial_job(prepared: Prepared, entry: Entry, rate: float) -> Job:
@@ -219,9 +241,15 @@ def _trial_job(prepared: Prepared, entry: Entry, rate: float) -> Job:
 
 def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
     """What decides the figures of every training of a contender."""
-    recipe, contender = prepared.recipe, entry.contender
+    recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
     store = recipe.context_store if entry.reads_store else None
+    decides: dict[str, Any] = {}
+    if budget is not None:
+        decides["budget"] = {"block": budget.block, "text": budget.text}
+    if code := sources(entry.meta):
+        decides["code"] = code
     return {
+        **decides,
         "seed": seed,
         "device": prepared.device.type,
         "data": dict(prepared.fingerprint),
@@ -229,7 +257,7 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
         "sequence_length": recipe.sequence_length,
         "stride": recipe.stride or recipe.sequence_length,
         "target_offset": recipe.target_offset_of(contender),
-        "train_samples": len(entry.train),
+        "train_samples": entry.samples,
         "validation_samples": len(entry.validation),
         "vocab_size": prepared.facts.vocab_size,
         "model": dict(contender.model),

@@ -10,6 +10,7 @@ from contextlm.base import distribution
 from contextlm.base.files import disk_faults_named
 from contextlm.base.progress import Bar, Progress
 from contextlm.evaluation.quality import perplexity
+from contextlm.lab.tracking import Tracking
 from contextlm.results.result import HistoryRow, PhaseOneRow, PhaseTwoRow, StepRow
 from contextlm.training.oacd import Iteration
 from contextlm.training.phase_two_state import Epoch
@@ -23,14 +24,19 @@ class History:
 
     It begins anew with its first row: training that resumes tells again what its checkpoint knows,
     so rows from beyond that, and a line that a killed process left torn, are gone.
+
+    Args:
+        path: the file.
+        tracking: gets the rows too.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tracking: Tracking | None = None):
         self.path = path
+        self.tracking = tracking or Tracking()
         self._begun = False
 
-    def add(self, row: HistoryRow) -> None:
-        """Append a row.
+    def add(self, row: HistoryRow, step: int) -> None:
+        """Append a row; `step` is the iteration or optimiser step at which it stands.
 
         Raises:
             RunError: the disk is full or failing.
@@ -45,6 +51,7 @@ class History:
                     file.flush()
                     os.fsync(file.fileno())
         self._begun = True
+        self.tracking.log(row, step)
 
 
 class EpochWatcher:
@@ -68,14 +75,21 @@ class EpochWatcher:
         self._number, self._first = number, (number - 1) * steps
         self._every = -(-epochs * steps // MOST_STEP_ROWS)
 
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
+    def on_step(self, step: int, loss: float, learning_rate: float, tokens: int) -> None:
         """Move the bar on, and record the step if it is one in so many."""
         self._loss += (loss - self._loss) / min(step - self._first, _SMOOTHED)
         if self.bar is not None:
             self.bar.advance(text=f"epoch {self._number}, loss {self._loss:.4f}")
         if (step - 1) % self._every == 0:
             self.history.add(
-                StepRow(step=step, epoch=self._number, loss=loss, learning_rate=learning_rate)
+                StepRow(
+                    step=step,
+                    epoch=self._number,
+                    loss=loss,
+                    learning_rate=learning_rate,
+                    tokens=tokens,
+                ),
+                step,
             )
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
@@ -89,8 +103,9 @@ class EpochWatcher:
             validation_ppl=perplexity(epoch.validation_loss),
             accuracy=epoch.accuracy,
             learning_rate=epoch.learning_rate,
+            tokens=epoch.tokens,
         )
-        self.history.add(row)
+        self.history.add(row, epoch.step)
         self.progress.line(
             f"epoch {epoch.number:2d}  train loss {epoch.train_loss:.4f}  "
             f"val PPL {row.validation_ppl:.1f}  acc {100 * epoch.accuracy:.2f} %  "
@@ -110,7 +125,8 @@ class IterationWatcher:
         self.history.add(
             PhaseOneRow(
                 iteration=iteration.number, converged=iteration.converged, loss=iteration.loss
-            )
+            ),
+            iteration.number,
         )
         loss = "random start" if iteration.loss is None else f"loss {iteration.loss:.4f}"
         self.progress.line(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
@@ -13,15 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder
 from contextlm.data.corpora import load_corpus
 from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
-from contextlm.data.token_store import (
-    TokenStore,
-    build_token_store,
-    cache_folder,
-    repeated_documents,
-)
+from contextlm.data.token_store import TokenStore, build_token_store, repeated_documents
 from contextlm.data.tokenizers import (
     known_vocab_size,
     load_tokenizer,
@@ -32,7 +28,10 @@ from contextlm.data.tokenizers import (
 from contextlm.data.windows import Windows
 from contextlm.evaluation.memory import position_limit
 from contextlm.evaluation.quality import unigram_perplexity
+from contextlm.evaluation.tasks import load_tasks
+from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
+from contextlm.lab.matching import Match, matched
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import build_config, check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -48,12 +47,14 @@ class Entry:
     """One contender, ready to train.
 
     Attributes:
-        contender, training: as the recipe has them, overrides applied.
+        contender, training: as the recipe has them, overrides applied and widths matched.
         precision: the type that training computes in.
         config: with the tokenizer's ids.
         meta: its model on the meta device, to count and to ask.
         reads_store: whether phase 2 gives it the contexts of a store.
         train, validation: its samples, over the same text as all other contenders'.
+        pool: `train`, and the samples behind it that budgets reach.
+        budget: what it is trained on of the pool, where the recipe names budgets.
     """
 
     contender: Contender
@@ -64,17 +65,28 @@ class Entry:
     reads_store: bool
     train: Samples
     validation: Samples
+    pool: Samples
+    budget: Budget | None = None
+
+    def at(self, budget: Budget | None) -> Entry:
+        """The contender, trained on this budget."""
+        return replace(self, budget=budget)
+
+    @property
+    def samples(self) -> int:
+        """Training samples of an epoch."""
+        return len(self.train) if self.budget is None else self.budget.samples
 
     @property
     def windows_per_epoch(self) -> int:
         """Training samples that an epoch really uses: a dropped last batch does not count."""
-        count, size = len(self.train), self.training.batch_size
-        return count - count % size if self.training.drop_last else count
+        size = self.training.batch_size
+        return self.samples - self.samples % size if self.training.drop_last else self.samples
 
     @property
     def steps(self) -> int:
         """Optimiser steps of all epochs."""
-        return self.training.epochs * steps_per_epoch(self.training, len(self.train))
+        return self.training.epochs * steps_per_epoch(self.training, self.samples)
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
@@ -90,11 +102,14 @@ class Prepared:
     Attributes:
         recipe, device: what is run, and where.
         entries: its contenders by name, in the recipe's order.
+        matches: what was chosen for those whose width was to be found.
         stream, validation_stream: the text behind all contenders' samples, as token ids.
+        validation_documents: the validation split's documents, for `evaluation.long`.
         validation_bytes: UTF-8 bytes behind the `facts.validation_tokens` validation tokens; None
             for lines, and where tokens do not decode to the text.
         embedding: replaces the models' own, where the recipe names a pretrained one.
         learning_text: what an embedding is to be learned from, where the recipe wants that.
+        budgets: the recipe's, smallest first; None alone where it names none.
         fingerprint: hashes of all of this that decides figures, by name.
     """
 
@@ -102,12 +117,15 @@ class Prepared:
     device: torch.device
     tokenizer: PreTrainedTokenizerFast
     entries: Mapping[str, Entry]
+    matches: Mapping[str, Match]
     stream: np.ndarray
     validation_stream: np.ndarray
+    validation_documents: list[np.ndarray] = field(repr=False)
     validation_bytes: int | None
     facts: CorpusFacts
     embedding: Embedding | None
     learning_text: LearningText | None
+    budgets: Sequence[Budget | None]
     fingerprint: Mapping[str, str]
 
 
@@ -115,6 +133,7 @@ class Prepared:
 class _Checked:
     """A contender that fits its recipe, as far as can be told without the corpus."""
 
+    contender: Contender
     config: PreTrainedConfig
     meta: PreTrainedModel
     training: TrainingSettings
@@ -135,7 +154,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             "only they, are trained with unit 'answers'"
         )
     expected_size = recipe.vocab_size or known_vocab_size(recipe.tokenizer) or 1
-    checked = _check_contenders(recipe, expected_size)
+    checked, matches = _check_contenders(recipe, expected_size)
     limits = recipe.documents
     corpus = load_corpus(
         recipe.corpus,
@@ -146,29 +165,34 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     tokenizer = load_tokenizer(recipe.tokenizer, corpus, cache_folder())
     vocab_size = _vocab_size(recipe, tokenizer)
     if vocab_size != expected_size:  # a tokenizer whose size was not known without loading it
-        checked = _check_contenders(recipe, vocab_size)
+        checked, matches = _check_contenders(recipe, vocab_size)
     ids = {"bos_token_id": start_of_text(tokenizer), "eos_token_id": int(tokenizer.eos_token_id)}
     stores = [
         build_token_store(corpus, split, tokenizer, cache_folder())
         for split in ("train", "validation")
     ]
+    if recipe.evaluation.tasks:
+        load_tasks(recipe.evaluation.tasks)  # what cannot be had is told before training
     train = _samples(recipe, stores[0], "train", tokenizer, checked)
     validation = _samples(recipe, stores[1], "validation", tokenizer, checked)
+    pools = _pools(recipe, stores[0], tokenizer, checked, train)
+    budgets = _budgets(recipe, pools[recipe.baseline.name], len(train[recipe.baseline.name]))
     entries = {}
-    for contender in recipe.contenders:
-        name = contender.name
-        training = checked[name].training
+    for name, fits in checked.items():
+        contender = fits.contender
+        training = fits.training
         entries[name] = Entry(
             contender=contender,
             training=training,
             precision=resolve_precision(training.precision, device),
             config=build_config(contender.model, vocab_size, **ids),
-            meta=checked[name].meta,
-            reads_store=reads_store(recipe, contender, checked[name].meta),
+            meta=fits.meta,
+            reads_store=reads_store(recipe, contender, fits.meta),
             train=train[name],
             validation=validation[name],
+            pool=pools[name],
         )
-        _check_steps(entries[name], recipe.tuning)
+        _check_steps(entries[name], recipe.tuning, budgets)
     first = entries[recipe.contenders[0].name]
     stream, validation_stream = (
         _stream(recipe, store, split, samples)
@@ -209,14 +233,58 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
         device=device,
         tokenizer=tokenizer,
         entries=entries,
+        matches=matches,
         stream=stream,
         validation_stream=validation_stream,
+        validation_documents=stores[1].documents,
         validation_bytes=stores[1].byte_count(facts.validation_tokens) if exact else None,
         facts=facts,
         embedding=embedding,
         learning_text=text,
+        budgets=budgets,
         fingerprint=fingerprint,
     )
+
+
+def _pools(
+    recipe: Recipe,
+    store: TokenStore,
+    tokenizer: PreTrainedTokenizerFast,
+    checked: Mapping[str, _Checked],
+    train: Mapping[str, Samples],
+) -> Mapping[str, Samples]:
+    """The training samples that the longest budget reaches, by contender."""
+    blocks = blocks_of(recipe.budgets[-1]) if recipe.budgets else 1
+    if blocks == 1:
+        return train
+    assert recipe.budgets is not None
+    if recipe.samples is None:
+        raise InputError(
+            f"budgets: {recipe.budgets[-1]:g} is more than all of the text: name samples.train"
+        )
+    more = recipe.samples.model_copy(update={"train": blocks * recipe.samples.train})
+    wanted = recipe.model_copy(update={"samples": more})
+    try:
+        return _samples(wanted, store, "train", tokenizer, checked)
+    except InputError as error:
+        raise InputError(f"budgets: {recipe.budgets[-1]:g}: {error}") from None
+
+
+def _budgets(recipe: Recipe, pool: Samples, block: int) -> Sequence[Budget | None]:
+    """The recipe's budgets, counted on the baseline's samples."""
+    if recipe.budgets is None:
+        return [None]
+    budgets = []
+    for share in recipe.budgets:
+        samples = round(share * block)
+        if samples == 0:
+            raise InputError(f"budgets: {share:g} of {block:,} training samples is none")
+        text, tokens = pool.stream(), pool.tokens_covered
+        if isinstance(pool, Windows):
+            text = pool.first(blocks_of(share) * block).stream()
+            tokens = pool.first(samples).tokens_covered
+        budgets.append(Budget(share, samples, block, _sha256(text), tokens))
+    return budgets
 
 
 def _embedding(
@@ -274,32 +342,41 @@ def on_first_part(entry: Entry, tuning: TuningSettings) -> Entry:
     )
 
 
-def _check_steps(entry: Entry, tuning: TuningSettings | None) -> None:
+def _check_steps(
+    entry: Entry, tuning: TuningSettings | None, budgets: Sequence[Budget | None]
+) -> None:
     where = f"contenders.{entry.contender.name}"
-    if entry.steps == 0:
+    shortest = entry.at(budgets[0])
+    if shortest.steps == 0:
         raise InputError(
-            f"{where}: training.drop_last drops an incomplete batch, and {len(entry.train)} "
+            f"{where}: training.drop_last drops an incomplete batch, and {shortest.samples} "
             f"training windows do not make one batch of {entry.training.batch_size}"
         )
-    trained = [(entry, "training takes")]
+    trained = [(shortest, "training takes")]
     if tuning is not None:
         trained.append((on_first_part(entry, tuning), "training takes to tune a rate"))
     for part, what in trained:
-        if 0 < part.training.warmup >= part.steps:
+        steps, before = part.steps, ""
+        if part.training.schedule == "wsd":
+            steps, before = part.training.stable_until(steps) + 1, " before its rate falls"
+        if 0 < part.training.warmup >= steps:
             raise InputError(
                 f"{where}: training.warmup {part.training.warmup} must be less than the "
-                f"{part.steps} steps that {what}"
+                f"{steps} steps that {what}{before}"
             )
 
 
-def _check_contenders(recipe: Recipe, vocab_size: int) -> dict[str, _Checked]:
+def _check_contenders(
+    recipe: Recipe, vocab_size: int
+) -> tuple[dict[str, _Checked], dict[str, Match]]:
+    contenders, matches = matched(recipe, vocab_size)
     checked = {}
-    for contender in recipe.contenders:
+    for contender in contenders:
         try:
             checked[contender.name] = _check_contender(recipe, contender, vocab_size)
         except InputError as error:
             raise InputError(f"contenders.{contender.name}: {error}") from None
-    return checked
+    return checked, matches
 
 
 def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _Checked:
@@ -311,7 +388,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
         # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
         raise InputError(
-            "model.use_mambapy needs the package mambapy: pip install 'contextlm[mamba]', or "
+            "model.use_mambapy needs the package mambapy: pip install mambapy, or "
             f"leave the model out: --set contenders.{contender.name}=null"
         )
     model = meta_model(config)
@@ -330,7 +407,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
         )
     if reads_store(recipe, contender, model):
         _check_frozen(model)
-    return _Checked(config, model, training)
+    return _Checked(contender, config, model, training)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, NotFiniteError, is_out_of_memory
 from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress, SilentProgress
-from contextlm.lab.environment import describe_environment, note_changes
+from contextlm.lab.environment import check_imported, describe_environment, note_changes
 from contextlm.lab.executors import Executor, Runs, carry_out, new_executor
 from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner, check_job, write_job
@@ -35,6 +35,7 @@ from contextlm.lab.run_folder import (
     points_of,
     write_run,
 )
+from contextlm.lab.watch import watched
 from contextlm.recipe.loading import dump_recipe, load_recipe
 from contextlm.recipe.schema import Recipe
 from contextlm.report.grid import GridPoint, write_grid
@@ -44,19 +45,25 @@ from contextlm.training.next_token import check_processes
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: str, progress: Progress, workers: int | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train and measure every contender with every seed, and write the report.
 
     Args:
         recipe: the comparison.
-        out, device, progress, workers: as for `run_points`.
+        out, device, progress, workers, track: as for `run_points`.
 
     Returns:
         The run folder.
     """
     point = Point({}, recipe, "")
-    return run_points([point], out, device=device, progress=progress, workers=workers)
+    return run_points([point], out, device=device, progress=progress, workers=workers, track=track)
 
 
 def run_points(
@@ -66,6 +73,8 @@ def run_points(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Run a recipe, or every point of a grid: each is a run folder of its own, with its report.
 
@@ -78,6 +87,8 @@ def run_points(
         device: ``auto``, ``cpu``, ``cuda`` ...
         progress: gets headings, epochs and what is at work.
         workers: do the jobs in so many workers of Ray instead of this process.
+        watch: serve the page of the run on this machine while it is at work.
+        track: names of trackers that get losses, validation and configuration of every job.
 
     Returns:
         The folder of the run, or of the grid, which holds those of its points and a report of all.
@@ -87,7 +98,7 @@ def run_points(
         RunError: a fault while running; what had finished stays.
     """
     with _processes(device, progress) as (own_device, progress):
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         planners = {p.name: _planner(p.recipe, own_device, progress) for p in points}
 
         def fill(at: Path) -> None:
@@ -97,12 +108,20 @@ def run_points(
 
         folder = _shared_folder(lambda: new_folder(out, folder_name(points), fill))
         runs = [(folder / name, planner) for name, planner in planners.items()]
-        with _held({folder, *(run for run, _ in runs)}):
+        with _held({folder, *(run for run, _ in runs)}), _watched(watch, folder, progress):
             _complete(runs, folder, executor)
     return folder
 
 
-def resume(folder: Path, *, device: str, progress: Progress, workers: int | None = None) -> Path:
+def resume(
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+    workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
+) -> Path:
     """Finish a run, or a grid, that was killed, interrupted or stopped by a fault.
 
     It ends as it would have without that, to the bit, on the same machine with the same versions.
@@ -110,7 +129,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
     Args:
         folder: the run's or the grid's.
         device: ``auto`` or the kind of device that it began on.
-        progress, workers: as for `run_points`.
+        progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: no unfinished run is there, another process is at work on it, or the recipe, the
@@ -122,7 +141,7 @@ def resume(folder: Path, *, device: str, progress: Progress, workers: int | None
         raise InputError(f"{folder}: no unfinished run is in there")
     progress.line(f"resuming {folder}")
     recipes = {run: load_recipe(str(run / "recipe.yaml")) for run in runs}
-    return _extend(recipes, folder, device, progress, workers)
+    return _extend(recipes, folder, device, progress, workers, watch, track)
 
 
 def extend(
@@ -132,6 +151,8 @@ def extend(
     device: str,
     progress: Progress,
     workers: int | None = None,
+    watch: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Do what a run or grid lacks of recipes, which may name more contenders, seeds and points.
 
@@ -140,7 +161,7 @@ def extend(
     Args:
         points: as for `run_points`.
         folder: of the run or the grid.
-        device, progress, workers: as for `run_points`.
+        device, progress, workers, watch, track: as for `run_points`.
 
     Raises:
         InputError: there is no such run or grid, or it holds a contender and seed of the same name
@@ -153,7 +174,7 @@ def extend(
     elif not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}: not a run folder")
     recipes = {folder / point.name: point.recipe for point in points}
-    return _extend(recipes, folder, device, progress, workers, points)
+    return _extend(recipes, folder, device, progress, workers, watch, track, points)
 
 
 def _extend(
@@ -162,10 +183,12 @@ def _extend(
     device: str,
     progress: Progress,
     workers: int | None,
+    watch: bool,
+    track: Sequence[str],
     points: Sequence[Point] = (),
 ) -> Path:
     with _processes(device, progress) as (own_device, progress), ExitStack() as stack:
-        executor = new_executor(workers, progress)
+        executor = new_executor(workers, progress, track)
         stack.enter_context(_held({folder}))
         known = [run for run in recipes if (run / "recipe.yaml").is_file()]
         stack.enter_context(_held(set(known) - {folder}))
@@ -173,6 +196,7 @@ def _extend(
         for run, recipe in recipes.items():
             wanted = recipe
             if run in known:
+                check_imported(run)
                 wanted = distribution.by_main(partial(merged, run, recipe))
             runs.append((run, _planner(wanted, own_device, progress)))
         if distribution.is_main():
@@ -188,12 +212,13 @@ def _extend(
                     with atomic_folder(run) as new:
                         write_run(new, planner, environment)
                     stack.enter_context(held(run))
-        _complete(runs, folder, executor)
+        with _watched(watch, folder, progress):
+            _complete(runs, folder, executor)
     return folder
 
 
 def merged(run: Path, given: Recipe) -> Recipe:
-    """`given`, and what only the run holds: its contenders, in front, and its seeds.
+    """`given`, and what only the run holds: its contenders, in front, its seeds and budgets.
 
     Raises:
         InputError: the run is one of another recipe, or has another baseline.
@@ -208,8 +233,16 @@ def merged(run: Path, given: Recipe) -> Recipe:
         )
     mine = {contender.name: contender for contender in given.contenders}
     before = [mine.pop(contender.name, contender) for contender in known.contenders]
-    seeds = list(dict.fromkeys([*known.seeds, *given.seeds]))
-    return given.model_copy(update={"contenders": [*before, *mine.values()], "seeds": seeds})
+    if (known.budgets is None) != (given.budgets is None):
+        has, lacks = ("the run", "recipe") if given.budgets is None else ("the recipe", "run")
+        raise InputError(f"{run}: {has} has budgets, the {lacks} none")
+    both: dict[str, Any] = {
+        "contenders": [*before, *mine.values()],
+        "seeds": list(dict.fromkeys([*known.seeds, *given.seeds])),
+    }
+    if given.budgets is not None:
+        both["budgets"] = sorted({*(known.budgets or []), *given.budgets})
+    return given.model_copy(update=both)
 
 
 def folder_name(points: Sequence[Point]) -> str:
@@ -277,6 +310,8 @@ def _planner(recipe: Recipe, device: torch.device, progress: Progress) -> Planne
     prepared = distribution.main_first(lambda: prepare(recipe, device))
     if repetition := prepared.facts.repetition():
         progress.line(repetition)
+    for match in prepared.matches.values():
+        progress.line(match.sentence)
     for rank, fingerprint in enumerate(distribution.everyones(prepared.fingerprint)):
         if fingerprint != prepared.fingerprint:
             raise InputError(
@@ -316,6 +351,10 @@ def _add_to(run: Path, planner: Planner, environment: dict[str, Any], progress: 
     write_text(run / "recipe.yaml", dump_recipe(planner.prepared.recipe))
     for job in left:
         write_job(run, job)
+
+
+def _watched(watch: bool, folder: Path, progress: Progress) -> AbstractContextManager[object]:
+    return watched(folder, progress) if watch and distribution.is_main() else nullcontext()
 
 
 def _complete(runs: Runs, folder: Path, executor: Executor) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
 from contextlm.base.errors import NotFiniteError
-from contextlm.base.files import atomic_folder, write_json
+from contextlm.base.files import atomic_folder, write_json, write_text
 from contextlm.base.progress import Progress
 from contextlm.data.synthetic import find_task
 from contextlm.evaluation.checkpoint import TrainingNote, write_trained
+from contextlm.evaluation.long_texts import score_positions
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
     Quality,
@@ -30,11 +32,14 @@ from contextlm.evaluation.quality import (
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
-from contextlm.lab.contexts import Contexts, Text, make_contexts, stage_memory, stores_folder
+from contextlm.evaluation.tasks import load_tasks, task_scores
+from contextlm.lab.contexts import Contexts, make_contexts, stage_memory, stores_folder
 from contextlm.lab.embeddings import learn_embedding
 from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
+from contextlm.lab.model_card import model_card
 from contextlm.lab.preparation import Entry, Prepared, on_first_part
+from contextlm.lab.tracking import tracking
 from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
 from contextlm.results.result import Result, StageMemory, Timings, TrialResult
@@ -44,7 +49,9 @@ from contextlm.training.optimisation import build_schedule, steps_per_epoch
 from contextlm.training.phase_two_state import PhaseTwo
 
 
-def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
+def execute(
+    job: Job, planner: Planner, run: Path, progress: Progress, track: Sequence[str] = ()
+) -> None:
     """Do a job; its `result.json` is written last and says that it is done.
 
     Where several processes share the job, all call this: rank 0 alone writes, and measures cache
@@ -56,6 +63,7 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         planner: with all that the job reads.
         run: the run folder.
         progress: gets iterations and epochs.
+        track: names of trackers, which get them too.
 
     Raises:
         RunError: a fault while running, such as a full disk.
@@ -68,15 +76,18 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         return
     if distribution.is_main():
         write_job(run, job)
-    entry, tuning = prepared.entries[job.contender], None
+    entry, tuning = _entry(prepared, job), None
     try:
-        if job.kind == "trial":
-            _try(job, prepared, run, progress)
-        else:
-            tuning = planner.tuning(run, entry)
-            if tuning is not None:
-                entry = _with_rate(entry, tuning.chosen)
-            _run(job, prepared, entry, tuning, run, progress)
+        told_once = {"job": job.identity, **job.decides}
+        with tracking(track, run, str(job.folder), told_once) as told:
+            history = History(run / job.folder / "history.jsonl", told)
+            if job.kind == "trial":
+                _try(job, prepared, run, history, progress)
+            else:
+                tuning = planner.tuning(run, entry)
+                if tuning is not None:
+                    entry = _with_rate(entry, tuning.chosen)
+                _run(job, prepared, entry, tuning, run, history, progress)
     except NotFiniteError as error:
         if distribution.world() > 1:
             raise  # where rank 0 works alone, in phase 1, the others hear only that it failed
@@ -84,12 +95,21 @@ def execute(job: Job, planner: Planner, run: Path, progress: Progress) -> None:
         _write_divergence(job, prepared, entry, tuning, run, str(error))
     if distribution.is_main():
         shutil.rmtree(run / job.working, ignore_errors=True)
+        if all(other.shared != job.shared for other in planner.left(run, job.seed)):
+            shutil.rmtree(run / job.shared, ignore_errors=True)
         store = prepared.recipe.context_store
         if store is not None and not store.keep and not planner.left(run, job.seed):
             place = run / stores_folder(job.seed)
             shutil.rmtree(place, ignore_errors=True)  # they are large
             with suppress(OSError):  # another seed's are in there
                 place.parent.rmdir()
+
+
+def _entry(prepared: Prepared, job: Job) -> Entry:
+    """The job's contender, on the job's budget."""
+    budgets = {budget.share: budget for budget in prepared.budgets if budget is not None}
+    budget = None if job.budget is None else budgets[job.budget]
+    return prepared.entries[job.contender].at(budget)
 
 
 def _write_divergence(
@@ -131,7 +151,8 @@ def _result(
     job: Job, prepared: Prepared, entry: Entry, model: PreTrainedModel, validation: Quality
 ) -> Result:
     """What a result says of any training, with nothing measured but the validation loss."""
-    recipe, contender = prepared.recipe, entry.contender
+    recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
+    seen = {} if budget is None else {"train_tokens": budget.tokens, "train_windows": entry.samples}
     return Result(
         recipe=recipe.name,
         scale=recipe.scale,
@@ -139,11 +160,12 @@ def _result(
         architecture=model.config.model_type,
         baseline=contender.baseline,
         seed=job.seed,
+        budget=job.budget,
         job=job.identity,
         setting=job.setting,
         target_offset=recipe.target_offset_of(contender),
         precision=entry.precision,
-        corpus=prepared.facts,
+        corpus=prepared.facts.model_copy(update=seen),
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         validation_loss=validation.loss,
@@ -163,14 +185,14 @@ def _result(
     )
 
 
-def _try(job: Job, prepared: Prepared, run: Path, progress: Progress) -> None:
+def _try(job: Job, prepared: Prepared, run: Path, history: History, progress: Progress) -> None:
     """Train on the first part of the windows and keep nothing but the best loss and the history."""
     assert job.rate is not None
     part = first_part(prepared, job.contender)
     entry = _with_rate(part.entries[job.contender], job.rate)
     stages: list[StageMemory] = []
     model, _ = _new_model(job, part, entry, run, progress)
-    trained = _train(job, part, entry, model, run, progress, stages)
+    trained = _train(job, part, entry, model, run, history, progress, stages)
     loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
     trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
     if distribution.is_main():
@@ -195,6 +217,7 @@ class _Trained:
 
     phase2: PhaseTwo
     contexts: Contexts
+    train: Dataset[dict[str, torch.Tensor]]
 
 
 def _run(
@@ -203,6 +226,7 @@ def _run(
     entry: Entry,
     tuning: TuningFacts | None,
     run: Path,
+    history: History,
     progress: Progress,
 ) -> None:
     """Train the contender, save its checkpoint, measure it, and write what came of it."""
@@ -212,7 +236,7 @@ def _run(
     stages = [stage_memory("data loaded", device)]
     model, embedding = _new_model(job, prepared, entry, run, progress)
     stages.append(stage_memory("model initialised", device))
-    trained = _train(job, prepared, entry, model, run, progress, stages)
+    trained = _train(job, prepared, entry, model, run, history, progress, stages)
     # Before anything is measured: a fault in a measurement must not cost the weights.
     offset = recipe.target_offset_of(entry.contender)
     if distribution.is_main():
@@ -227,7 +251,7 @@ def _run(
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
     validation = evaluate_quality(model, trained.contexts.validation, size, device)
-    again = _first(trained.contexts.train, recipe.evaluation.train_samples)
+    again = _first(trained.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
     task = find_task(recipe.corpus)
     retrieval = []
@@ -235,7 +259,18 @@ def _run(
         retrieval = retrieval_accuracy(model, trained.contexts.validation, task, size, device)
     if not distribution.is_main():
         return
-    cache = measure_cache(model, recipe.evaluation.cache_lengths, device)
+    tasks = []
+    if recipe.evaluation.tasks:
+        loaded = load_tasks(recipe.evaluation.tasks)
+        tasks = task_scores(model, prepared.tokenizer, loaded, size)
+    # The windows' length too, so that cache and quality can be told at one length.
+    lengths, positions = [*recipe.evaluation.cache_lengths, recipe.sequence_length], []
+    if recipe.evaluation.long:
+        documents = prepared.validation_documents
+        long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
+        positions = long.positions
+        lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
+    cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
     epochs = trained.phase2.epochs
@@ -264,8 +299,11 @@ def _run(
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
         "retrieval": retrieval,
+        "positions": positions,
+        "tasks": tasks,
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
+        "trained_tokens": best.tokens,
         "tuning": tuning,
         "phase1": trained.contexts.phase1,
         "embedding": embedding,
@@ -273,6 +311,7 @@ def _run(
         "cache": cache,
     }
     result = _result(job, prepared, entry, model, validation).model_copy(update=measured_too)
+    write_text(folder / "checkpoint" / "README.md", model_card(result, recipe, entry))
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
 
@@ -303,19 +342,25 @@ def _train(
     entry: Entry,
     model: PreTrainedModel,
     run: Path,
+    history: History,
     progress: Progress,
     stages: list[StageMemory],
 ) -> _Trained:
     """Phase 1, the context store and phase 2, as far as the contender has them."""
-    history = History(run / job.folder / "history.jsonl")
-    working = run / job.working
-    state = PhaseOneState(working / "phase1", progress.line)
+    working, shared = run / job.working, run / job.shared
+    state = PhaseOneState(shared / "phase1", progress.line)
     contexts = make_contexts(job, prepared, entry, model, run, history, progress, stages, state)
     size = prepared.recipe.evaluation.batch_size
+    train: Dataset[dict[str, torch.Tensor]] = contexts.train
+    training, trunk = entry.training, None
+    if entry.budget is not None:
+        train = Subset(entry.pool, entry.budget.order(job.seed, shuffle=training.shuffle))
+        training = training.model_copy(update={"shuffle": False})
+        trunk = shared / "trunk" if training.schedule == "wsd" else None
     phase2 = train_next_token(
         model,
-        contexts.train,
-        entry.training,
+        train,
+        training,
         evaluator(contexts.validation, size, prepared.device),
         seed=job.seed,
         device=prepared.device,
@@ -323,9 +368,10 @@ def _train(
         folder=working / "phase2",
         watcher=EpochWatcher(progress, history),
         tell=progress.line,
+        trunk=trunk,
     )
     stages.append(stage_memory("trained", prepared.device))
-    return _Trained(phase2, contexts)
+    return _Trained(phase2, contexts, train)
 
 
 def _save_checkpoint(
@@ -342,7 +388,7 @@ def _save_checkpoint(
 
 def _highest_rate(entry: Entry, steps: int) -> float:
     """The rate that training really reached: patience may have ended it within the warm-up."""
-    share = build_schedule(entry.training, steps_per_epoch(entry.training, len(entry.train)))
+    share = build_schedule(entry.training, steps_per_epoch(entry.training, entry.samples))
     return entry.training.learning_rate * max(map(share, range(steps)))
 
 
@@ -353,6 +399,9 @@ def _bits_per_byte(validation: Quality, prepared: Prepared, target_offset: int) 
     return bits_per_byte(validation.loss, tokens, prepared.validation_bytes)
 
 
-def _first(windows: Text, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+def _first(
+    windows: Dataset[dict[str, torch.Tensor]], count: int | None
+) -> Subset[dict[str, torch.Tensor]]:
     """The first `count` windows, or all."""
-    return Subset(windows, range(min(count or len(windows), len(windows))))
+    there = len(windows)  # type: ignore[arg-type]  # ours have a length
+    return Subset(windows, range(min(count or there, there)))

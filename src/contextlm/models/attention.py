@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from contextlm.models.inputs import NewTokens
 
 
 def attend(
@@ -48,6 +53,13 @@ def attend(
         **kwargs,
     )
     return out_BTHE.flatten(2), weights
+
+
+def same_document(new: NewTokens) -> Callable[..., Any] | None:
+    """What `create_causal_mask` asks besides, so that packed documents do not see each other."""
+    if new.places_BT is None:
+        return None
+    return packed_sequence_mask_function((new.positions() == 0).cumsum(1))
 
 
 class _Heads:
@@ -103,11 +115,39 @@ def rotate(x_BHTE: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
     Returns:
         The same shape and type.
     """
-    width = x_BHTE.shape[-1]
     kind = torch.promote_types(x_BHTE.dtype, torch.float32)
-    steps = torch.arange(0, width, 2, device=x_BHTE.device, dtype=kind) / width
-    angles_BTE = positions_BT.to(kind).unsqueeze(-1) * theta**-steps
-    cos = angles_BTE.cos().to(x_BHTE.dtype).unsqueeze(1)
-    sin = angles_BTE.sin().to(x_BHTE.dtype).unsqueeze(1)
+    cos, sin = _turns(positions_BT.to(kind), x_BHTE.shape[-1], theta)
+    return _turned(x_BHTE, cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype))
+
+
+def rotate_columns(x_BHTE: Tensor, first: int, theta: float) -> Tensor:
+    """As `rotate`, the positions being ``first, first + 1 ...``, whose turns are remembered."""
+    kind, last = torch.promote_types(x_BHTE.dtype, torch.float32), first + x_BHTE.shape[2]
+    if torch.compiler.is_compiling():
+        columns_1S = torch.arange(last, dtype=kind, device=x_BHTE.device).unsqueeze(0)
+        cos, sin = _turns(columns_1S, x_BHTE.shape[-1], theta)
+    else:
+        cos, sin = _turns_of_columns(last, x_BHTE.shape[-1], theta, kind, x_BHTE.device)
+    cos, sin = (each[..., first:last, :].to(x_BHTE.dtype) for each in (cos, sin))
+    return _turned(x_BHTE, cos, sin)
+
+
+def _turns(positions_BT: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each pair's angle, ``[B, 1, T, E / 2]``."""
+    steps = torch.arange(0, width, 2, device=positions_BT.device, dtype=positions_BT.dtype) / width
+    angles_B1TE = (positions_BT.unsqueeze(-1) * theta**-steps).unsqueeze(1)
+    return angles_B1TE.cos(), angles_B1TE.sin()
+
+
+@lru_cache(maxsize=8)
+def _turns_of_columns(
+    columns: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # they may be part of a graph later
+        positions_1S = torch.arange(columns, dtype=dtype, device=device).unsqueeze(0)
+        return _turns(positions_1S, width, theta)
+
+
+def _turned(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = x_BHTE.chunk(2, dim=-1)
     return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)

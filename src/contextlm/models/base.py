@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -23,9 +24,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from contextlm.models.cache import RowStateLayer
+from contextlm.models.cache import CACHE, NAMES, RowStateLayer, given_cache
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import ContextBlock, OwnStart
+from contextlm.models.layers import ContextBlock, OwnStart, start_update
+from contextlm.models.stub import auto_map
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,32 @@ def register_architecture(*, tiny: tuple[dict[str, Any], ...]) -> Callable[[M], 
     Args:
         tiny: one or more sets of config fields, each a variant that the contract tests try.
 
+    A class that is defined again under its own name, as in a notebook, takes its earlier place.
+
     Raises:
-        ValueError: the `model_type` is taken.
+        ValueError: the `model_type` is another class's.
     """
 
     def register(model: M) -> M:
         decoder = model.decoder_class
         config = decoder.config_class
         name = config.model_type
-        if name in _REGISTRY:
+        again = name in _REGISTRY
+        if again and _qualified(_REGISTRY[name].model) != _qualified(model):
             raise ValueError(f"an architecture named {name!r} is registered already")
-        AutoConfig.register(name, config)
-        AutoModel.register(config, decoder)
-        AutoModelForCausalLM.register(config, model)
+        config.auto_map = auto_map(AutoConfig=config, AutoModel=decoder, AutoModelForCausalLM=model)
+        AutoConfig.register(name, config, exist_ok=again)
+        AutoModel.register(config, decoder, exist_ok=again)
+        AutoModelForCausalLM.register(config, model, exist_ok=again)
         description = (model.__doc__ or "").strip().partition("\n")[0]
         _REGISTRY[name] = Architecture(config, model, description, tiny)
         return model
 
     return register
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def registry() -> dict[str, Architecture]:
@@ -115,7 +125,7 @@ class ContextPreTrainedModel(PreTrainedModel):
     config_class: type[PreTrainedConfig]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*NAMES]
     _supports_sdpa = True
 
     def new_cache(self) -> Cache:
@@ -137,6 +147,10 @@ class ContextPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: what is saved always brings a module for clients (`models.stub`)."""
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts that the configuration freezes come back frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -151,16 +165,16 @@ class ContextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.reset_parameters()
+        elif getattr(module, "is_update", False):
+            start_update(module)  # type: ignore[arg-type]
+        else:
+            super()._init_weights(module)
 
 
-# Arguments of other models that would change the answer: caches of other kinds, packed documents.
-_NOT_READ = (
-    *("cache", "cache_params", "past_key_value", "encoder_hidden_states", "head_mask"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-)
+# Arguments of other models that would change the answer.
+_NOT_READ = ("cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
 
 
 class ContextDecoder(ContextPreTrainedModel):
@@ -171,11 +185,19 @@ class ContextDecoder(ContextPreTrainedModel):
         embed_norm: the norm behind it, where a context block reads the embeddings.
         reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
             of the last tokens only.
+        reads_packed: whether `decode` heeds `NewTokens.places`; otherwise it is given the documents
+            of a packed row with a row each, as many columns wide as the longest.
     """
 
     embed_tokens: nn.Module
     embed_norm: nn.Module
     reads_only_last: ClassVar[bool] = False
+    reads_packed: ClassVar[bool] = False
+
+    @property
+    def sees_borders(self) -> bool:
+        """Whether `decode` is given packed rows: they need a mask, which flash attention lacks."""
+        return self.reads_packed and "flash" not in self.config._attn_implementation
 
     @property
     def width(self) -> int:
@@ -203,45 +225,61 @@ class ContextDecoder(ContextPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         contexts: Tensor | None = None,
         last: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states.
+
+        A row may hold several documents, packed without padding as transformers' and TRL's
+        collators do it; none sees another, and no cache is made.
 
         Args:
             input_ids: ``[B, T]`` tokens; or give `inputs_embeds`.
             attention_mask: ``[B, past + T]``, 0 at padding.
             position_ids: ``[B, T]``; only learned and rotary positions over all tokens follow them,
-                by default positions are counted over each row's real tokens.
-            past_key_values: the cache that an earlier call returned, or `new_cache()`.
+                by default positions are counted over each document's real tokens. Where they do not
+                increase a new document begins.
+            past_key_values: the cache that an earlier call returned, or `new_cache()`; `cache` is
+                what transformers calls it since 5.24.
             inputs_embeds: ``[B, T, D]`` embeddings instead of tokens.
             use_cache: return a cache.
+            cu_seq_lens_q: ``[documents + 1]``, where the documents of one row begin, and its end.
+            cu_seq_lens_k: the same.
+            seq_idx: ``[B, T]``, the number of each token's document.
             contexts: ``[B, history + T, C]`` of a context store, those of the positions before the
                 window (zeros before the stream's start) and of the window's own; the recurrence is
                 not run then, and nothing cached.
             last: how many hidden states are wanted, 0 for all; where `reads_only_last`, no others
                 may be given.
-            **kwargs: `output_hidden_states` and `output_attentions`, where they are recorded, and
-                arguments of attention functions.
+            **kwargs: `output_hidden_states`, where there are no layers to record of the embeddings
+                and the last ones; `output_attentions`, where they are recorded; and arguments of
+                attention functions.
 
         Raises:
             ValueError: neither or both of tokens and embeddings are given, the cache is not of this
                 model's making, has other rows or would be moved on twice by gradient checkpointing,
-                the mask does not fit, documents are packed, stored contexts do not fit, or an
-                argument is given that would change the answer and is not read.
+                the mask or the borders of documents do not fit, documents are packed together with
+                a cache, stored contexts do not fit, or an argument is given that would change the
+                answer and is not read.
         """
         self._refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache, past, seen_B = past_key_values, 0, None
+        given = given_cache(cache, past_key_values)
+        cache, past, seen_B = given, 0, None
         if cache is None and use_cache and contexts is None:
             cache = self.new_cache()
         if cache is not None:
             counter = self._counter(cache, inputs_embeds.shape[0])
             past, seen_B = counter.get_seq_length(), counter.counts
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         new = NewTokens.of(
             inputs_embeds,
             attention_mask,
@@ -250,22 +288,43 @@ class ContextDecoder(ContextPreTrainedModel):
             cache=cache,
             position_ids=position_ids,
             contexts=contexts,
-            last=last,
+            last=0 if wants_states else last,
         )
-        new.refuse_packed()
+        new = new.with_documents(
+            [ends for ends in (cu_seq_lens_q, cu_seq_lens_k) if ends is not None],
+            seq_idx,
+            in_graph=self.sees_borders,
+        )
+        if new.places_BT is not None:
+            if given is not None or contexts is not None:
+                raise ValueError(
+                    "packed documents go together neither with a cache nor with stored contexts"
+                )
+            cache, new = None, replace(new, cache=None)
         if contexts is not None:
             self._check_contexts(contexts, new)
-        hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+        if new.places_BT is None or self.sees_borders:
+            hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
+        else:
+            self._refuse_recording_apart(kwargs)
+            apart = new.apart()
+            hidden_BTD = apart.packed(self.decode(apart.rows(inputs_embeds), apart.new, **kwargs))
+        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_BTD, **{CACHE: cache})
+        if wants_states and "hidden_states" not in self._recorded:
+            outputs.hidden_states = (inputs_embeds, hidden_BTD)
+        return outputs
+
+    @cached_property
+    def _cache_kinds(self) -> list[type]:
+        return [type(layer) for layer in self.new_cache().layers]
 
     def _counter(self, cache: Cache, batch: int) -> RowStateLayer:
         """The layer of our own kind of cache that counts each row's tokens: there must be one."""
-        kinds = [type(layer) for layer in self.new_cache().layers]
         own = [layer for layer in cache.layers if isinstance(layer, RowStateLayer)]
-        if not own or [type(layer) for layer in cache.layers] != kinds:
+        if not own or [type(layer) for layer in cache.layers] != self._cache_kinds:
             raise ValueError(
-                f"{self.config.model_type} needs its own cache: leave past_key_values out, pass "
-                "what an earlier call returned, or make one with new_cache()"
+                f"{self.config.model_type} needs its own cache: leave {CACHE} out, pass what an "
+                "earlier call returned, or make one with new_cache()"
             )
         counts_B = own[0].counts
         if counts_B is not None and len(counts_B) != batch:
@@ -273,7 +332,7 @@ class ContextDecoder(ContextPreTrainedModel):
         if self.training and getattr(self, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs every layer twice, which would move the cache on "
-                "twice: train without past_key_values, and call eval() before generating"
+                f"twice: train without {CACHE}, and call eval() before generating"
             )
         return own[0]
 
@@ -291,12 +350,23 @@ class ContextDecoder(ContextPreTrainedModel):
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
         """An argument that would change the answer is never swallowed."""
-        for name in _NOT_READ:
-            if kwargs.get(name) is not None:
+        for name, value in kwargs.items():
+            if isinstance(value, Cache) or (name in _NOT_READ and value is not None):
                 raise ValueError(f"{self.config.model_type} does not take {name}")
-        for name in ("hidden_states", "attentions"):
-            if kwargs.get(f"output_{name}") and name not in (self._can_record_outputs or {}):
-                raise ValueError(f"{self.config.model_type} does not record {name}")
+        if kwargs.get("output_attentions") and "attentions" not in self._recorded:
+            raise ValueError(f"{self.config.model_type} does not record attentions")
+
+    def _refuse_recording_apart(self, kwargs: dict[str, Any]) -> None:
+        for name in self._recorded:
+            if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)):
+                raise ValueError(
+                    f"{self.config.model_type} does not record {name} of packed documents"
+                )
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        """What is recorded of modules, by its name."""
+        return self._can_record_outputs or {}
 
 
 class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
@@ -317,6 +387,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             "supports_gradient_checkpointing",
             "_no_split_modules",
             "_can_compile_fullgraph",
+            "_supports_flash_attn",
+            "_supports_flex_attn",
         ):
             setattr(cls, name, getattr(cls.decoder_class, name))
         super().__init_subclass__(**kwargs)
@@ -334,6 +406,17 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         """An empty cache of this model's own kind."""
         return self.model.new_cache()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for these models, whose cache has no pages of keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.config.model_type} has a cache of its own kind, which continuous batching does "
+            "not know: use generate()"
+        )
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -348,8 +431,8 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
                 f"{type(self).__name__} has a cache of its own kind only"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.new_cache()
 
     @can_return_tuple
     def forward(
@@ -362,6 +445,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, V]``, and the loss when labels are given.
@@ -381,6 +465,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             last=logits_to_keep if shorter else 0,
@@ -396,7 +481,7 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

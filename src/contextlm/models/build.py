@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -68,6 +71,54 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CONFIG_MAPPING[model_type]
     raise unknown_name("model type", model_type, [*ours, *_BASELINES])
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """A field of a model type's configuration; `meaning` is empty where its author says nothing."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def config_fields(model_type: str) -> list[ConfigField]:
+    """What a recipe's `model` entry of that type may name, but for what all configurations have.
+
+    Raises:
+        InputError: no causal language model of that type is known.
+    """
+    kind = config_class(model_type)
+    meanings: dict[str, str] = {}
+    own: set[str] = set()
+    for base in reversed(kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]):
+        meanings |= _meanings(inspect.getdoc(base) or "")
+        own |= vars(base).get("__annotations__", {}).keys()
+    return [
+        ConfigField(
+            f.name,
+            _in_words(f.type),
+            json.dumps(f.default, default=str),
+            meanings.get(f.name, ""),
+        )
+        for f in dataclass_fields(kind)
+        if f.name in own and f.default is not MISSING
+    ]
+
+
+_TOLD = re.compile(r"^ +(\w+)(?: \(.*?\))?: *(.*(?:\n(?! +\w+(?: \(.*?\))?:(?: |$)).+)*)", re.M)
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """What the section on arguments says of each, ours or transformers' way of writing it."""
+    section = docstring.partition("Args:\n")[2].partition("\n\n")[0]
+    return {name: " ".join(text.split()) for name, text in _TOLD.findall(section)}
+
+
+def _in_words(annotation: Any) -> str:
+    words = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return words.replace("typing.", "").replace("transformers.modeling_rope_utils.", "")
 
 
 def build_config(model: Mapping[str, Any], vocab_size: int, **token_ids: int) -> PreTrainedConfig:

@@ -7,13 +7,33 @@ repeat it for several returned sequences and ask how many tokens it has seen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contextlm.models.inputs import NewTokens, take
+
+NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache, as an argument and in outputs: since 5.24, and before."""
+
+CACHE = next(name for name in NAMES if name in {it.name for it in fields(BaseModelOutputWithPast)})
+"""What the transformers that is installed calls it."""
+
+
+def given_cache(*named: Cache | None) -> Cache | None:
+    """The cache that was given under one of its names.
+
+    Raises:
+        ValueError: it was given under both.
+    """
+    given = [cache for cache in named if cache is not None]
+    if len(given) > 1:
+        raise ValueError(f"give the cache once: {' and '.join(NAMES)} are two names of it")
+    return given[0] if given else None
 
 
 class RowStateLayer(CacheLayerMixin):
@@ -47,7 +67,7 @@ class RowStateLayer(CacheLayerMixin):
 
     def advance(self, new: NewTokens) -> None:
         """Count the new tokens."""
-        self.counts = new.counts if self.counts is None else self.counts + new.counts
+        self.counts = new.counts + (0 if self.counts is None else self.counts)
         self._seen += new.tokens
         self.is_initialized = True
 
@@ -106,6 +126,70 @@ class RowStateLayer(CacheLayerMixin):
                 f"{type(self).__name__} cannot be cropped: what it kept of earlier tokens is gone; "
                 "start again from an empty cache"
             )
+
+
+class KeyValueLayer(DynamicLayer):
+    """transformers' keys and values of all tokens; `reset` of 5.17 leaves as many, all zero."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class CroppableLayer(RowStateLayer):
+    """Can forget the newest tokens, as far as none is padding.
+
+    By itself it only counts, beside transformers' own layers of keys and values.
+    """
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._real_tail = 0  # newest tokens that were real in every row
+
+    def advance(self, new: NewTokens) -> None:
+        """Count the new tokens, and how far back none is padding."""
+        self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
+        super().advance(new)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._real_tail = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every row.
+
+        Args:
+            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
+
+        Raises:
+            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
+                padding.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
+        if not self.is_croppable:
+            super().crop(tokens_to_remove)
+        if self.counts is None or tokens_to_remove == 0:
+            return
+        if -tokens_to_remove >= self._seen:
+            return self.reset()
+        if -tokens_to_remove > self._real_tail:
+            raise ValueError(
+                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
+                f"the newest {self._real_tail} can be taken back"
+            )
+        self.take_back(-tokens_to_remove)
+
+    def take_back(self, tokens: int) -> None:
+        """Forget so many tokens, all real and fewer than were seen."""
+        assert self.counts is not None
+        self.counts = self.counts - tokens
+        self._seen -= tokens
+        self._real_tail -= tokens
 
 
 class ContextStateLayer(RowStateLayer):
@@ -178,6 +262,15 @@ class RecentLayer(EntriesLayer):
     def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
         """The newest."""
         return newest(both_BSE, new.ends(kept), self.limit)
+
+
+def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
+    """How many of the newest tokens are real in every row, after T more."""
+    if mask_BT is None:
+        return before + tokens
+    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
+        return 0  # values cannot be looked at here
+    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
 
 
 def newest(entries_BSE: Tensor, end_B: Tensor | None, limit: int) -> Tensor:

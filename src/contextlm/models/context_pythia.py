@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import (
@@ -22,11 +22,12 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import ContextStateLayer
+from contextlm.models.cache import CACHE, ContextStateLayer, KeyValueLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock
+from contextlm.models.selective_state import MatrixStateLayer, SelectiveState
 
 
 @strict
@@ -38,8 +39,12 @@ class ContextPythiaConfig(ContextConfig):
         hidden_size: D, the width of the embedding, and of the layers when projected.
         context_dim: C, the width of the context, and of the layers when compressed.
         context: what updates the context: the document's block, or a gated recurrence
-            (`models.gated_recurrence`), which has one layer.
+            (`models.gated_recurrence`), which has one layer, or a selective matrix state
+            (`models.selective_state`), whose output it is and which phase 1 cannot train.
         context_layers: layers of the document's context block.
+        state_size: N, numbers of state a channel of a selective state, which has twice as many
+            channels as the context.
+        state_head_dim: P, channels of each of its heads.
         freeze_context: the block learns in phase 1 only, as in the document.
         stream: what the layers see.
         num_hidden_layers: GPT-NeoX layers.
@@ -59,7 +64,9 @@ class ContextPythiaConfig(ContextConfig):
     vocab_size: int = 50304
     hidden_size: int = 512
     context_dim: int = 256
-    context: Literal["block", "gated_recurrence"] = "block"
+    context: Literal["block", "gated_recurrence", "selective_state"] = "block"
+    state_size: int = 16
+    state_head_dim: int = 64
     context_layers: int = 1
     freeze_context: bool = True
     stream: Literal["projected", "compressed"] = "compressed"
@@ -108,11 +115,18 @@ class ContextPythiaConfig(ContextConfig):
         self.check_counts("intermediate_size")
         self.check_positive("rope_theta", "initializer_range", "layer_norm_eps")
         self.check_dropout("attention_dropout", "hidden_dropout")
-        if self.context == "gated_recurrence" and self.context_layers > 1:
+        self.check_counts("state_size", "state_head_dim")
+        if self.context != "block" and self.context_layers > 1:
             raise ValueError(
-                f"context_layers must be 1 with context 'gated_recurrence', "
-                f"got {self.context_layers}"
+                f"context_layers must be 1 with context {self.context!r}, got {self.context_layers}"
             )
+        if self.context == "selective_state":
+            self.check_state_heads(2 * self.context_dim)
+            if self.freeze_context:
+                raise ValueError(
+                    "freeze_context must be false with context 'selective_state': phase 1 cannot "
+                    "train it"
+                )
         if not 0 <= self.rotary_pct <= 1:
             raise ValueError(f"rotary_pct must lie in [0, 1], got {self.rotary_pct}")
         if self.tie_word_embeddings and self.stream_size != self.hidden_size:
@@ -140,8 +154,9 @@ class ContextPythiaModel(ContextDecoder):
     """Embedding, context block and GPT-NeoX layers, without the head."""
 
     config_class = ContextPythiaConfig
-    _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock"]
+    _no_split_modules = ["GPTNeoXLayer", "ContextBlock", "GatedContextBlock", "SelectiveState"]
     _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_flex_attn = True
     _can_record_outputs = {
         "hidden_states": GPTNeoXLayer,
         "attentions": GPTNeoXAttention,
@@ -154,7 +169,17 @@ class ContextPythiaModel(ContextDecoder):
         self.layer_config = layer_config
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.context_block = _context_block(config)
+        if config.context == "selective_state":
+            self.selective_context = SelectiveState(
+                config.hidden_size,
+                2 * config.context_dim,
+                config.context_dim,
+                config.state_head_dim,
+                config.state_size,
+                eps=config.layer_norm_eps,
+            )
+        else:
+            self.context_block = _context_block(config)
         self.projection = (
             nn.Linear(config.context_dim, config.hidden_size)
             if config.stream == "projected"
@@ -172,8 +197,9 @@ class ContextPythiaModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and the context after the last token."""
-        attention = [DynamicLayer() for _ in self.layers]
-        return Cache(layers=[*attention, ContextStateLayer()])
+        attention = [KeyValueLayer() for _ in self.layers]
+        selective = self.config.context == "selective_state"
+        return Cache(layers=[*attention, MatrixStateLayer() if selective else ContextStateLayer()])
 
     @property
     def width(self) -> int:
@@ -183,7 +209,12 @@ class ContextPythiaModel(ContextDecoder):
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, X]``; moves keys and values and the context on."""
         state = new.states(len(self.layers) + 1)[-1]
-        contexts_BTC = self.context_block.run(self.embed_norm(embeds_BTD), new, state)[-1]
+        embeds_BTD = self.embed_norm(embeds_BTD)
+        if self.config.context == "selective_state":
+            contexts_BTC = self.selective_context(new.real_first(embeds_BTD), state, new)
+            contexts_BTC = new.as_given(contexts_BTC)
+        else:
+            contexts_BTC = self.context_block.run(embeds_BTD, new, state)[-1]
         contexts_BTC = contexts_BTC.to(self.final_layer_norm.weight.dtype)
         stream_BTX = self.dropout(self.projection(contexts_BTC))
         position_ids = new.positions() if new.position_ids is None else new.position_ids
@@ -192,8 +223,7 @@ class ContextPythiaModel(ContextDecoder):
             config=self.layer_config,
             inputs_embeds=stream_BTX,
             attention_mask=new.attention_mask,
-            past_key_values=new.cache,
-            position_ids=position_ids,
+            **{CACHE: new.cache},
         )
         rotary = self.rotary_emb(stream_BTX, position_ids=position_ids)
         for layer in self.layers:
@@ -223,6 +253,7 @@ _TINY = {
         {**_TINY, "stream": "projected"},
         {**_TINY, "stream": "compressed", "context_layers": 2, "freeze_context": False},
         {**_TINY, "context": "gated_recurrence", "freeze_context": False},
+        {**_TINY, "context": "selective_state", "freeze_context": False, "state_head_dim": 8},
     ),
 )
 class ContextPythiaForCausalLM(ContextForCausalLM):

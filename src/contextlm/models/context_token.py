@@ -16,6 +16,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from contextlm.models.base import (
     ContextDecoder,
@@ -62,7 +63,7 @@ class ContextTokenConfig(ContextConfig):
         self.check_positive("initializer_range", "layer_norm_eps")
 
 
-class TokenLayer(ContextLayer):
+class TokenLayer(GradientCheckpointingLayer, ContextLayer):
     """``x' = LN(x + GELU(W [x ; c] + b))``: a context layer with the roles exchanged.
 
     The stream that is updated is the token's, ``[N, D]``; what is projected into it is the context,
@@ -71,15 +72,15 @@ class TokenLayer(ContextLayer):
 
     def forward(self, stream_BTD: Tensor, context_BTC: Tensor) -> Tensor:
         """The next layer's stream, ``[B, T, D]``."""
-        projected_ND = self.project(context_BTC).flatten(0, 1)
-        return self.step(stream_BTD.flatten(0, 1), projected_ND).view(stream_BTD.shape)
+        stream_ND = super().forward(stream_BTD.flatten(0, 1), context_BTC.flatten(0, 1))
+        return stream_ND.view(stream_BTD.shape)
 
 
 class ContextTokenModel(ContextDecoder):
     """Embedding, context block and token block, without the head."""
 
     config_class = ContextTokenConfig
-    supports_gradient_checkpointing = False  # the token layers are a matrix product each
+    _no_split_modules = ["ContextBlock", "TokenLayer"]
     _can_record_outputs = {"hidden_states": TokenLayer}
     history = 1  # the token before a window, whose context goes into its first one
 
@@ -98,6 +99,7 @@ class ContextTokenModel(ContextDecoder):
             TokenLayer(config.hidden_size, config.context_dim, config.layer_norm_eps)
             for _ in range(config.num_hidden_layers)
         )
+        self.gradient_checkpointing = False
         mark_frozen(config.freeze_embedding, self.embed_tokens, self.embed_norm)
         self.freeze_parts()
         self.post_init()

@@ -22,11 +22,14 @@ taken one after the other; only the tokens' part of the first layer is computed 
 
 With ``context="gated_recurrence"`` the context is a gated recurrence over the normalised embeddings
 (`models.gated_recurrence`) instead, which the MLP reads but does not write, so that tokens need not
-wait for each other. Phase 1 can train it, as it trains Context-Pythia's.
+wait for each other. Phase 1 can train it, as it trains Context-Pythia's. With
+``context="selective_state"`` it is what a selective state (`models.selective_state`) gives at the
+current token; only next-token training trains that.
 
 H is the width of the MLP here, C that of all context vectors together.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -41,8 +44,10 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
+from contextlm.models.selective_state import MatrixStateLayer, SelectiveState
 
 _DEFAULT_POSITIONS = 32
+_RECOMPUTED = 32  # tokens at a time, of whose steps gradient checkpointing keeps nothing
 
 
 @strict
@@ -58,8 +63,12 @@ class ContextVectorConfig(ContextConfig):
         mlp_size: H, the width of the MLP.
         mlp_layers: L, its linear layers.
         dropout: after each of them.
-        context: what updates the context: the document's MLP, or a gated recurrence.
+        context: what updates the context: the document's MLP, a gated recurrence, or a selective
+            state.
         freeze_context: the recurrence learns in phase 1 only; False by default.
+        state_size: N, numbers of state a channel of a selective state, which has twice as many
+            channels as the context.
+        state_head_dim: P, channels of each of its heads.
         update: how the MLP changes the context.
         positions: learned, or none, which leaves the length unbounded.
         max_position_embeddings: positions that can be learned, 32 by default; None without them.
@@ -74,7 +83,9 @@ class ContextVectorConfig(ContextConfig):
     mlp_size: int = 512
     mlp_layers: int = 8
     dropout: float | int = 0.1
-    context: Literal["mlp", "gated_recurrence"] = "mlp"
+    context: Literal["mlp", "gated_recurrence", "selective_state"] = "mlp"
+    state_size: int = 16
+    state_head_dim: int = 64
     freeze_context: bool = False
     update: Literal["additive", "gated"] = "additive"
     positions: Literal["learned", "none"] = "learned"
@@ -102,13 +113,18 @@ class ContextVectorConfig(ContextConfig):
         self.check_counts(*sizes, "mlp_size", "mlp_layers")
         self.check_positive("initializer_range")
         self.check_dropout("dropout")
-        if self.context == "mlp" and self.freeze_context:
-            raise ValueError("freeze_context is for context 'gated_recurrence', not 'mlp'")
-        if self.context == "gated_recurrence" and self.update == "gated":
-            raise ValueError("update must be left out with context 'gated_recurrence', got 'gated'")
-        if self.context == "gated_recurrence" and self.num_contexts > 1:
+        self.check_counts("state_size", "state_head_dim")
+        if self.context != "gated_recurrence" and self.freeze_context:
             raise ValueError(
-                f"num_contexts must be 1 with context 'gated_recurrence', got {self.num_contexts}: "
+                f"freeze_context is for context 'gated_recurrence', not {self.context!r}"
+            )
+        if self.context == "selective_state":
+            self.check_state_heads(2 * self.context_dim)
+        if self.context != "mlp" and self.update == "gated":
+            raise ValueError(f"update must be left out with context {self.context!r}, got 'gated'")
+        if self.context != "mlp" and self.num_contexts > 1:
+            raise ValueError(
+                f"num_contexts must be 1 with context {self.context!r}, got {self.num_contexts}: "
                 "its channels are independent, a wider context is the same"
             )
         limit = self.max_position_embeddings
@@ -167,7 +183,7 @@ class ContextVectorModel(ContextDecoder):
     """Embedding, MLP and context update, without the head."""
 
     config_class = ContextVectorConfig
-    supports_gradient_checkpointing = False  # the loop over tokens has no layers to recompute
+    _no_split_modules = ["GatedContextBlock", "SelectiveState", "ContextUpdate"]
     _can_compile_fullgraph = True
 
     def __init__(self, config: ContextVectorConfig):
@@ -188,9 +204,15 @@ class ContextVectorModel(ContextDecoder):
             self.context_block = GatedContextBlock(
                 width, config.hidden_size, frozen=config.freeze_context
             )
+        elif config.context == "selective_state":
+            self.embed_norm = nn.LayerNorm(config.hidden_size)
+            self.selective_context = SelectiveState(
+                config.hidden_size, 2 * width, width, config.state_head_dim, config.state_size
+            )
         else:
             gated = config.update == "gated"
             self.update = ContextUpdate(mlp_size, width, config.num_contexts, gated=gated)
+        self.gradient_checkpointing = False
         self.freeze_parts()
         self.post_init()
 
@@ -202,7 +224,8 @@ class ContextVectorModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: the context after the last token."""
-        return Cache(layers=[ContextStateLayer()])
+        selective = self.config.context == "selective_state"
+        return Cache(layers=[MatrixStateLayer() if selective else ContextStateLayer()])
 
     @property
     def width(self) -> int:
@@ -216,6 +239,10 @@ class ContextVectorModel(ContextDecoder):
             positions_BT = new.table_positions(self.embed_positions.num_embeddings)
             tokens_BTD = tokens_BTD + self.embed_positions(positions_BT)
         (state,) = new.states(1)
+        if self.config.context == "selective_state":
+            embeds_BTD = new.real_first(self.embed_norm(embeds_BTD))
+            contexts_BTC = new.as_given(self.selective_context(embeds_BTD, state, new))
+            return self._recomputed(self._hidden, self.token_input(tokens_BTD), contexts_BTC)
         start_BC = embeds_BTD.new_zeros(new.batch, self.config.total_context_dim)
         if state is not None:
             start_BC = state.continue_from(start_BC)
@@ -224,7 +251,15 @@ class ContextVectorModel(ContextDecoder):
         # Over a gated recurrence, at once.
         (contexts_BTC,) = self.context_block.run(self.embed_norm(embeds_BTD), new, state)
         before_BTC = torch.cat([start_BC.unsqueeze(1), contexts_BTC[:, :-1]], dim=1)
-        return self._hidden(self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype))
+        return self._recomputed(
+            self._hidden, self.token_input(tokens_BTD), before_BTC.to(tokens_BTD.dtype)
+        )
+
+    def _recomputed(self, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        """What a function makes of tensors; gradient checkpointing computes it again."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(function, *tensors)
+        return function(*tensors)
 
     def _hidden(self, token: Tensor, context: Tensor) -> Tensor:
         """The MLP's output, ``[..., H]``, for the tokens' part and the contexts before them."""
@@ -241,17 +276,33 @@ class ContextVectorModel(ContextDecoder):
         state: ContextStateLayer | None,
     ) -> Tensor:
         """The MLP's outputs, which change the context, ``[B, T, H]``; moves the state on."""
+        token_BTH = self.token_input(tokens_BTD)
+        size = _RECOMPUTED if self.gradient_checkpointing and self.training else new.tokens
         outputs = []
-        for t, token_BH in enumerate(self.token_input(tokens_BTD).unbind(1)):
+        for start in range(0, new.tokens, size):
+            piece = slice(start, start + size)
+            mask = None if new.mask_BT is None else new.mask_BT[:, piece]
+            hidden_BTH, context_BC = self._recomputed(
+                self._loop, token_BTH[:, piece], context_BC, mask
+            )
+            outputs.append(hidden_BTH)
+        if state is not None:
+            state.update_state(context_BC, new)
+        return torch.cat(outputs, dim=1)
+
+    def _loop(
+        self, token_BTH: Tensor, context_BC: Tensor, mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The MLP's outputs and the context after them."""
+        outputs = []
+        for t, token_BH in enumerate(token_BTH.unbind(1)):
             hidden_BH = self._hidden(token_BH, context_BC)
             outputs.append(hidden_BH)
             new_BC = self.update(hidden_BH, context_BC)
-            if new.mask_BT is not None:  # padding leaves the context as it is
-                new_BC = torch.where(new.mask_BT[:, t, None], new_BC, context_BC)
+            if mask_BT is not None:  # padding leaves the context as it is
+                new_BC = torch.where(mask_BT[:, t, None], new_BC, context_BC)
             context_BC = new_BC
-        if state is not None:
-            state.update_state(context_BC, new)
-        return torch.stack(outputs, dim=1)
+        return torch.stack(outputs, dim=1), context_BC
 
 
 # At these widths the document's 0.02 starts so near zero that one batch takes long to learn.
@@ -270,6 +321,7 @@ _TINY = {
         _TINY,
         {**_TINY, "update": "gated", "num_contexts": 2, "positions": "none"},
         {**_TINY, "context": "gated_recurrence", "positions": "none"},
+        {**_TINY, "context": "selective_state", "positions": "none", "state_head_dim": 8},
     ),
 )
 class ContextVectorForCausalLM(ContextForCausalLM):

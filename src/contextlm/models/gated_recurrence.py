@@ -78,7 +78,7 @@ class _BoundedRoot(torch.autograd.Function):
 
 
 class GatedRecurrence(OwnStart):
-    """The RG-LRU: gates and recurrence, without the projections around it.
+    """The RG-LRU's a_t and what is added, without the projections around it and the scan behind it.
 
     Args:
         width: C.
@@ -99,7 +99,7 @@ class GatedRecurrence(OwnStart):
         a_C = (a_C * (_SLOWEST**2 - _FASTEST**2) + _FASTEST**2).sqrt()
         init.copy_(self.decay, (torch.expm1(-a_C.log() / _SHARPNESS)).log())
 
-    def terms(self, inputs_BTC: Tensor, first_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs_BTC: Tensor, first_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """a_t and what is added to ``a_t h_{t-1}``, in float32 at least, ``[B, T, C]`` each.
 
         Args:
@@ -119,20 +119,25 @@ class GatedRecurrence(OwnStart):
             scale_BTC = scale_BTC.masked_fill(first_BT.unsqueeze(-1), 1.0)
         return log_BTC.exp(), scale_BTC * gated_BTC
 
-    def forward(
-        self, inputs_BTC: Tensor, state: ContextStateLayer | None, new: NewTokens
-    ) -> Tensor:
-        """h of every new token, ``[B, T, C]``, in float32 at least; moves the state on."""
-        batch, _, width = inputs_BTC.shape
-        begins_BT = new.columns(0) == 0
-        gates_BTC, added_BTC = self.terms(inputs_BTC, begins_BT)
-        start_BC = added_BTC.new_zeros(batch, width)
-        if state is not None:
-            start_BC = state.continue_from(start_BC)
-        states_BTC = linear_scan(gates_BTC, added_BTC, start_BC, mask_BT=new.real_first_mask)
-        if state is not None:
-            state.update_state(states_BTC[:, -1], new)
-        return states_BTC
+
+def gated_states(
+    recurrence: GatedRecurrence,
+    inputs_BTC: Tensor,
+    state: ContextStateLayer | None,
+    new: NewTokens,
+) -> Tensor:
+    """h of every new token, ``[B, T, C]``, in float32 at least; moves the state on."""
+    begins_BT = new.places() == 0
+    gates_BTC, added_BTC = recurrence(inputs_BTC, begins_BT)
+    if new.places_BT is not None:  # what another document left is forgotten
+        gates_BTC = gates_BTC.masked_fill(begins_BT.unsqueeze(-1), 0)
+    start_BC = torch.zeros_like(added_BTC[:, 0])
+    if state is not None:
+        start_BC = state.continue_from(start_BC)
+    states_BTC = linear_scan(gates_BTC, added_BTC, start_BC, mask_BT=new.real_first_mask)
+    if state is not None:
+        state.update_state(states_BTC[:, -1], new)
+    return states_BTC
 
 
 class GatedContextLayer(nn.Module):
@@ -143,10 +148,14 @@ class GatedContextLayer(nn.Module):
         self.inner = nn.Linear(embedding_dim, context_dim)
         self.recurrence = GatedRecurrence(context_dim, blocks=1)
 
+    def forward(self, context_NC: Tensor, embedded_ND: Tensor) -> Tensor:
+        """The next contexts of N tokens, ``[N, C]``, each from a context of its own."""
+        return self.step(context_NC, self.project(embedded_ND))
+
     def project(self, embedded: Tensor) -> Tensor:
         """What the token brings, a and what is added: ``[..., D]`` to ``[..., 2 C]``."""
         inner_1NC = self.inner(embedded).reshape(1, -1, self.inner.out_features)
-        terms = torch.cat(self.recurrence.terms(inner_1NC, None), dim=-1)
+        terms = torch.cat(self.recurrence(inner_1NC), dim=-1)
         return terms.view(*embedded.shape[:-1], -1)
 
     def step(self, context_NC: Tensor, projected_NX: Tensor) -> Tensor:

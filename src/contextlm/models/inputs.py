@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 
@@ -18,6 +22,10 @@ class NewTokens:
     changes nothing. `real_first` puts these in front: then column t is the row's t-th new token,
     and what is behind them is later than all of them and, in a causal model, without effect.
 
+    A row may hold several documents, packed one behind the other. A mixer must not let one see
+    another: what it needs to know is each token's `places`, 0 where a document begins. It may also
+    take the documents `apart`, a row each.
+
     Attributes:
         batch: B.
         tokens: T, padding included.
@@ -26,6 +34,8 @@ class NewTokens:
         seen_B: real tokens that each row has seen; None at the beginning of a text.
         mask_BT: False at padding, in the order of the input; None when all are real.
         order_BT: the columns of the input with each row's real tokens first; None when all are.
+        places_BT: each token's position in its document, real tokens first; None when no row holds
+            more than one. Packed documents go without a cache.
         cache: to be moved on, or None.
         attention_mask: as it was given, ``[B, past + T]``, or None.
         position_ids: as they were given, ``[B, T]`` or ``[1, T]``, or None.
@@ -40,6 +50,7 @@ class NewTokens:
     seen_B: Tensor | None = None
     mask_BT: Tensor | None = None
     order_BT: Tensor | None = None
+    places_BT: Tensor | None = None
     cache: Cache | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
@@ -109,7 +120,7 @@ class NewTokens:
         """What each of so many layers of the cache keeps; None where nothing is kept."""
         return [None] * count if self.cache is None else self.cache.layers
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """How many of the new tokens are real in each row, ``[B]``."""
         if self.mask_BT is None:
@@ -135,10 +146,12 @@ class NewTokens:
         return self.seen_B.unsqueeze(1)
 
     def positions(self) -> Tensor:
-        """Position of each token among the real ones of its row, in the order of the input.
+        """Position of each token among the real ones of its document, in the order of the input.
 
         ``[B, T]`` int64, or ``[1, T]`` where no row can differ; 0 at a text's leading padding.
         """
+        if self.places_BT is not None:
+            return self.as_given(self.places_BT.unsqueeze(-1)).squeeze(-1)
         if self.mask_BT is None:
             return self.starts + torch.arange(self.tokens, device=self.device)
         return self.starts + (self.mask_BT.long().cumsum(1) - 1).clamp(min=0)
@@ -157,7 +170,7 @@ class NewTokens:
         if self.mask_BT is not None:
             positions_BT = torch.where(self.mask_BT, positions_BT, 0)
         # Looking at values makes an accelerator wait, and is not possible everywhere.
-        if not certain and _values_can_be_read(positions_BT):
+        if not certain and _values_can_be_read(self.device):
             needed = int(positions_BT.max()) + 1
             if needed > limit:
                 raise ValueError(
@@ -183,24 +196,150 @@ class NewTokens:
             return values_BTE
         return take(values_BTE, torch.argsort(self.order_BT, dim=1))
 
-    def refuse_packed(self) -> None:
-        """Documents packed into one row, with positions that start anew, are not for recurrences.
+    def places(self) -> Tensor:
+        """Position of each token in its document, real tokens first, ``[B, T]`` or ``[1, T]``."""
+        return self.columns(0) if self.places_BT is None else self.places_BT
+
+    def visible(self, kept: int, window: int | None = None) -> Tensor:
+        """Which of K entries kept and the new ones each token may see, ``[B or 1, 1, T, S]``.
+
+        Those of its document up to its own; with a window no more than so many, its own included.
+        """
+        column_S = torch.arange(kept + self.tokens, device=self.device)
+        query_T1 = column_S[kept:].unsqueeze(1)
+        reach_BT1 = self.places().unsqueeze(2)
+        if window is not None:
+            reach_BT1 = reach_BT1.clamp(max=window - 1)
+        return ((column_S <= query_T1) & (column_S >= query_T1 - reach_BT1)).unsqueeze(1)
+
+    def with_documents(
+        self, cu_seq_lens: Sequence[Tensor], seq_idx: Tensor | None, *, in_graph: bool
+    ) -> NewTokens:
+        """The same with `places_BT`, if a row holds several documents by any of the three forms.
+
+        One of these are `position_ids` that begin anew. A border is one whichever form names it.
+
+        Args:
+            cu_seq_lens: of queries and of keys, as far as given: the columns of the only row at
+                which documents begin, and the end of the last, ``[documents + 1]``.
+            seq_idx: the number of each token's document, ``[B, T]``.
+            in_graph: while torch.compile or torch.export traces, which cannot look for borders:
+                reckon with them where there is no cache. Otherwise running such a graph fails
+                where there are any.
 
         Raises:
-            ValueError: the positions of a row's real tokens do not increase.
+            ValueError: the borders do not fit the tokens.
         """
-        if self.position_ids is None or not _values_can_be_read(self.position_ids):
-            return
-        real = self.position_ids
-        if self.mask_BT is not None:  # padding's positions say nothing
-            real = real.masked_fill(~self.mask_BT, -1)
-        # Padding stands at -1, before every position, and begins nothing itself.
-        begins = (real[:, 1:] <= real.cummax(1).values[:, :-1]) & (real[:, 1:] >= 0)
-        if bool(begins.any()):
+        steps = [self._steps(self._numbers(ends)) != 0 for ends in cu_seq_lens]
+        if seq_idx is not None:
+            steps.append(self._steps(seq_idx) != 0)
+        if self.position_ids is not None:
+            steps.append(self._steps(self.position_ids) <= 0)
+        if not steps or self.tokens == 1:
+            return self
+        begins_BT = F.pad(torch.stack(steps).any(0), (1, 0), value=True)
+        real_BT = self.real_first_mask
+        if real_BT is not None:  # what stands at padding says nothing
+            begins_BT = begins_BT & real_BT
+        packed = begins_BT[:, 1:].any()
+        if _values_can_be_read(self.device):
+            if not bool(packed):
+                return self
+        elif self.cache is not None or not in_graph:
+            if self.device.type != "meta":
+                torch._assert_async(~packed, "this graph is for one document a row")
+            return self
+        column_T = torch.arange(self.tokens, device=self.device)
+        first_BT = torch.where(begins_BT, column_T, 0).cummax(1).values
+        return replace(self, places_BT=column_T - first_BT)
+
+    def _numbers(self, cu_seq_lens: Tensor) -> Tensor:
+        """The number of each token's document, ``[1, T]``."""
+        ends = cu_seq_lens.to(self.device)
+        if self.batch > 1 or ends.dim() != 1:
             raise ValueError(
-                "position_ids must increase: packed documents are not supported, because the "
-                "context would run on from one to the next; put each document into a row of its own"
+                f"cu_seq_lens_q [documents + 1] is for one row of tokens, got "
+                f"{list(cu_seq_lens.shape)} for {self.batch} rows"
             )
+        if _values_can_be_read(self.device) and int(ends[-1]) != self.tokens:
+            raise ValueError(f"cu_seq_lens_q ends at {int(ends[-1])} of {self.tokens} tokens")
+        column_T = torch.arange(self.tokens, device=self.device)
+        return torch.searchsorted(ends.to(column_T.dtype), column_T, right=True).unsqueeze(0)
+
+    def _steps(self, values_BT: Tensor) -> Tensor:
+        """By how much each value differs from that of the real token before, ``[B, T - 1]``."""
+        if values_BT.shape[-1] != self.tokens or values_BT.dim() != 2:
+            raise ValueError(
+                f"positions and numbers of documents must be [{self.batch}, {self.tokens}] as the "
+                f"tokens, got {list(values_BT.shape)}"
+            )
+        values_BT = values_BT.to(self.device).expand(self.batch, -1)
+        return self.real_first(values_BT.unsqueeze(-1)).squeeze(-1).diff(dim=1)
+
+    def apart(self) -> Apart:
+        """Packed documents with a row each.
+
+        Raises:
+            ValueError: while torch.compile or torch.export traces, because how many rows that makes
+                depends on values.
+        """
+        if not _values_can_be_read(self.device):
+            raise ValueError("this model cannot be traced with packed documents")
+        begins_BT = self.positions() == 0
+        if self.mask_BT is None:
+            columns = torch.arange(begins_BT.numel(), device=self.device)
+        else:
+            begins_BT = begins_BT & self.mask_BT
+            columns = self.mask_BT.flatten().nonzero().squeeze(1)
+        # In the order of the input too, a row's documents follow one another.
+        number = begins_BT.flatten()[columns].cumsum(0) - 1
+        lengths = torch.bincount(number).tolist()
+        columns_NS = pad_sequence(list(columns.split(lengths)), batch_first=True, padding_value=-1)
+        mask_NS = None if min(lengths) == max(lengths) else columns_NS >= 0
+        columns_NS = columns_NS.clamp(min=0)
+        ids = self.position_ids
+        documents, longest = columns_NS.shape
+        new = NewTokens(
+            documents,
+            longest,
+            self.device,
+            mask_BT=mask_NS,
+            attention_mask=mask_NS,
+            position_ids=None if ids is None else ids.expand(self.batch, -1).flatten()[columns_NS],
+        )
+        return Apart(new, columns_NS, self.batch, self.tokens)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Packed documents with a row each, for what runs through a row from its beginning to its end.
+
+    There are N documents; S is the length of the longest here.
+
+    Attributes:
+        new: these rows, each with its real tokens first.
+        columns_NS: where each token stands among all tokens of the packed rows; 0 at padding.
+        batch: B.
+        tokens: T.
+    """
+
+    new: NewTokens
+    columns_NS: Tensor
+    batch: int
+    tokens: int
+
+    def rows(self, packed_BTE: Tensor) -> Tensor:
+        """``[N, S, E]``; something at padding."""
+        return packed_BTE.flatten(0, 1)[self.columns_NS]
+
+    def packed(self, rows_NSE: Tensor) -> Tensor:
+        """Back to the packed rows, ``[B, T, E]``; 0 at their padding."""
+        columns, values = self.columns_NS.flatten(), rows_NSE.flatten(0, 1)
+        if self.new.mask_BT is not None:
+            real = self.new.mask_BT.flatten()
+            columns, values = columns[real], values[real]
+        packed = values.new_zeros(self.batch * self.tokens, values.shape[-1])
+        return packed.index_copy(0, columns, values).unflatten(0, (self.batch, self.tokens))
 
 
 def take(values_BTE: Tensor, columns_BK: Tensor) -> Tensor:
@@ -208,8 +347,8 @@ def take(values_BTE: Tensor, columns_BK: Tensor) -> Tensor:
     return values_BTE.gather(1, columns_BK.unsqueeze(-1).expand(-1, -1, values_BTE.shape[-1]))
 
 
-def _values_can_be_read(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
+def _values_can_be_read(device: torch.device) -> bool:
+    return not torch.compiler.is_compiling() and device.type != "meta"
 
 
 def _real_first(mask_BT: Tensor | None) -> Tensor | None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from contextlm.models.attention import attend
+from contextlm.models.attention import attend, same_document
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import RowStateLayer
+from contextlm.models.cache import CACHE, CroppableLayer, KeyValueLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.inputs import NewTokens
 
@@ -131,6 +131,8 @@ class PostLNTransformerModel(ContextDecoder):
     _no_split_modules = ["PostLNLayer"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PostLNLayer, "attentions": PostLNAttention}
+    _supports_flash_attn = _supports_flex_attn = True
+    reads_packed = True
 
     def __init__(self, config: PostLNTransformerConfig):
         super().__init__(config)
@@ -147,7 +149,7 @@ class PostLNTransformerModel(ContextDecoder):
 
     def new_cache(self) -> Cache:
         """An empty cache: keys and values per layer, and each row's count of tokens."""
-        return Cache(layers=[*(DynamicLayer() for _ in self.layers), RowStateLayer()])
+        return Cache(layers=[*(KeyValueLayer() for _ in self.layers), CroppableLayer()])
 
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, D]``; a `ValueError` for more tokens than learned positions."""
@@ -157,8 +159,8 @@ class PostLNTransformerModel(ContextDecoder):
             config=self.config,
             inputs_embeds=x_BTD,
             attention_mask=new.attention_mask,
-            past_key_values=new.cache,
-            position_ids=positions_BT,
+            and_mask_function=same_document(new),
+            **{CACHE: new.cache},
         )
         for layer in self.layers:
             x_BTD = layer(x_BTD, mask, past_key_values=new.cache, **kwargs)

@@ -11,8 +11,12 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
@@ -30,14 +34,95 @@ def requested_backend(op: str, given: str, known: Sequence[str]) -> str:
     return name
 
 
+@lru_cache
 def is_installed(package: str) -> bool:
     """Whether an optional package can be imported; it is not imported for this."""
     return find_spec(package) is not None
 
 
+_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
+# Chosen while torch.compile traces, which cannot trace the choosing.
+_requested = torch.compiler.assume_constant_result(requested_backend)
+# Below, a handful of torch's calls costs less than any set-up.
+_FEWEST_TOKENS = 4
+_FEWEST_NUMBERS = 2**12
+
+
+def recurrence_backend(
+    op: str, given: str, known: Sequence[str], tensors: Sequence[Tensor], kernels: Sequence[str]
+) -> str:
+    """The backend for a recurrence over T tokens, whose plain forms are eager, numba and chunked.
+
+    Left open it is ``eager`` for a few tokens, else ``numba`` on a CPU, one of the kernels on CUDA,
+    and ``chunked`` for all else.
+
+    Args:
+        op: its name.
+        given: what the call says.
+        known: all that the op has.
+        tensors: ``[B, T, ...]`` the first.
+        kernels: packages for CUDA whose kernels fit the call.
+
+    Raises:
+        ValueError: the backend is unknown, or does not fit the tensors.
+    """
+    name = _requested(op, given, known)
+    if name in ("eager", "chunked"):
+        return name
+    obstacles = {
+        name: _obstacle(name, tensors) if name in ("numba", *kernels) else "does not fit the call"
+        for name in known
+        if name not in ("eager", "chunked")
+    }
+    if name != AUTO:
+        if obstacles[name]:
+            raise ValueError(f"{op} backend {name!r} {obstacles[name]}")
+        return name
+    if tensors[0].shape[1] < _FEWEST_TOKENS:
+        return "eager"
+    return next((name for name, obstacle in obstacles.items() if not obstacle), "chunked")
+
+
+def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:
+    """The backend for an op that is one pass over memory in ``numba`` and several in ``eager``.
+
+    Args:
+        op: its name.
+        given: what the call says.
+        tensors: the first ``[..., C]``; there must be many numbers in it to make a pass count.
+
+    Raises:
+        ValueError: the backend is unknown, or does not fit the tensors.
+    """
+    name = _requested(op, given, ("eager", "numba"))
+    if name == "eager" or (name == AUTO and tensors[0].numel() < _FEWEST_NUMBERS):
+        return "eager"
+    obstacle = _obstacle("numba", tensors)
+    if name == "numba" and obstacle:
+        raise ValueError(f"{op} backend 'numba' {obstacle}")
+    return "eager" if obstacle else "numba"
+
+
+def numba_fits(op: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether compiled loops can take these tensors, and the user chose nothing else for the op."""
+    return _from_environment(op) in (AUTO, "numba") and not _obstacle("numba", tensors)
+
+
+def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
+    """Why what runs outside of torch cannot take these tensors; empty if it can."""
+    if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
+        return "cannot be traced"
+    device = "cpu" if package == "numba" else "cuda"
+    if any(tensor.device.type != device for tensor in tensors):
+        return f"is for {device.upper()} only"
+    return "" if is_installed(package) else f"needs the package {package}"
+
+
 def _from_environment(op: str) -> str:
-    chosen = AUTO
-    for part in os.environ.get(VARIABLE, "").split(","):
+    chosen, said = AUTO, os.environ.get(VARIABLE, "")
+    if not said:
+        return chosen
+    for part in said.split(","):
         name, equals, value = (text.strip() for text in part.partition("="))
         if not equals and name:
             chosen = name

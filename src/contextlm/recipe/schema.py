@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     JsonValue,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -20,6 +22,7 @@ from contextlm.recipe.settings import (
     ContextStoreSettings,
     EmbeddingSettings,
     EvaluationSettings,
+    MatchSettings,
     PhaseOneSettings,
     Settings,
     TrainingSettings,
@@ -34,19 +37,28 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator acce
 class Split(Settings):
     """Two counts, one for each split."""
 
-    train: PositiveInt
-    validation: PositiveInt
+    train: PositiveInt = Field(description="of the training split")
+    validation: PositiveInt = Field(description="of the validation split")
 
 
 class Contender(Settings):
     """One model in a comparison."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)
-    baseline: bool = False
-    model: dict[str, JsonValue] = Field(
-        description="`type`, and fields of that architecture's config"
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        max_length=64,
+        description="letters, digits, - and _; in a scale and in --set it stands for NAME",
     )
-    phase1: PhaseOneSettings | None = None
+    baseline: bool = Field(False, description="the one that others are compared with")
+    model: dict[str, JsonValue] = Field(
+        description="`type`, and fields of that type: contextlm list keys model.TYPE"
+    )
+    match: MatchSettings | None = Field(
+        None, description="find the width at which it has as many parameters as the baseline"
+    )
+    phase1: PhaseOneSettings | None = Field(
+        None, description="train the context block by itself first; null: not"
+    )
     training: dict[str, JsonValue] = Field({}, description="overrides the recipe's training")
     use_store: bool = Field(
         True, description="false: run the context block inside, each window from zero"
@@ -67,13 +79,15 @@ class Contender(Settings):
 class Recipe(Settings):
     """A comparison, resolved: a baseline, other contenders, the same data and training for all."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
-    question: str
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, description="of run folders too"
+    )
+    question: str = Field(description="what the comparison is to answer")
     document: str | None = Field(None, description="the report that the setting comes from")
     scale: str = FULL
     departs_from_full: list[str] | None = []  # see loading.departures
     written: dict[str, str] = Field({}, description="paths as written, before made absolute")
-    corpus: str = "pydocs"
+    corpus: str = Field("pydocs", description="contextlm list corpora")
     validation: float | str | None = Field(
         None,
         description="the share of the text to hold out, or text:PATH or jsonl:PATH; null: 0.05, or "
@@ -84,13 +98,21 @@ class Recipe(Settings):
         None, description="the models' vocabulary where it is larger than the tokenizer's"
     )
     unit: Literal["windows", "lines", "answers"] = Field("windows", description="what a sample is")
-    sequence_length: PositiveInt = SEQUENCE_LENGTH
+    sequence_length: PositiveInt = Field(SEQUENCE_LENGTH, description="tokens of a sample")
     stride: PositiveInt | None = Field(None, description="between windows; null: sequence_length")
-    target_offset: PositiveInt = 1
+    target_offset: PositiveInt = Field(1, description="how many tokens ahead the target lies")
     documents: Split | None = Field(None, description="use only the first documents of each split")
     tokens: Split | None = Field(None, description="use only the first tokens of each split")
     samples: Split | None = Field(None, description="use only the first samples of each split")
-    seeds: list[Seed] = Field([0], min_length=1)
+    budgets: list[PositiveFloat] | None = Field(
+        None,
+        min_length=1,
+        description="train each contender once a budget, on this share of the training samples; "
+        "more than 1 goes on with the samples that follow them in the text",
+    )
+    seeds: list[Seed] = Field(
+        [0], min_length=1, description="of weights, noise, order and dropout: a training for each"
+    )
     embedding: EmbeddingSettings = EmbeddingSettings()
     context_store: ContextStoreSettings | None = Field(
         None, description="the text is one stream, whose contexts are kept for phase 2"
@@ -119,6 +141,10 @@ class Recipe(Settings):
             raise ValueError(f"contenders: {sorted(twice)[0]!r} is named twice")
         if sum(contender.baseline for contender in self.contenders) != 1:
             raise ValueError("contenders: exactly one must have 'baseline: true'")
+        if self.baseline.match is not None:
+            raise ValueError(
+                f"contenders.{self.baseline.name}.match: the baseline is what others match"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: a seed is named twice")
         for contender in self.contenders:
@@ -130,6 +156,7 @@ class Recipe(Settings):
         names = ("stride", "tokens", "context_store", "tuning")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given["target_offset"] = self.target_offset > 1
+        given["evaluation.long"] = self.evaluation.long
         for contender in self.contenders:
             key = f"contenders.{contender.name}"
             given[f"{key}.phase1"] = contender.phase1
@@ -138,6 +165,37 @@ class Recipe(Settings):
             raise ValueError(
                 f"{key}: needs a stream of text, which unit {self.unit!r} does not have"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_count_samples_once(self) -> Self:
+        if self.budgets is None:
+            return self
+        if any(b <= a for a, b in pairwise(self.budgets)):
+            raise ValueError("budgets must ascend")
+        if self.context_store is not None:
+            raise ValueError("budgets: take a part of the text, which a context_store forbids")
+        for contender in self.contenders:
+            if self.training_of(contender).epochs > 1:
+                own = "epochs" in contender.training
+                key = f"contenders.{contender.name}.training" if own else "training"
+                raise ValueError(
+                    f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_ask_for_the_next_token(self) -> Self:
+        if not self.evaluation.tasks:
+            return self
+        if self.unit == "answers":
+            raise ValueError("evaluation.tasks: a synthetic task's tokens spell no text")
+        for contender in self.contenders:
+            if self.target_offset_of(contender) > 1:
+                raise ValueError(
+                    f"evaluation.tasks: they ask for the next token, which {contender.name} does "
+                    "not predict: its target_offset is more than 1"
+                )
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ class Settings(BaseModel):
 class PhaseOneSettings(Settings):
     """Context training by origin-anchored centroid dispersion (OACD), see `training.oacd`."""
 
-    learning_rate: PositiveFloat = 0.002
+    learning_rate: PositiveFloat = Field(0.002, description="of Adam")
     noise: NonNegativeFloat = Field(
         0.1, description="standard deviation added to the contexts that are fed back"
     )
@@ -95,7 +95,7 @@ class TuningSettings(Settings):
 
     learning_rates: list[PositiveFloat] = Field(min_length=2, description="ascending")
     share: float = Field(0.25, gt=0, le=1, description="of the training windows, and of warmup")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the trials")
     extensions: Annotated[int, Field(ge=0, le=10)] = Field(
         3, description="further rates, each twice or half the end of the grid that was best"
     )
@@ -107,19 +107,29 @@ class TuningSettings(Settings):
         return self
 
 
+class MatchSettings(Settings):
+    """A contender is made as large as the baseline, by one field of its model."""
+
+    field: str = Field(description="a whole number of the model's configuration")
+    within: float = Field(0.02, gt=0, lt=1, description="of the baseline's parameters")
+    multiple_of: Count = Field(1, description="the field's value is a multiple of this")
+
+
 class ParameterGroup(Settings):
     """Parameters whose names match get their own learning rate or weight decay."""
 
     match: str = Field(description="shell pattern on parameter names, e.g. '*.dca.*'")
-    learning_rate: PositiveFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
+    learning_rate: PositiveFloat | None = Field(None, description="null: that of the others")
+    weight_decay: NonNegativeFloat | None = Field(None, description="null: that of the others")
 
 
 class TrainingSettings(Settings):
     """Next-token training (phase 2), see `training.next_token`."""
 
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    learning_rate: PositiveFloat = 1e-4
+    optimizer: Literal["adam", "adamw"] = Field(
+        "adamw", description="adam adds no weight decay, as in the documents"
+    )
+    learning_rate: PositiveFloat = Field(1e-4, description="at the peak of the schedule")
     weight_decay: NonNegativeFloat | None = Field(
         None, description="null: 0.01 with adamw; adam has none"
     )
@@ -127,26 +137,40 @@ class TrainingSettings(Settings):
         "all", description="which parameters decay; 'matrices' spares vectors (norms and biases)"
     )
     # Not strict, so that a recipe's list becomes a tuple.
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Momentum, Momentum] = Field(
+        (0.9, 0.999), strict=False, description="of the optimiser's two running means"
+    )
     batch_size: Count = Field(32, description="windows per optimiser step")
     accumulation: Count = Field(1, description="micro-batches that make up one batch")
     epochs: Count = Field(10, description="at most this many")
     patience: Count | None = Field(
         1, description="stop after this many epochs without a better validation loss; null: never"
     )
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    schedule_unit: Literal["step", "epoch"] = "step"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "constant", description="of the learning rate; wsd: warmup, stable, decay"
+    )
+    schedule_unit: Literal["step", "epoch"] = Field(
+        "step", description="after what the rate changes"
+    )
     warmup: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(0, description="in steps")
     minimum_ratio: float = Field(
-        0.0, ge=0, le=1, description="the cosine schedule ends at this share of the learning rate"
+        0.0, ge=0, le=1, description="cosine and wsd end at this share of the learning rate"
+    )
+    cooldown: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="wsd: the last share of the steps, in which the rate falls; null: 0.2",
     )
     clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="windows anew each epoch, by the seed")
     drop_last: bool = Field(False, description="drop a last incomplete batch")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast type; auto: bfloat16 where the machine is faster with it"
     )
-    parameter_groups: list[ParameterGroup] = []
+    parameter_groups: list[ParameterGroup] = Field(
+        [], description="parameters with a learning rate or weight decay of their own"
+    )
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> Self:
@@ -161,9 +185,17 @@ class TrainingSettings(Settings):
         decays = [self.weight_decay, *(group.weight_decay for group in self.parameter_groups)]
         if self.optimizer == "adam" and any(decays):
             raise ValueError("weight_decay is for optimizer adamw; adam has none")
-        if self.minimum_ratio and self.schedule != "cosine":
-            raise ValueError(f"minimum_ratio is for schedule cosine, not {self.schedule}")
+        if self.minimum_ratio and self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"minimum_ratio is for schedules cosine and wsd, not {self.schedule}")
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ValueError(f"cooldown is for schedule wsd, not {self.schedule}")
+        if self.schedule == "wsd" and self.schedule_unit == "epoch":
+            raise ValueError("schedule wsd changes the rate by step: schedule_unit must be step")
         return self
+
+    def stable_until(self, steps: int) -> int:
+        """How many of a training's steps schedule wsd takes before the rate begins to fall."""
+        return steps - max(1, round((0.2 if self.cooldown is None else self.cooldown) * steps))
 
     def decay_rate(self) -> float:
         """The weight decay of parameters outside the groups."""
@@ -176,8 +208,14 @@ class EvaluationSettings(Settings):
     """What is measured after training."""
 
     batch_size: PositiveInt = Field(32, description="windows per batch")
-    cache_lengths: list[PositiveInt] = Field([128, 512, 2048, 8192], min_length=1)
+    cache_lengths: list[PositiveInt] = Field(
+        [128, 512, 2048, 8192], min_length=1, description="tokens after which the cache is measured"
+    )
     speed_tokens: PositiveInt = Field(512, description="length of the timed prefill and decode")
     train_samples: PositiveInt | None = Field(
         None, description="training windows on which the best weights are scored again; null: all"
     )
+    long: bool = Field(
+        False, description="also score long texts, up to eight times the windows, by position"
+    )
+    tasks: list[str] = Field([], description="of lm-eval, by name (extra lm-eval)")

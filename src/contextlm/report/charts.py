@@ -1,233 +1,485 @@
-"""The two charts of a report: learning curves, and perplexity against cache.
+"""The charts of a report, in Vega-Lite through Altair: one description for paper and page.
 
-Matplotlib's object-oriented interface only, so that nothing is shared with a user's own plots. What
-is not finite is left out.
+A chart is described without colours and fonts; those are a theme, `LIGHT` for the files (made by
+vl-convert, without a browser), `LIGHT` or `DARK` on the page. Contenders are numbered by their
+quality and keep that number in all charts of a list; the first eight have a colour each, the others
+are grey. What is not finite is left out.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
+import altair as alt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+import vl_convert
 
+from contextlm.base.files import atomic_open
 from contextlm.base.visible import visible
 from contextlm.report import numbers
-from contextlm.report.contenders import CACHE, Contender, cache_length, comparable_groups
-from contextlm.report.frame import DIVERGED_LOSS
-from contextlm.report.tables import ppl_text, setting_of
-
-WIDTH = 5.8  # inches; with large type, so that it can be read at 400 pixels
-WIDE_RANGE = 4.0  # an axis is logarithmic when its largest value exceeds this times its smallest
-
-# Told apart with any colour vision, and dark enough on white (after Okabe and Ito).
-_COLOURS = "#222222", "#0072B2", "#D55E00", "#009E73", "#B8568F", "#B57A00", "#3E9BD0", "#7A6C00"
-_MARKERS = "o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">"
-
-styled = mpl.rc_context(
-    {
-        "figure.constrained_layout.use": True,
-        "figure.dpi": 160,
-        "figure.facecolor": "white",
-        "axes.grid": True,
-        "axes.titlelocation": "left",
-        "axes.titlesize": "small",
-        "grid.color": "#dddddd",
-        "legend.fontsize": "small",
-        "legend.frameon": False,
-        "text.parse_math": False,  # a dollar sign in a name begins no formula
-    }
+from contextlm.report.contenders import (
+    CACHE,
+    PPL_AT,
+    Contender,
+    comparable_groups,
+    ranked,
+    same_data_groups,
+    scored_lengths,
 )
+from contextlm.report.frame import DIVERGED_LOSS
+from contextlm.report.language import ENGLISH, say, speaking, spoken, translations
+from contextlm.report.statistics import Stat
+from contextlm.report.tables import level_name, setting_of, versus_text
+
+FORMATS = ("png", "svg", "pdf")
+WIDTH, HEIGHT = 440, 300  # of the plot itself
+WIDE_RANGE = 4.0  # an axis is logarithmic when its largest value exceeds this times its smallest
+MOST_POINTS = 120  # of a training curve: each is the mean of its stretch
+
+# Told apart with any colour vision (after Tol's bright scheme), on white and on black.
+_COLOURS = "#4477AA", "#EE6677", "#228833", "#AA4488", "#B8860B", "#33A6CC", "#DD8833", "#7766BB"
+_GREY = "#9aa1a9"
+_BYTES = (
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? datum.value / 1024 + ' KB'"
+    " : datum.value < 1073741824 ? datum.value / 1048576 + ' MB'"
+    " : datum.value / 1073741824 + ' GB'"
+)
+_TOKENS = "format(datum.value, '.3~s')"
+
+
+def _theme(back: str, text: str, soft: str, grid: str) -> dict[str, Any]:
+    return {
+        "font": "Helvetica, Arial, Liberation Sans, Noto Sans CJK JP, Hiragino Sans, sans-serif",
+        # A reader without these fonts sees wider letters.
+        "padding": {"left": 5, "top": 5, "right": 35, "bottom": 5},
+        "background": back,
+        "view": {"stroke": None},
+        "axis": {
+            "labelColor": text,
+            "titleColor": text,
+            "titleFontWeight": "normal",
+            "titleFontSize": 12,
+            "labelFontSize": 11,
+            "gridColor": grid,
+            "domainColor": soft,
+            "tickColor": soft,
+            "labelSeparation": 8,
+        },
+        "legend": {
+            "labelColor": text,
+            "title": None,
+            "labelFontSize": 11,
+            "labelLimit": 190,
+            "symbolLimit": 0,
+            "symbolOpacity": 1,
+        },
+        "range": {"category": [*_COLOURS, *[_GREY] * 500]},
+    }
+
+
+LIGHT = _theme("white", "#1c1e21", "#8a9097", "#e4e7ea")
+DARK = _theme("transparent", "#e6e8eb", "#7d858e", "#333a42")
+
+
+Drawn = tuple[str, alt.LayerChart] | None  # with its caption
 
 
 @dataclass(frozen=True)
-class Style:
-    """How one contender is drawn, in every chart."""
+class Figure:
+    """A chart in Vega-Lite without a theme, the name of its files, and how to read it."""
 
-    colour: str
-    marker: str
+    name: str
+    caption: str
+    chart: dict[str, Any]
 
+    @cached_property
+    def svg(self) -> str:
+        """The chart as SVG, in the light theme."""
+        return str(vl_convert.vegalite_to_svg(self.chart, config=LIGHT))
 
-def styles(number: int) -> list[Style]:
-    """One style per contender; colours and markers repeat out of step."""
-    return [Style(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i in range(number)]
-
-
-@styled
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, the same bytes each time."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def new_figure(height: float, entries: int) -> Figure:
-    """An empty figure with `height` inches for its axes, and room for a legend below them."""
-    return Figure(figsize=(WIDTH, height + 0.2 * entries))
-
-
-def add_legend(figure: Figure | SubFigure) -> None:
-    """A legend of everything that has a label, below the axes."""
-    figure.legend(loc="outside lower center", markerscale=0.7)
+    def save(self, folder: Path) -> None:
+        """Write it as ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``."""
+        made = {
+            "png": vl_convert.vegalite_to_png(self.chart, scale=2, config=LIGHT),
+            "svg": self.svg.encode(),
+            "pdf": vl_convert.vegalite_to_pdf(self.chart, config=LIGHT),
+        }
+        for suffix, content in made.items():
+            with atomic_open(folder / f"{self.name}.{suffix}", "wb") as stream:
+                stream.write(content)
 
 
-def short(name: str) -> str:
-    """A name for a legend."""
-    return visible(name if len(name) <= 40 else f"{name[:39]}…")
+def figure(name: str, drawn: Drawn, where: str = "") -> list[Figure]:
+    """A chart under a name, its caption after `where` it was measured; none of None."""
+    if drawn is None:
+        return []
+    caption, chart = drawn
+    described = chart.to_dict(validate=False)
+    described.pop("config", None)
+    return [Figure(name, where + caption, described)]
 
 
-# --- learning curves -------------------------------------------------------------------------
+def figures(rows: Sequence[Contender]) -> list[Figure]:
+    """Every chart that the rows have something for, in English where no font has the glyphs."""
+    lists, families = comparable_groups(rows), same_data_groups(rows)
+    kinds = [
+        ("frontier", lists, frontier),
+        ("frontier-long", lists, longer_frontier),
+        ("retrieval", lists, retrieval),
+        ("budgets", families, budgets),
+        ("curves", families, curves),
+        ("positions", lists, positions),
+    ]
+    found = []
+    with speaking(spoken() if has_glyphs(spoken()) else ENGLISH):
+        for name, groups, draw in kinds:
+            for number, group in enumerate(groups, start=1):
+                where = f"{setting_of(group)}: " if len(groups) > 1 else ""
+                own = name if number == 1 else f"{name}-{number}"
+                found += figure(own, draw(group), where)
+    return found
 
 
-@styled
-def curves_figure(rows: Sequence[Contender]) -> Figure:
+@cache
+def has_glyphs(language: str) -> bool:
+    """Whether a font of this machine has the language's glyphs: without one, all look alike."""
+    foreign = {c for text in translations(language).values() for c in text if c >= "\u4e00"}
+    glyphs = sorted(foreign)[:3]
+    pictures = {
+        vl_convert.svg_to_png(
+            '<svg xmlns="http://www.w3.org/2000/svg" width="24" height="24">'
+            f'<text y="20" font-size="20" font-family="{LIGHT["font"]}">{glyph}</text></svg>'
+        )
+        for glyph in glyphs
+    }
+    return len(pictures) == len(glyphs)
+
+
+# --- perplexity, or right answers, against cache ---------------------------------------------
+
+
+def frontier(group: Sequence[Contender]) -> Drawn:
+    """Quality against logical cache bytes, both at the length of the windows, and the frontier."""
+    measure = "accuracy" if group[0].task else "validation_ppl"
+    return _frontier(group, group[0].value("sequence_length"), measure)
+
+
+def longer_frontier(group: Sequence[Contender]) -> Drawn:
+    """The same at the greatest length at which all were scored beyond their windows."""
+    lengths = scored_lengths(group)
+    return _frontier(group, lengths[-1], f"{PPL_AT}{lengths[-1]}") if lengths else None
+
+
+def _frontier(group: Sequence[Contender], length: int, measure: str) -> Drawn:
+    answers, size = measure == "accuracy", f"{CACHE}{length}"
+    points = points_of(
+        {
+            **point(row, label, row.stat(measure), 100 if answers else 1),
+            "x": max(row.value(size), 1),  # nothing kept is drawn as one byte
+            "number": label.partition(" ")[0],
+            "cache": numbers.human_bytes(row.value(size)),
+        }
+        for row, label in _labels(group).items()
+        if not row.diverged and row.value(size) is not None
+    )
+    if points.empty:
+        return None
+    left, right = points.x.min() / 1.6, points.x.max() * 1.6
+    tokens = numbers.count(length)
+    x = alt.X("x:Q").title(say("cache of one sequence at {tokens} tokens", tokens=tokens))
+    x = x.scale(type="log", base=2, domain=[left, right], nice=False)
+    x = x.axis(values=_powers_of_two(left, right), labelExpr=_BYTES)
+    y = _shares() if answers else _perplexity(points, say("validation perplexity"))
+    best = pareto(points.assign(cost=-points.y if answers else points.y))[["x", "y"]]
+    step = alt.Chart(_values(pd.concat([best, best.tail(1).assign(x=right)])))
+    step = step.mark_line(interpolate="step-after", strokeWidth=2, color=_GREY).encode(x, y)
+    label = alt.Chart(_values(points[::-1])).mark_text(
+        fontSize=10, fontWeight="bold", color="white"
+    )
+    chart = _layered(
+        [step, *_marks(points, x, y, ["cache"], size=230), label.encode(x, y, text="number:N")],
+        len(points),
+    )
+    said = (
+        say("Right answers against cache at {tokens} tokens.", tokens=tokens)
+        if answers
+        else say("Perplexity and cache, both at {tokens} tokens.", tokens=tokens)
+    )
+    more = say("No contender beats one on the line in both. Bars: 95% interval of the mean.")
+    return f"{said} {more}", chart
+
+
+def pareto(points: pd.DataFrame) -> pd.DataFrame:
+    """The points that no other beats, by rising `x`; less is better in `x` and in `cost`."""
+    ordered = points.sort_values(["x", "cost"]).drop_duplicates("x")
+    return ordered[ordered.cost < ordered.cost.cummin().shift(fill_value=math.inf)]
+
+
+# --- lines: by tokens, by position, by difficulty, by a grid's values ------------------------
+
+
+def budgets(group: Sequence[Contender]) -> Drawn:
+    """Perplexity against training tokens, a line a contender; None with a single budget."""
+    if len({row.budget for row in group}) < 2:
+        return None
+    named = [replace(row, name=row.value("contender")) for row in group]
+    latest = {row.name: row for row in sorted(named, key=lambda row: row.budget)}
+    labels = {row.name: label for row, label in _labels([*latest.values()]).items()}
+    points = points_of(
+        {**point(row, labels[row.name], row.stat("validation_ppl")), "x": row.budget}
+        for row in named
+        if not row.diverged
+    )
+    return budget_chart(points)
+
+
+def budget_chart(points: pd.DataFrame) -> Drawn:
+    """The same from points with `label`, `x` in training tokens, `y`, `low` and `high`."""
+    x = alt.X("x:Q").title(say("training tokens")).scale(type="log", nice=False, padding=20)
+    x = x.axis(values=sorted(set(points.x)), labelExpr=_TOKENS)
+    said = say("Perplexity against training tokens. Bars: 95% interval of the mean.")
+    return _line_chart(points, x, _perplexity(points, say("validation perplexity")), said)
+
+
+def retrieval(group: Sequence[Contender]) -> Drawn:
+    """Right answers by difficulty; None without a synthetic task."""
+    levels = list(dict.fromkeys(level for row in group for level in row.levels))
+    points = points_of(
+        {
+            **point(row, label, row.stat(level), 100),
+            "x": level_name(level),
+        }
+        for row, label in _labels(group).items()
+        for level in row.levels
+        if not row.diverged
+    )
+    names = [level_name(level) for level in levels]
+    x = alt.X("x:O").title(None).sort(names).axis(labelAngle=0)
+    return _line_chart(points, x, _shares(), say("Right answers by difficulty."))
+
+
+def positions(group: Sequence[Contender]) -> Drawn:
+    """Perplexity by position in long texts; None where nothing was scored beyond the windows."""
+    points = points_of(
+        {**point(row, label, found), "x": last}
+        for row, label in _labels(group).items()
+        for last, found in row.positions().items()
+    )
+    x = alt.X("x:Q").title(say("tokens read so far")).scale(nice=False, zero=True)
+    x = x.axis(labelExpr=_TOKENS)
+    said = say(
+        "Perplexity by position in long texts; training windows had {tokens} tokens.",
+        tokens=numbers.count(group[0].value("sequence_length")),
+    )
+    return _line_chart(points, x, _perplexity(points, say("perplexity")), said)
+
+
+def grid_chart(points: pd.DataFrame, key: str, marks: Sequence[str]) -> Drawn:
+    """Perplexity against a key's values, from points with `label`, `x`, `y`, `low` and `high`."""
+    x = alt.X("x:O").title(visible(key)).sort(list(marks)).axis(labelAngle=0)
+    said = say("Perplexity of each setting. Bars: 95% interval of the mean.")
+    return _line_chart(points, x, _perplexity(points, say("validation perplexity")), said)
+
+
+def curves(group: Sequence[Contender]) -> Drawn:
     """Loss over the tokens trained on, of validation and, running, of training.
 
-    With several seeds, lines are means as far as all seeds went, and a band spans the seeds.
+    With several seeds lines are means, as far as all seeds went, and a band spans the seeds.
     """
-    figure = new_figure(3.6, len(rows))
-    axes = figure.subplots()
-    for row, style in zip(rows, styles(len(rows)), strict=True):
-        _draw_curves(axes, row, style)
-    axes.set(xlabel="training tokens", ylabel="loss (nats a token)")
-    axes.set_title("with markers: validation; without: training, running")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    add_legend(figure)
-    return figure
+    lines = [(row, label, *_curves(row)) for row, label in _labels(group).items()]
+    train = pd.concat([_curve(row, label, losses) for row, label, losses, _ in lines])
+    validation = pd.concat([_curve(row, label, losses) for row, label, _, losses in lines])
+    if validation.empty:
+        return None
+    x = (
+        alt.X("x:Q")
+        .title(say("training tokens"))
+        .scale(zero=True, nice=False)
+        .axis(labelExpr=_TOKENS)
+    )
+    y = alt.Y("y:Q").title(say("loss, nats a token")).scale(zero=False)
+    colour = _colour(validation)
+    thin = alt.Chart(_values(train)).mark_line(strokeWidth=0.8, opacity=0.6)
+    spread = validation[validation.low < validation.high]
+    band = alt.Chart(_values(spread)).mark_area(opacity=0.15)
+    layers = [] if train.empty else [thin.encode(x, y, color=colour)]
+    layers += [] if spread.empty else [band.encode(x, _low(y), y2="high:Q", color=colour)]
+    points = validation.assign(low=math.nan, high=math.nan)
+    chart = _layered([*layers, *_marks(points, x, y, [], line=True)], len(lines))
+    return say("Loss: with points of validation, without of training (running)."), chart
 
 
-def _draw_curves(axes: Axes, row: Contender, style: Style) -> None:
-    epoch_tokens = row.value("train_windows") * row.value("sequence_length")
-    epochs, steps = row.epochs(), row.steps()
-    # Steps may be written down every so often: the last one of the first epoch tells its length.
-    epoch_steps = steps.step[steps.epoch == steps.epoch.min()].max()
-    validation = _losses(epochs, "validation_loss", epochs.epoch * epoch_tokens)
+def live_chart(steps: pd.DataFrame) -> Drawn:
+    """Loss by step of each job that has begun, from `label`, `x` and `y`; the latest is last."""
     if steps.empty:
-        train = _losses(epochs, "train_loss", epochs.epoch * epoch_tokens)
-    else:
-        train = _losses(steps, "loss", steps.step / epoch_steps * epoch_tokens)
-    colour = style.colour
-    axes.plot(train.mean(axis=1), color=colour, lw=0.9, alpha=0.7, ls="--" if steps.empty else "-")
-    low, high = validation.min(axis=1), validation.max(axis=1)
-    axes.fill_between(validation.index, low, high, color=colour, alpha=0.15, linewidth=0)
-    label, marker = short(row.name), style.marker
-    axes.plot(validation.mean(axis=1), color=colour, marker=marker, ms=4, lw=1.8, label=label)
+        return None
+    lines = []
+    for label, own in steps.groupby("label", sort=False):
+        stretch = np.arange(len(own)) // (-(-len(own) // MOST_POINTS))
+        lines.append(own[["x", "y"]].groupby(stretch).mean().assign(label=visible(str(label))))
+    points = pd.concat(lines[::-1]).assign(baseline=False)
+    x, y = alt.X("x:Q").title(say("step")), alt.Y("y:Q").title(say("loss, nats a token"))
+    line = alt.Chart(_values(points)).mark_line(strokeWidth=1.5)
+    line = line.encode(x, y.scale(zero=False), color=_colour(points))
+    return say("Training loss by step."), _layered([line], len(lines))
 
 
-def _losses(lines: pd.DataFrame, column: str, tokens: pd.Series[float]) -> pd.DataFrame:
+def _curves(row: Contender) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The losses of training and of validation: a column a seed, a row a number of tokens."""
+    epochs, steps = _with_tokens(row, row.epochs()), _with_tokens(row, row.steps())
+    validation = _losses(epochs, "validation_loss")
+    return (_losses(epochs, "train_loss") if steps.empty else _losses(steps, "loss")), validation
+
+
+def _with_tokens(row: Contender, lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a history with the tokens trained on; older ones only count steps and epochs."""
+    if lines.empty or lines.tokens.notna().all():
+        return lines
+    epoch_tokens = row.value("train_windows") * row.value("sequence_length")
+    if "step" not in lines:
+        return lines.assign(tokens=lines.epoch * epoch_tokens)
+    # Steps may be written down every so often: the last one of the first epoch tells its length.
+    epoch_steps = lines.step[lines.epoch == lines.epoch.min()].max()
+    return lines.assign(tokens=lines.step / epoch_steps * epoch_tokens)
+
+
+def _losses(lines: pd.DataFrame, column: str) -> pd.DataFrame:
     """A column a seed, a row for each number of tokens that all seeds reached undiverged."""
-    lines = lines.assign(tokens=tokens.astype(float), loss=lines[column].astype(float))
+    lines = lines.assign(tokens=lines.tokens.astype(float), loss=lines[column].astype(float))
     lines = lines.drop_duplicates(["tokens", "seed"], keep="last")
     losses = lines.pivot(index="tokens", columns="seed", values="loss")
     return losses[losses < DIVERGED_LOSS].dropna()
 
 
-# --- perplexity against cache ----------------------------------------------------------------
+def _curve(row: Contender, label: str, losses: pd.DataFrame) -> pd.DataFrame:
+    """The mean over the seeds and their range, at no more than `MOST_POINTS` places."""
+    found = pd.DataFrame(
+        {"x": losses.index, "y": losses.mean(axis=1), "low": losses.min(axis=1)}
+    ).assign(high=losses.max(axis=1))
+    stretch = -(-len(found) // MOST_POINTS) or 1
+    found = found.groupby(np.arange(len(found)) // stretch).mean()
+    shown = [numbers.decimal(loss, 4) for loss in found.y]
+    return found.assign(label=label, shown=shown, baseline=bool(row.value("baseline")))
 
 
-@styled
-def frontier_figure(rows: Sequence[Contender]) -> Figure:
-    """Validation perplexity against logical cache bytes, and the frontier at one length.
-
-    Large markers stand at `cache_length`, small ones at the other measured lengths; a step line
-    joins the contenders that no other beats in both. Those that may not be ranked together get a
-    panel each.
-    """
-    groups = comparable_groups(rows)
-    looks = dict(zip([row.name for row in rows], styles(len(rows)), strict=True))
-    figure = new_figure(3.6 * len(groups), len(rows))
-    heights = [3.6 + 0.2 * len(group) for group in groups]
-    panels = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, group in zip(panels, groups, strict=True):
-        axes = panel.subplots()
-        _draw_frontier(axes, group, looks)
-        length = cache_length(group)
-        title = [setting_of(group)] if len(groups) > 1 else []
-        if length is not None:
-            title.append(
-                f"large markers: {numbers.count(length)} tokens; bars: ± 1 sd; step line: frontier"
-            )
-        axes.set_title("\n".join(textwrap.fill(visible(line), 75) for line in title))
-        add_legend(panel)
-    return figure
+# --- what charts are made of -----------------------------------------------------------------
 
 
-def _draw_frontier(axes: Axes, group: Sequence[Contender], looks: dict[str, Style]) -> None:
-    window, length = group[0].value("sequence_length"), cache_length(group)
-    axes.set_xlabel("cache of one sequence, logical bytes")
-    axes.set_ylabel(f"validation perplexity\non windows of {numbers.count(window)} tokens")
-    points = _points(group)
-    for row in group:
-        mine = points[points.name == row.name]
-        at = mine[mine.tokens == length]
-        colour, marker = looks[row.name].colour, looks[row.name].marker
-        axes.plot(mine["size"], mine.ppl, color=colour, marker=marker, ms=4, lw=0.9, alpha=0.6)
-        label = f"{short(row.name)}: {ppl_text(row)}"
-        axes.errorbar(
-            at["size"],
-            at.ppl,
-            at.sd,
-            color=colour,
-            marker=marker,
-            ms=10,
-            mec="white",
-            ls="",
-            label=label,
-        )
+def _labels(group: Sequence[Contender]) -> dict[Contender, str]:
+    """Each contender's number and short name, the best first."""
+    return {row: f"{number} {short(row.shown_name)}" for number, row in enumerate(ranked(group), 1)}
+
+
+def short(name: str) -> str:
+    """A name for a legend, without its middle where it is long."""
+    return visible(name if len(name) <= 30 else f"{name[:17]}…{name[-12:]}")
+
+
+def point(row: Contender, label: str, found: Stat | None, times: float = 1) -> dict[str, Any]:
+    """Where a mean stands, with its interval, and what hovering tells."""
+    if found is None or not math.isfinite(found.mean):
+        return {"label": label, "baseline": False, "y": math.nan}
+    low, high = found.interval or (math.nan, math.nan)
+    shown = numbers.with_deviation(found, numbers.percent if times == 100 else numbers.perplexity)
+    place = {"y": times * found.mean, "low": times * low, "high": times * high}
+    told = {"shown": shown, "versus": versus_text(row), "baseline": bool(row.value("baseline"))}
+    return {"label": label, **told, **place}
+
+
+def points_of(found: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The rows that have a value: `label`, `x`, `y`, `low`, `high` and what hovering tells."""
+    columns = ["label", "x", "y", "low", "high", "shown", "baseline"]
+    points = pd.DataFrame(list(found))
+    return points[points.y.notna()] if len(points) else pd.DataFrame(columns=columns)
+
+
+def _values(points: pd.DataFrame) -> dict[str, Any]:
+    records = points.to_dict("records")
+    return {"values": [{k: v for k, v in one.items() if v == v} for one in records]}  # no NaN
+
+
+def _line_chart(points: pd.DataFrame, x: alt.X, y: alt.Y, caption: str) -> Drawn:
     if points.empty:
-        axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center")
-        return
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(points["size"].min() / 1.6, points["size"].max() * 1.6)
-    axes.xaxis.set_major_locator(LogLocator(2, numticks=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: numbers.human_bytes(size)))
-    perplexity_axis(axes, points.ppl)
-    best = pareto(points[points.tokens == length])
-    x = [*best["size"].iloc[:1], *best["size"], axes.get_xlim()[1]]
-    y = [axes.get_ylim()[1], *best.ppl, *best.ppl.iloc[-1:]]
-    axes.autoscale(enable=False)
-    if len(best):
-        axes.plot(x, y, drawstyle="steps-post", color="#888888", lw=2.2, alpha=0.45, zorder=1)
+        return None
+    return caption, _layered(_marks(points, x, y, [], line=True), points.label.nunique())
 
 
-def _points(group: Sequence[Contender]) -> pd.DataFrame:
-    """A row for each measured length of each contender that did not diverge.
+def _marks(
+    points: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    tips: Sequence[str],
+    *,
+    size: int = 45,
+    line: bool = False,
+) -> list[alt.Chart]:
+    """A point for each row, its interval where it has one, and a line a label if wanted.
 
-    A cache of nothing is drawn as one byte.
+    A click in the legend leaves one label in colour.
     """
-    return pd.DataFrame(
-        [
-            (row.name, tokens, max(row.value(f"{CACHE}{tokens}"), 1), ppl.mean, ppl.sd or math.nan)
-            for row in group
-            if not row.diverged
-            if (ppl := row.stat("validation_ppl")) is not None and np.isfinite(ppl.mean)
-            for tokens in row.cache_lengths
-        ],
-        columns=["name", "tokens", "size", "ppl", "sd"],
-    )
+    colour = _colour(points)
+    points = points[::-1]  # so that the best are drawn last, over all others
+    pick = alt.selection_point(name="pick", fields=["label"], bind="legend")
+    picked = alt.condition(pick, alt.value(1), alt.value(0.12))
+    told = {"label": say("contender"), "shown": say("value"), "cache": say("cache")}
+    told |= {"versus": say("vs baseline")}
+    named = [name for name in ("label", "shown", *tips, "versus") if name in points]
+    tooltip = [alt.Tooltip(f"{name}:N").title(told[name]) for name in named]
+    base = alt.Chart(_values(points)).encode(x, y, color=colour, opacity=picked)
+    known = points[points.low.notna()]
+    spread = alt.Chart(_values(known)).mark_rule(strokeWidth=1.5)
+    bars = spread.encode(x, _low(y), y2="high:Q", color=colour, opacity=picked)
+    marks = [] if known.empty else [bars]
+    if line:
+        marks.append(base.mark_line(strokeWidth=1.8))
+    shape = alt.Shape("baseline:N").scale(domain=[False, True], range=["circle", "square"])
+    dots = base.mark_point(size=size, filled=True).encode(tooltip=tooltip, shape=shape.legend(None))
+    return [*marks, dots.add_params(pick)]
 
 
-def pareto(points: pd.DataFrame) -> pd.DataFrame:
-    """The points that no other beats, by rising `size`; less is better in `size` and in `ppl`."""
-    ordered = points.sort_values(["size", "ppl"]).drop_duplicates("size")
-    return ordered[ordered.ppl < ordered.ppl.cummin().shift(fill_value=math.inf)]
+def _colour(points: pd.DataFrame) -> alt.Color:
+    """A colour a label, in their order; baselines always have one of their own."""
+    labels = list(points.label.drop_duplicates())
+    own = set(points.label[points.baseline])
+    others = [label for label in labels if label not in own]
+    first = others[: max(0, len(_COLOURS) - len(own))]
+    domain = list(dict.fromkeys([*(one for one in labels if one in {*first, *own}), *labels]))
+    return alt.Color("label:N").scale(domain=domain).legend(values=labels)
 
 
-def perplexity_axis(axes: Axes, values: pd.Series[float]) -> None:
-    """Log scale where the range is wide; in both cases a few plain tick labels."""
-    axes.margins(y=0.12)
-    spread = values.max() / values.min()
-    if spread > WIDE_RANGE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
-        axes.yaxis.minorticks_off()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+def _low(y: alt.Y) -> alt.Y:
+    """The same axis for the lower ends of intervals."""
+    low = y.copy()
+    low.shorthand = "low:Q"
+    return low
+
+
+def _layered(layers: Sequence[alt.Chart], labels: int) -> alt.LayerChart:
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=max(HEIGHT, 16 * labels))
+
+
+def _shares() -> alt.Y:
+    return alt.Y("y:Q").title(say("right answers, %")).scale(domain=[0, 100])
+
+
+def _perplexity(points: pd.DataFrame, title: str) -> alt.Y:
+    """A log scale where the range is wide; in both cases a few plain tick labels."""
+    y = alt.Y("y:Q").title(title)
+    if points.empty or points.y.max() <= WIDE_RANGE * points.y.min():
+        return y.scale(zero=False)
+    low, high = points.y.min(), points.y.max()
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return y.scale(type="log", nice=False).axis(values=values, format=",~r")
+
+
+def _powers_of_two(low: float, high: float, most: int = 6) -> list[int]:
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    return [2**power for power in powers[:: -(-len(powers) // most) or 1] if power >= 0]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from contextlm.report import numbers
 from contextlm.report.contenders import CACHE, REPORTED, Contender
+from contextlm.report.language import say
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
 from contextlm.report.sheet import Column, Table, make_table
 from contextlm.report.statistics import stat
@@ -98,7 +99,7 @@ def document_table(rows: Sequence[Contender]) -> Table | None:
     ]
     columns: list[Column[_Line]] = [
         Column("contender", lambda line: line.row.name, "text"),
-        Column("figure", lambda line: line.figure.label, "text"),
+        Column("figure", lambda line: say(line.figure.label), "text"),
         Column("document", _reported, "reported"),
         Column(
             "this run",
@@ -152,14 +153,14 @@ def _epoch_table(row: Contender, reported: dict[str, list[float | None]]) -> Tab
         Column("validation PPL", found("validation_ppl")),
     ]
     last = max([*of_epoch, *map(len, reported.values())])
-    caption = f"Epoch by epoch, document and this run: {row.name}"
+    caption = say("Epoch by epoch, document and this run: {name}", name=row.name)
     return make_table(caption, columns, range(1, last + 1))
 
 
 def _figure(key: str) -> Figure:
     """A key that is not known has no column, and so nothing beside it."""
     if cache := re.fullmatch(r"cache_(?:bytes|kb|mb)_at_(\d+)", key):
-        label = f"cache at {numbers.count(int(cache[1]))} tokens"
+        label = say("cache at {tokens} tokens", tokens=numbers.count(int(cache[1])))
         return Figure(label, f"{CACHE}{cache[1]}", numbers.human_bytes)
     return FIGURES.get(key, Figure(key.replace("_", " "), "", numbers.plain, False))
 

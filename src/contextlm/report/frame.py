@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from contextlm.results.facts import TaskScore
 from contextlm.results.result import Outcome, Run
 
 DIVERGED_LOSS = 80.0  # nats a token; no vocabulary's uniform guess comes near it
@@ -44,12 +45,15 @@ def seed_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
     Columns are flat. Losses are in nats a token, ranks in dimensions of `context_dim`, shares in
     0..1, rates in tokens a second, sizes in bytes. ``cache_bytes_N`` (logical) and
-    ``cache_resident_N`` are those after N tokens, ``answers_LEVEL`` the share of right answers at a
-    level of a synthetic task, ``reported_KEY`` the source document's own figures,
-    ``host_bytes_STAGE`` and ``accelerator_bytes_STAGE`` the memory in use at the end of a stage;
-    spaces in levels and stages become underscores. `epoch_limit` is what the recipe allows,
-    `epochs` what was trained. `diverged` says that the validation loss is not finite or at least
-    `DIVERGED_LOSS`. What a contender does not have is missing (NA or NaN).
+    ``cache_resident_N`` are those after N tokens, ``ppl_at_N`` the perplexity of a long text's
+    first N tokens, ``answers_LEVEL`` the share of right answers at a level of a synthetic task,
+    ``score_TASK_METRIC`` a figure of a task of lm-eval and ``stderr_TASK_METRIC`` its standard
+    error, ``reported_KEY`` the source document's own figures, ``host_bytes_STAGE`` and
+    ``accelerator_bytes_STAGE`` the memory in use at the end of a stage; spaces in levels and stages
+    become underscores. `share` is the recipe's budget as a share of its training samples,
+    `epoch_limit` the epochs that it allows, `epochs` those that were trained. `diverged` says that
+    the validation loss is not finite or at least `DIVERGED_LOSS`. What a contender does not have is
+    missing (NA or NaN).
     """
     rows = [
         {"run": label, **_row(run, outcome)}
@@ -96,6 +100,7 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         "architecture": result.architecture,
         "baseline": result.baseline,
         "seed": result.seed,
+        "share": result.budget,
         "job": result.job,
         "setting": result.setting,
         "target_offset": result.target_offset,
@@ -135,7 +140,10 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         "cache_dtype": result.cache_dtype,
         **{f"cache_bytes_{cache.tokens}": cache.logical for cache in result.cache},
         **{f"cache_resident_{cache.tokens}": cache.resident for cache in result.cache},
+        **{f"ppl_at_{n}": ppl for n, ppl in result.ppl_at().items()},
         **{f"answers_{_plain(entry.level)}": entry.accuracy for entry in result.retrieval},
+        **{f"score_{_figure(score)}": score.value for score in result.tasks},
+        **{f"stderr_{_figure(score)}": score.stderr for score in result.tasks},
         **{f"reported_{reported_name(key)}": value for key, value in result.reported.items()},
         "seconds_per_epoch": sum(seconds) / len(seconds) if seconds else None,
         "seconds": timings.total_seconds,
@@ -150,6 +158,10 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         **{f"host_bytes_{_plain(s.stage)}": s.host_bytes for s in timings.stages},
         **{f"accelerator_bytes_{_plain(s.stage)}": s.accelerator_bytes for s in timings.stages},
     }
+
+
+def _figure(score: TaskScore) -> str:
+    return _plain(f"{score.task}_{score.metric}")
 
 
 def _plain(text: str) -> str:
@@ -167,13 +179,13 @@ def _place(name: str) -> tuple[int, int]:
 
     Sorting is stable, so all others keep the order in which rows have them.
     """
-    for place, start in enumerate(("cache_bytes_", "cache_resident_"), start=1):
+    for place, start in enumerate(("ppl_at_", "cache_bytes_", "cache_resident_"), start=1):
         if name.startswith(start):
             return place, int(name.removeprefix(start))
-    for place, start in enumerate(("answers_", "reported_"), start=3):
+    for place, start in enumerate(("answers_", "score_", "stderr_", "reported_"), start=4):
         if name.startswith(start):
             return place, 0
-    return (5 if name in TIMED else 6 if name.startswith(_STAGES) else 0), 0
+    return (8 if name in TIMED else 9 if name.startswith(_STAGES) else 0), 0
 
 
 def _column(values: list[Any]) -> pd.Series[Any]:

@@ -9,13 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from contextlm.base.files import atomic_open, plain, write_json, write_text
+from contextlm.base.files import plain, write_json, write_text
 from contextlm.base.visible import visible
 from contextlm.report import charts, numbers
-from contextlm.report.contenders import Contender, contenders, row_facts
+from contextlm.report.contenders import Contender, comparable_groups, contenders, row_facts
 from contextlm.report.sheet import Column, Table, escape_markdown, make_table, markdown_table
 from contextlm.report.statistics import corrected
 from contextlm.report.tables import (
@@ -24,6 +21,7 @@ from contextlm.report.tables import (
     interval_text,
     mean,
     ppl_text,
+    setting_of,
     shared,
     tests_note,
     verdict_text,
@@ -55,7 +53,7 @@ _FIGURES: list[Column[Contender]] = [
 
 
 def write_grid(points: Sequence[GridPoint], folder: Path) -> dict[str, Path]:
-    """Write ``grid.md``, ``grid.json`` and ``grid.png`` into `folder`; the paths by file name.
+    """Write ``grid.md``, ``grid.json`` and the chart's files into `folder`; the paths by name.
 
     A contender is compared with the baseline of its own setting; Holm's correction is over the
     whole grid. Settings without a finished contender are left out.
@@ -63,14 +61,15 @@ def write_grid(points: Sequence[GridPoint], folder: Path) -> dict[str, Path]:
     lines = grid_lines(points)
     table, best = grid_table(lines), best_sentences(lines)
     parts = [markdown_table(table), table.note, "\n".join(f"- {escape_markdown(b)}" for b in best)]
-    paths = {name: folder / name for name in ("grid.md", "grid.json", "grid.png")}
+    paths = {name: folder / name for name in ("grid.md", "grid.json")}
     write_text(paths["grid.md"], "\n\n".join(part.rstrip() for part in parts if part) + "\n")
     rows = [
         {"setting": point.values, "run": point.run.folder, **row_facts(row)} for point, row in lines
     ]
     write_json(paths["grid.json"], plain({"rows": rows, "best": best}))
-    with atomic_open(paths["grid.png"], "wb") as stream:
-        stream.write(charts.png(grid_figure(lines)))
+    for figure in charts.figure("grid", grid_chart(lines)):
+        figure.save(folder)
+        paths |= {f"grid.{suffix}": folder / f"grid.{suffix}" for suffix in charts.FORMATS}
     return paths
 
 
@@ -93,48 +92,43 @@ def grid_table(lines: Sequence[_Line]) -> Table:
 
 
 def best_sentences(lines: Sequence[_Line]) -> list[str]:
-    """For each contender the setting with the lowest mean perplexity."""
-    best: dict[str, tuple[float, str]] = {}
-    for point, row in lines:
-        found = None if row.diverged else row.stat("validation_loss")
-        if found is not None and found.mean < best.get(row.name, (math.inf, ""))[0]:
-            setting = ", ".join(f"{key} {_shown(value)}" for key, value in point.values.items())
-            told = f"{setting}: {ppl_text(row)} ({numbers.seeds_text(len(row.seeds))})"
-            best[row.name] = found.mean, told
-    return [f"{name} is lowest with {told}" for name, (_, told) in best.items()]
+    """For each contender the setting with the lowest mean perplexity, of those alike in data.
+
+    Settings with other data, windows or budgets are not ranked with each other.
+    """
+    groups = comparable_groups([row for _, row in lines])
+    found = []
+    for group in groups:
+        best: dict[str, tuple[float, str]] = {}
+        alike = [(point, row) for point, row in lines if row in group]
+        for point, row in alike:
+            loss = None if row.diverged else row.stat("validation_loss")
+            if loss is not None and loss.mean < best.get(row.name, (math.inf, ""))[0]:
+                setting = ", ".join(f"{key} {_shown(value)}" for key, value in point.values.items())
+                told = f"{setting}: {ppl_text(row)} ({numbers.seeds_text(len(row.seeds))})"
+                best[row.name] = loss.mean, told
+        where = f"On {setting_of(group)}: " if len(groups) > 1 else ""
+        if len({id(point) for point, _ in alike}) > 1 or len(groups) == 1:
+            found += [f"{where}{name} is lowest with {told}" for name, (_, told) in best.items()]
+    return found
 
 
-@charts.styled
-def grid_figure(lines: Sequence[_Line]) -> Figure:
+def grid_chart(lines: Sequence[_Line]) -> charts.Drawn:
     """Validation perplexity against the first key, a line a contender (and values of other keys).
 
-    Bars are one standard deviation over the seeds. Contenders that diverged have no point there.
+    Contenders that diverged have no point there.
     """
     key = next(iter(lines[0][0].values)) if lines else ""
     marks = list(dict.fromkeys(_shown(point.values[key]) for point, _ in lines))
-    points = []
+    found = []
     for point, row in lines:
         others = {name: value for name, value in point.values.items() if name != key}
-        line = ", ".join([row.name, *(f"{k} {_shown(v)}" for k, v in others.items())])
-        found = None if row.diverged else row.stat("validation_ppl")
-        ppl, sd = (found.mean, found.sd) if found else (None, None)
-        points.append((line, marks.index(_shown(point.values[key])), ppl, sd))
-    frame = pd.DataFrame(points, columns=["name", "place", "ppl", "sd"])
-    frame = frame.astype({"ppl": float, "sd": float}).replace(math.inf, math.nan)
-    curves = list(frame.groupby("name", sort=False))
-    figure = charts.new_figure(3.6, len(curves))
-    axes = figure.subplots()
-    for (name, curve), style in zip(curves, charts.styles(len(curves)), strict=True):
-        colour, label = style.colour, charts.short(str(name))
-        axes.errorbar(
-            curve.place, curve.ppl, curve.sd, color=colour, marker=style.marker, label=label
-        )
-    axes.set_xticks(range(len(marks)), [visible(mark) for mark in marks])
-    axes.set(xlabel=visible(key), ylabel="validation perplexity")
-    charts.perplexity_axis(axes, frame.ppl)
-    if curves:
-        charts.add_legend(figure)
-    return figure
+        values = (visible(f"{k} {_shown(v)}") for k, v in others.items())
+        label = ", ".join([charts.short(row.shown_name), *values])
+        if not row.diverged:
+            place = charts.point(row, label, row.stat("validation_ppl"))
+            found.append({**place, "x": _shown(point.values[key])})
+    return charts.grid_chart(charts.points_of(found), key, marks)
 
 
 def _of_setting(key: str) -> Column[_Line]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from contextlm.report import numbers
-from contextlm.report.contenders import CACHE, Contender, cache_length, comparable_groups
+from contextlm.report.contenders import (
+    CACHE,
+    Contender,
+    cache_length,
+    comparable_groups,
+    rank,
+    ranked,
+)
 from contextlm.report.frame import run_labels
-from contextlm.report.numbers import with_deviation
+from contextlm.report.language import say
 from contextlm.report.tables import (
     difference_text,
     interval_text,
-    ppl_text,
+    quality_text,
     setting_of,
     verdict_text,
 )
@@ -25,11 +31,14 @@ FULL, SMOKE = "full", "smoke"
 
 
 def answers(rows: Sequence[Contender]) -> list[str]:
-    """The answer in one sentence, for each list of contenders that may be ranked."""
+    """The answer in two sentences, for each list of contenders that may be ranked."""
     groups = comparable_groups(rows)
     if len(groups) == 1:
         return [_answer(groups[0])]
-    return [f"On {setting_of(group)}: {_answer(group)}" for group in groups]
+    return [
+        say("On {setting}: {answer}", setting=setting_of(group), answer=_answer(group))
+        for group in groups
+    ]
 
 
 def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
@@ -40,7 +49,10 @@ def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
         *(note for row in rows for note in _row_notes(row)),
         *_phase1_notes(runs, rows),
         *(
-            f"{', '.join(row.name for row in group)} were trained in different precisions."
+            say(
+                "{names} were trained in different precisions.",
+                names=", ".join(row.name for row in group),
+            )
             for group in comparable_groups(rows)
             if len({row.value("precision") for row in group}) > 1
         ),
@@ -48,26 +60,51 @@ def notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
 
 
 def _answer(group: Sequence[Contender]) -> str:
-    ranked = sorted((row for row in group if not row.diverged), key=_rank)
-    if not ranked:
-        return "Training diverged in every contender."
-    best = ranked[0]
-    told = with_deviation(best.stat("accuracy"), numbers.percent) if best.task else ppl_text(best)
-    told += f" ({numbers.seeds_text(len(best.seeds))})"
+    order = [row for row in ranked(group) if not row.diverged]
+    if not order:
+        return say("Training diverged in every contender.")
+    best, task = order[0], order[0].task
+    told = f"{quality_text(best)} ({numbers.seeds_text(len(best.seeds))})"
     if len(group) == 1:
-        measure = "right answers" if best.task else "validation perplexity"
-        return f"Only {best.name} was measured: {measure} {told}."
-    alike = [row.name for row in ranked if _rank(row) == _rank(best)]
-    most = "most right answers" if best.task else "lowest validation perplexity"
+        if task:
+            return say("Only {name} was measured: right answers {told}.", name=best.name, told=told)
+        return say(
+            "Only {name} was measured: validation perplexity {told}.", name=best.name, told=told
+        )
+    alike = [row.name for row in order if rank(row) == rank(best)]
     if len(alike) > 1:
-        return f"{' and '.join(alike)} share the {most}, {told}."
-    head = f"{best.name} has the {most}, {told}"
-    if best.difference is not None:
-        return f"{head}: {_against(best)}{_cache(best, group)}."
-    for row in ranked[1:]:  # the nearest of those that are compared with the best
-        if row.difference and row.reference and row.reference.name == best.name:
-            return f"{head}; the nearest, {row.name}, is {_against(row)}{_cache(row, group)}."
-    return f"{head}."
+        names = say(" and ").join(alike)
+        if task:
+            return say("{names} share the most right answers, {told}.", names=names, told=told)
+        return say(
+            "{names} share the lowest validation perplexity, {told}.", names=names, told=told
+        )
+    # The best beside the baseline; where it is the baseline, the nearest of the others.
+    other = best
+    if best.difference is None:
+        nearest = (row for row in order[1:] if row.reference and row.reference.name == best.name)
+        other = next(nearest, best)
+    values = {"name": best.name, "told": told, "against": _against(best)}
+    if best.difference is None and task:
+        first = say("{name} has the most right answers, {told}.", **values)
+    elif best.difference is None:
+        first = say("{name} has the lowest validation perplexity, {told}.", **values)
+    elif task:
+        first = say("{name} has the most right answers, {told}: {against}.", **values)
+    else:
+        first = say("{name} has the lowest validation perplexity, {told}: {against}.", **values)
+    if all(row.learned_nothing for row in order):
+        second = say("No contender has learned more than how frequent each token is.")
+    elif other is not best:
+        second = say(
+            "The nearest, {name}, is {against}{cache}.",
+            name=other.name,
+            against=_against(other),
+            cache=_cache(other, group, say(", with {amount} cache at {tokens} tokens")),
+        )
+    else:
+        second = _cache(best, group, say("It keeps {amount} cache at {tokens} tokens."))
+    return f"{first} {second}".rstrip()
 
 
 def _against(row: Contender) -> str:
@@ -75,44 +112,72 @@ def _against(row: Contender) -> str:
     found, size = row.difference, difference_text(row).lstrip("+-")
     if found is None or row.reference is None:
         return ""
-    side = "lower" if found.mean < 0 else "higher"
-    text = f"{size} {side} than" if found.mean else "the same as"
-    text += f" the baseline {row.reference.name}"
+    name = row.reference.name
+    if found.mean < 0:
+        text = say("{size} lower than the baseline {name}", size=size, name=name)
+    elif found.mean > 0:
+        text = say("{size} higher than the baseline {name}", size=size, name=name)
+    else:
+        text = say("the same as the baseline {name}", name=name)
     if found.p is None:
-        return f"{text} ({found.verdict}: no interval)"
-    told, verdict = f"95% interval {interval_text(row)}", verdict_text(row)
-    return f"{text} ({told if verdict == side else f'{verdict}, {told}'})"
+        return say("{text} ({seeds}: no interval)", text=text, seeds=say(found.verdict))
+    values = {"text": text, "interval": interval_text(row), "verdict": verdict_text(row)}
+    if found.verdict == ("lower" if found.mean < 0 else "higher"):
+        return say("{text} (95% interval {interval})", **values)
+    return say("{text} ({verdict}, 95% interval {interval})", **values)
 
 
-def _cache(row: Contender, group: Sequence[Contender]) -> str:
+def _cache(row: Contender, group: Sequence[Contender], sentence: str) -> str:
+    """`sentence` on the cache at the length at which quality was measured; empty without one."""
     length = cache_length(group)
     change = row.change(f"{CACHE}{length}")
     if length is None or change is None:
         return ""
-    size = f"{numbers.amount(change)} {'less' if change < 0 else 'more'}" if change else "as much"
-    return f", with {size} cache at {numbers.count(length)} tokens"
+    size = numbers.amount(change)
+    if change < 0:
+        size = say("{size} less", size=size)
+    else:
+        size = say("{size} more", size=size) if change else say("as much")
+    return sentence.format(amount=size, tokens=numbers.count(length))
 
 
 def _row_notes(row: Contender) -> list[str]:
     found, other = [], row.reference
-    share, change = row.stat("unigram_share"), row.change("parameters")
-    if share is not None and share.mean >= 1 and not row.diverged:
-        unigram = numbers.perplexity(row.value("unigram_ppl"))
+    if row.learned_nothing:
+        share = row.stat("unigram_share")
+        assert share is not None
         found.append(
-            f"{row.name} has learned nothing beyond how frequent each token is: that alone reaches "
-            f"a perplexity of {unigram}."
+            say(
+                "{name} has learned nothing beyond how frequent each token is: that alone reaches "
+                "a perplexity of {unigram}, and it has {share} of that.",
+                name=row.name,
+                unigram=numbers.perplexity(row.value("unigram_ppl")),
+                share=numbers.percent(share.mean),
+            )
         )
+    change = row.change("parameters")
     if other is not None and change is not None and abs(change) > MATCHED_PERCENT:
-        side = "more" if change > 0 else "fewer"
+        values = {"name": row.name, "amount": numbers.amount(change), "other": other.name}
         found.append(
-            f"{row.name} has {numbers.amount(change)} {side} parameters than {other.name}: the two "
-            "are not matched in size."
+            say(
+                "{name} has {amount} more parameters than {other}: they are not matched in size.",
+                **values,
+            )
+            if change > 0
+            else say(
+                "{name} has {amount} fewer parameters than {other}: they are not matched in size.",
+                **values,
+            )
         )
-    tuning = row.outcomes[0].result.tuning
+    tuning = row.outcomes[0].result.tuning if row.outcomes else None
     if tuning is not None and tuning.at_an_end:
         found.append(
-            f"The learning rate of {row.name}, {tuning.chosen:g}, is the end of its grid: another "
-            "may be better."
+            say(
+                "The learning rate of {name}, {rate}, is the end of its grid: another may be "
+                "better.",
+                name=row.name,
+                rate=f"{tuning.chosen:g}",
+            )
         )
     return found
 
@@ -129,20 +194,28 @@ def _phase1_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
         stop_at = wanted.get((row.value("run"), row.value("contender")), STOP_AT)
         if reached < stop_at:  # never where the row has no phase 1
             found.append(
-                f"Phase 1 of {row.name} stopped at its limit of iterations with "
-                f"{100 * reached:.5g}% converged (the recipe asks for {100 * stop_at:g}%)."
+                say(
+                    "Phase 1 of {name} stopped at its limit of iterations with {reached}% "
+                    "converged (the recipe asks for {wanted}%).",
+                    name=row.name,
+                    reached=f"{100 * reached:.5g}",
+                    wanted=f"{100 * stop_at:g}",
+                )
             )
     return found
 
 
 def _missing_notes(runs: Sequence[Run]) -> list[str]:
     missing = [
-        f"{f'{label}/' if len(runs) > 1 else ''}{name} (seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))})"
+        say("{name} (seeds {seeds})" if len(seeds) > 1 else "{name} (seed {seeds})").format(
+            name=f"{label}/{name}" if len(runs) > 1 else name, seeds=", ".join(map(str, seeds))
+        )
         for run, label in zip(runs, run_labels(runs), strict=True)
         for name, seeds in run.missing_seeds().items()
     ]
-    return [f"Not finished, and so not shown: {'; '.join(missing)}."] if missing else []
+    return [say("Not finished, and so not shown: {names}.", names="; ".join(missing))] * bool(
+        missing
+    )
 
 
 def _setting_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
@@ -171,28 +244,36 @@ def _setting_notes(runs: Sequence[Run], rows: Sequence[Contender]) -> list[str]:
         where = f" ({label})" if len(runs) > 1 else ""
         if scale == SMOKE:
             found.append(
-                f"Scale smoke only tests that everything runs{where}: draw no conclusions."
+                say(
+                    "Scale smoke only tests that everything runs{where}: draw no conclusions.",
+                    where=where,
+                )
             )
         elif documented and keys:
             more = len(keys) - NAMED_KEYS
-            named = ", ".join(keys[:NAMED_KEYS]) + (f", {more} more" if more > 0 else "")
-            differ = f"{named} differ{'' if len(keys) > 1 else 's'}"
+            named = ", ".join(keys[:NAMED_KEYS])
+            if more > 0:
+                named = say("{keys}, {number} more", keys=named, number=more)
             found.append(
-                f"Not the document's setting{where}: {differ}. Compare the differences from the "
-                "baseline rather than the figures themselves."
+                say(
+                    "Not the document's setting{where}, it differs in: {keys}. Compare the "
+                    "differences from the baseline rather than the figures themselves.",
+                    where=where,
+                    keys=named,
+                )
             )
         elif not documented and departs and scale != FULL:
-            found.append(f"Measured at scale {scale}, not at the recipe's full setting{where}.")
+            found.append(
+                say(
+                    "Measured at scale {scale}, not at the recipe's full setting{where}.",
+                    scale=scale,
+                    where=where,
+                )
+            )
     return found
 
 
 def _documented(row: Contender) -> bool:
-    result = row.outcomes[0].result
-    return bool(result.reported or result.reported_epochs)
-
-
-def _rank(row: Contender) -> float:
-    found = row.stat("accuracy" if row.task else "validation_loss")
-    if found is None:  # not a number in every seed
-        return math.inf
-    return -found.mean if row.task else found.mean
+    return any(
+        outcome.result.reported or outcome.result.reported_epochs for outcome in row.outcomes[:1]
+    )

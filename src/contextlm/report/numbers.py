@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from contextlm.report.language import say
+
 if TYPE_CHECKING:  # scipy takes a second to import, and bytes are printed by every command
     from contextlm.report.statistics import Stat
 
@@ -26,7 +28,7 @@ def percent_change(value: float, base: float) -> float | None:
 def decimal(value: float, places: int) -> str:
     """A number with thousands separators and a fixed count of decimals."""
     if not math.isfinite(value):
-        return "not finite"
+        return say("not finite")
     if abs(value) >= 1e15:
         return f"{value:.1e}"
     text = f"{value:,.{places}f}"
@@ -76,7 +78,7 @@ def signed_percent(change: float | None) -> str:
 def amount(change: float) -> str:
     """The size of a difference in percent, without its sign."""
     size = abs(change)
-    return "less than 0.1%" if round(size, 1) == 0 else f"{decimal(size, 1)}%"
+    return say("less than 0.1%") if round(size, 1) == 0 else f"{decimal(size, 1)}%"
 
 
 def plain(value: float) -> str:
@@ -119,4 +121,4 @@ def with_deviation(stat: Stat | None, show: Callable[[float], str] = perplexity)
 
 def seeds_text(number: int) -> str:
     """``1 seed``, ``3 seeds``."""
-    return "1 seed" if number == 1 else f"{number} seeds"
+    return say("1 seed") if number == 1 else say("{number} seeds", number=number)

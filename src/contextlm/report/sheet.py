@@ -1,7 +1,6 @@
-"""Columns declared once, tables made of them, and a table's Markdown.
+"""Columns declared once, and tables made of them, as Markdown and LaTeX.
 
-A table knows nothing of Markdown, HTML or a terminal; the page, `markdown_table` and the command
-line render the same one.
+A table knows nothing of its form; the page and the command line render the same one.
 """
 
 from __future__ import annotations
@@ -12,10 +11,20 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from contextlm.base.visible import visible
+from contextlm.report.language import say
 from contextlm.report.numbers import ABSENT
 
 Kind = Literal["text", "measured", "reported"]
 T = TypeVar("T")
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    ABSENT: "--",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,13 @@ def make_table(
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] != ABSENT for row in rows)]
     kinds = tuple(columns[i].kind for i in kept)
     headings = tuple(
-        f"{columns[i].heading} ({columns[i].kind})"
+        f"{say(columns[i].heading)} ({say(columns[i].kind)})"
         if "reported" in kinds and columns[i].kind != "text"
-        else columns[i].heading
+        else say(columns[i].heading)
         for i in kept
     )
-    return Table(caption, headings, kinds, tuple(tuple(row[i] for i in kept) for row in rows), note)
+    texts = tuple(tuple(row[i] for i in kept) for row in rows)
+    return Table(say(caption), headings, kinds, texts, note)
 
 
 def markdown_table(table: Table) -> str:
@@ -66,9 +76,32 @@ def markdown_table(table: Table) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *body])
 
 
+def latex_table(table: Table) -> str:
+    """A table as a LaTeX float; its document needs the package booktabs."""
+    places = "".join("l" if i == 0 or k == "text" else "r" for i, k in enumerate(table.kinds))
+    header, *body = [
+        " & ".join(map(escape_latex, line)) + r" \\" for line in [table.headings, *table.rows]
+    ]
+    caption = escape_latex(" ".join(filter(None, [f"{table.caption}.", table.note])))
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{caption}}}",
+        rf"\begin{{tabular}}{{{places}}}",
+        *(r"\toprule", header, r"\midrule", *body, r"\bottomrule"),
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def escape_markdown(text: object) -> str:
     """Text that GitHub Markdown shows as it is, on one line, in a table too."""
     flat = visible(" ".join(str(text).split()))
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     flat = re.sub(r"([\\`*|\[\]~$])", r"\\\1", flat)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", flat)  # inside a word it means nothing
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX sets as it is."""
+    return "".join(_LATEX.get(character, character) for character in visible(text))

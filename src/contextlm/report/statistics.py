@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,6 +29,15 @@ class Stat:
     mean: float
     sd: float | None
     seeds: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The bounds of the mean's 95 % interval (Student's t), from three seeds on."""
+        if self.sd is None or self.seeds < SEEDS_TO_TELL:
+            return None
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1)) * self.sd
+        half /= math.sqrt(self.seeds)
+        return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,13 @@ class Difference:
         return "lower" if self.mean < 0 else "higher"
 
 
-def stat(values: pd.Series[float]) -> Stat | None:
-    """The mean and deviation of the seeds that have a value; None if no seed has one."""
-    known = values.dropna().astype(float)
-    if known.empty:
+def stat(values: Iterable[float]) -> Stat | None:
+    """Mean and deviation of one value a seed; missing ones are left out, None without any."""
+    known = np.array([value for value in values if not pd.isna(value)], dtype=float)
+    if not len(known):
         return None
     finite = bool(np.isfinite(known).all())
-    sd = float(known.std()) if len(known) > 1 and finite else None
+    sd = float(known.std(ddof=1)) if len(known) > 1 and finite else None
     return Stat(float(known.mean()), sd, len(known))
 
 

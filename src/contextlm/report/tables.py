@@ -10,10 +10,14 @@ from contextlm.report import numbers
 from contextlm.report.contenders import (
     ANSWERS,
     CACHE,
+    PPL_AT,
+    SCORE,
+    STDERR,
     Contender,
     cache_length,
     comparable_groups,
 )
+from contextlm.report.language import say
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
 from contextlm.report.sheet import Column, Kind, Table, make_table
 
@@ -134,24 +138,28 @@ def main_tables(rows: Sequence[Contender]) -> list[Table]:
 def setting_of(group: Sequence[Contender]) -> str:
     """What a list of contenders shares: data, windows, budget and target."""
     value, ahead = group[0].value, group[0].value("target_offset")
+    epochs = value("epoch_limit")
     parts = [
         f"{value('corpus')}, {value('tokenizer')}",
-        f"{numbers.count(value('train_tokens'))} training tokens",
-        f"windows of {numbers.count(value('sequence_length'))}",
+        say("{tokens} training tokens", tokens=numbers.count(value("train_tokens"))),
+        epochs
+        and (say("1 epoch") if epochs == 1 else say("at most {epochs} epochs", epochs=epochs)),
+        say("windows of {tokens}", tokens=numbers.count(value("sequence_length"))),
+        say("{ahead} tokens ahead", ahead=ahead) if ahead > 1 else None,
     ]
-    if (epochs := value("epoch_limit")) is not None:
-        parts.insert(2, f"at most {numbers.count(epochs)} epoch{'s' if epochs > 1 else ''}")
-    return ", ".join([*parts, *([f"{ahead} tokens ahead"] if ahead > 1 else [])])
+    return ", ".join(part for part in parts if part)
 
 
 def measured_tables(rows: Sequence[Contender]) -> list[Table]:
     """Everything that was measured, by topic; topics of which no row has anything are left out."""
     tables = [
         retrieval_table(rows),
+        task_table(rows),
         make_table("Quality", QUALITY, rows),
         make_table("Size and training", TRAINING, rows),
         make_table("Phase 1, context training", PHASE_ONE, rows),
         make_table("Context stores", STORES, rows),
+        long_table(rows),
         cache_table(rows),
         make_table("Speed and memory", SPEED, rows),
     ]
@@ -162,12 +170,33 @@ def retrieval_table(rows: Sequence[Contender]) -> Table | None:
     """The share of right answers at each level and in all; None if there was no synthetic task."""
     asked = [row for row in rows if row.task]
     levels = dict.fromkeys(level for row in asked for level in row.levels)
-    columns = [
-        mean(level.removeprefix(ANSWERS).replace("_", " "), level, numbers.percent)
-        for level in levels
-    ]
+    columns = [mean(level_name(level), level, numbers.percent) for level in levels]
     whole_task = mean("all answers", "accuracy", numbers.percent)
     return make_table("Right answers", [CONTENDER, *columns, whole_task], asked) if asked else None
+
+
+def level_name(column: str) -> str:
+    """A level of a synthetic task, as its corpus calls it: ``4 pairs``."""
+    return column.removeprefix(ANSWERS).replace("_", " ")
+
+
+def long_table(rows: Sequence[Contender]) -> Table:
+    """Perplexity of long texts' first tokens, at every length that was scored."""
+    lengths = sorted({int(n.removeprefix(PPL_AT)) for row in rows for n in row.columns(PPL_AT)})
+    columns = [mean(_at(length), f"{PPL_AT}{length}", numbers.perplexity) for length in lengths]
+    return make_table("Perplexity of long texts", [CONTENDER, *columns], rows)
+
+
+def task_table(rows: Sequence[Contender]) -> Table | None:
+    """Perplexity and the scores of lm-eval's tasks; None if none were asked for."""
+    figures = dict.fromkeys(name for row in rows for name in row.scores)
+    columns = [CONTENDER, mean("validation PPL", "validation_ppl", numbers.perplexity)]
+    for name in figures:
+        columns.append(mean(name.replace("_", " "), f"{SCORE}{name}", numbers.significant))
+        columns.append(mean("standard error", f"{STDERR}{name}", numbers.significant))
+    scored = [row for row in rows if row.scores]
+    note = "Standard errors are lm-eval's, over the questions of a task."
+    return make_table("Tasks of lm-eval", columns, scored, note) if scored else None
 
 
 def cache_table(rows: Sequence[Contender]) -> Table:
@@ -175,9 +204,7 @@ def cache_table(rows: Sequence[Contender]) -> Table:
     lengths = sorted({length for row in rows for length in row.cache_lengths})
     columns: list[Column[Contender]] = [CONTENDER]
     for length in lengths:
-        columns.append(
-            shared(f"at {numbers.count(length)} tokens", f"{CACHE}{length}", numbers.human_bytes)
-        )
+        columns.append(shared(_at(length), f"{CACHE}{length}", numbers.human_bytes))
         columns.append(change("vs baseline", f"{CACHE}{length}"))
         if any(
             row.value(f"cache_resident_{length}") != row.value(f"{CACHE}{length}") for row in rows
@@ -216,7 +243,7 @@ def interval_text(row: Contender) -> str:
     found = row.difference
     if found is None or found.low is None or found.high is None:
         return ABSENT
-    return f"{_in_unit(row, found.low)} to {_in_unit(row, found.high)}"
+    return say("{low} to {high}", low=_in_unit(row, found.low), high=_in_unit(row, found.high))
 
 
 def verdict_text(row: Contender) -> str:
@@ -225,9 +252,22 @@ def verdict_text(row: Contender) -> str:
         return ABSENT
     verdict, low, high = row.difference.verdict, row.difference.low, row.difference.high
     if low is None or high is None:
-        return f"undecided ({verdict})"
+        return say("undecided ({why})", why=say(verdict))
     by_holm = verdict == "undecided" and low * high > 0  # the correction, not the interval
-    return "undecided (Holm)" if by_holm else verdict
+    return say("undecided ({why})", why="Holm") if by_holm else say(verdict)
+
+
+def versus_text(row: Contender) -> str:
+    """Difference, verdict and interval in one phrase."""
+    told = [verdict_text(row), interval_text(row)]
+    return " · ".join([difference_text(row), *(text for text in told if text != ABSENT)])
+
+
+def quality_text(row: Contender) -> str:
+    """What counts: right answers, or perplexity."""
+    if row.task and not row.diverged:
+        return with_deviation(row.stat("accuracy"), numbers.percent)
+    return ppl_text(row)
 
 
 def ppl_text(row: Contender) -> str:
@@ -236,8 +276,8 @@ def ppl_text(row: Contender) -> str:
         return with_deviation(row.stat("validation_ppl"))
     seeds = len(row.seeds)
     if seeds == 1:
-        return "diverged"
-    return f"diverged ({len(row.diverged)} of {numbers.seeds_text(seeds)})"
+        return say("diverged")
+    return say("diverged ({seeds} of {all} seeds)", seeds=len(row.diverged), all=seeds)
 
 
 def tests_note(group: Sequence[Contender]) -> str:
@@ -246,11 +286,16 @@ def tests_note(group: Sequence[Contender]) -> str:
     if not tested:
         return ""
     paired = {found.paired for found in tested}
-    test = "paired t over the same seeds" if True in paired else "Welch's t over different seeds"
     if len(paired) > 1:
-        test += ", Welch's where seeds differ"
-    holm = f"; verdicts at 5% after Holm's correction over {len(tested)} comparisons"
-    return f"95% intervals: {test}{holm if len(tested) > 1 else ''}."
+        said = say("95% intervals: paired t over the same seeds, Welch's where seeds differ.")
+    elif True in paired:
+        said = say("95% intervals: paired t over the same seeds.")
+    else:
+        said = say("95% intervals: Welch's t over different seeds.")
+    if len(tested) == 1:
+        return said
+    holm = say("Verdicts at 5% after Holm's correction over {n} comparisons.", n=len(tested))
+    return f"{said} {holm}"
 
 
 def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
@@ -260,7 +305,7 @@ def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
         CONTENDER,
         *([mean("right answers", "accuracy", numbers.percent)] if task else []),
         Column("validation PPL", ppl_text),
-        Column(f"{'answers' if task else 'PPL'} vs baseline", difference_text),
+        Column(say("answers vs baseline") if task else say("PPL vs baseline"), difference_text),
         Column("95% interval", interval_text),
         Column("verdict", verdict_text, "text"),
         shared("validation PPL", "reported_val_ppl", numbers.plain, "reported"),
@@ -271,21 +316,25 @@ def _main_columns(group: Sequence[Contender]) -> list[Column[Contender]]:
         ),
     ]
     if length is not None:
-        size = f"{CACHE}{length}"
-        columns.append(
-            shared(f"cache at {numbers.count(length)} tokens", size, numbers.human_bytes)
-        )
+        size, tokens = f"{CACHE}{length}", numbers.count(length)
+        heading = say("cache at {tokens} tokens", tokens=tokens)
+        columns.append(shared(heading, size, numbers.human_bytes))
         columns.append(change("cache vs baseline", size))
     columns.append(shared("parameters", "parameters", numbers.count))
+    columns.append(change("parameters vs baseline", "parameters"))
     if uneven:
         columns.append(Column("seeds", lambda row: str(len(row.seeds)), "text"))
     return columns
 
 
+def _at(length: int) -> str:
+    return say("at {tokens} tokens", tokens=numbers.count(length))
+
+
 def _in_unit(row: Contender, value: float) -> str:
     if row.task:
         points = numbers.decimal(100 * value, 1)
-        return f"{'+' if value > 0 else ''}{points} points"
+        return say("{points} points", points=f"{'+' if value > 0 else ''}{points}")
     # A difference of losses is the logarithm of a ratio of perplexities.
     return signed_percent(100 * math.expm1(min(value, 500.0)))
 
@@ -301,7 +350,7 @@ def _embeddings(row: Contender) -> str:
     facts = row.outcomes[0].result.embedding
     if facts is None:
         return ABSENT
-    origin = [facts.source, *([facts.path] if facts.path else [])]
+    origin = [say(facts.source), *([facts.path] if facts.path else [])]
     if facts.tokens is not None:
-        origin.append(f"on {numbers.count(facts.tokens)} tokens")
-    return " ".join(origin) + (", frozen" if facts.frozen else "")
+        origin.append(say("on {tokens} tokens", tokens=numbers.count(facts.tokens)))
+    return " ".join(origin) + (say(", frozen") if facts.frozen else "")

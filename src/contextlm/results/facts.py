@@ -90,6 +90,20 @@ class RetrievalAccuracy(Record):
     answers: Count
 
 
+class TaskScore(Record):
+    """One figure of a task of lm-eval, by lm-eval's names.
+
+    `stderr` is its standard error over the questions, of which there are `samples`; None where
+    lm-eval gives none, as for the figure of a group.
+    """
+
+    task: str
+    metric: str
+    value: Figure
+    stderr: Figure | None
+    samples: Count | None
+
+
 class PhaseOneFacts(Record):
     """How context training ended. Effective ranks are in dimensions, of `context_dim`."""
 
@@ -128,6 +142,19 @@ class StoreFacts(Record):
     validation_bytes: Count
     drift_train: Figure
     drift_validation: Figure
+
+
+class PositionLoss(Record):
+    """The targets at positions ``first`` to ``last - 1`` of long texts.
+
+    `loss` is the mean over all `tokens` of them, in nats.
+    """
+
+    first: Count
+    last: Positive
+    tokens: Positive
+    loss: Figure
+    ppl: Figure
 
 
 class TuningTrial(Record):

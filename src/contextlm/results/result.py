@@ -6,7 +6,9 @@ in `Timings`. Pydantic only: reading a run needs no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,10 +26,12 @@ from contextlm.results.facts import (
     Finite,
     Perplexity,
     PhaseOneFacts,
+    PositionLoss,
     Positive,
     Record,
     RetrievalAccuracy,
     StoreFacts,
+    TaskScore,
     TuningFacts,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
@@ -41,9 +45,13 @@ class Result(Record):
     `bits_per_byte` is None where targets lie further ahead than the next token: a loss is a code
     length only if every token is predicted from all before it. It is None, too, where samples are
     lines or questions, and where the tokenizer has one token for all unknown words.
+    `trained_tokens` are the targets that phase 2 trained on up to the weights that were measured,
+    repeats counted; `budget` is the share of the recipe's training samples that they come from,
+    where the recipe names such, and `corpus` then counts that share.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a synthetic task. `job` is the identity of the job that made it, `setting` the
-    same without the seed: results of one setting are seeds of one experiment, in whichever runs.
+    empty but for a synthetic task, `positions` but for `evaluation.long`. `job` is the identity of
+    the job that made it, `setting` the same without the seed: results of one setting are seeds of
+    one experiment, in whichever runs.
     `diverged` says what happened where training did not stay finite: then losses are infinite, and
     nothing was measured.
     """
@@ -55,6 +63,7 @@ class Result(Record):
     architecture: str
     baseline: bool
     seed: Count
+    budget: Figure | None = None
     target_offset: Positive
     precision: str
     corpus: CorpusFacts
@@ -68,8 +77,11 @@ class Result(Record):
     train_ppl: Perplexity
     train_ppl_windows: Count | None = None
     retrieval: list[RetrievalAccuracy] = []
+    positions: list[PositionLoss] = []
+    tasks: list[TaskScore] = []
     best_epoch: Count
     epochs: Count
+    trained_tokens: Count | None = None
     learning_rate: Figure | None = None
     tuning: TuningFacts | None = None
     phase1: PhaseOneFacts | None
@@ -82,6 +94,15 @@ class Result(Record):
     job: str | None = None
     setting: str | None = None
     diverged: str | None = None
+
+    def ppl_at(self) -> dict[int, float]:
+        """Perplexity of the first N tokens of long texts, for each N where a stretch ends."""
+        found, loss, tokens = {}, 0.0, 0
+        for bucket in self.positions:
+            loss += bucket.tokens * bucket.loss
+            tokens += bucket.tokens
+            found[bucket.last] = math.exp(min(loss / tokens, 200.0))
+        return found
 
 
 class TrialResult(Record):
@@ -133,8 +154,9 @@ class PhaseOneRow(Record):
 class StepRow(Record):
     """One optimiser step of next-token training, counted from 1 over all epochs.
 
-    `loss` is that step's own, over all targets of its batch. A training of more steps than a plot
-    can tell apart keeps one in every so many, evenly.
+    `loss` is that step's own, over all targets of its batch; `tokens` are the targets trained on up
+    to there, which older results do not tell. A training of more steps than a plot can tell apart
+    keeps one in every so many, evenly.
     """
 
     phase: Literal[2] = 2
@@ -142,10 +164,11 @@ class StepRow(Record):
     epoch: Count
     loss: Figure
     learning_rate: Figure
+    tokens: Count | None = None
 
 
 class PhaseTwoRow(Record):
-    """One epoch of next-token training."""
+    """One epoch of next-token training; `tokens` as in `StepRow`."""
 
     phase: Literal[2] = 2
     epoch: Count
@@ -155,6 +178,7 @@ class PhaseTwoRow(Record):
     validation_ppl: Figure
     accuracy: Figure
     learning_rate: Figure
+    tokens: Count | None = None
 
 
 HistoryRow = PhaseOneRow | StepRow | PhaseTwoRow
@@ -177,32 +201,37 @@ class Run(Record):
     outcomes: list[Outcome]
 
     def missing_seeds(self) -> dict[str, list[int]]:
-        """The recipe's seeds without a result, by contender; contenders that lack none left out."""
-        done = {(o.result.contender, o.result.seed) for o in self.outcomes}
-        seeds = self.recipe.get("seeds", [0])
+        """The recipe's seeds that lack a result, by contender; those that lack none left out."""
+        done = {(o.result.contender, o.result.seed, o.result.budget) for o in self.outcomes}
+        seeds, budgets = self.recipe.get("seeds", [0]), self.recipe.get("budgets") or [None]
         names = [str(contender.get("name")) for contender in self.recipe.get("contenders", [])]
-        missing = {name: [s for s in seeds if (name, s) not in done] for name in names}
+        missing = {
+            name: [s for s in seeds if any((name, s, budget) not in done for budget in budgets)]
+            for name in names
+        }
         return {name: lacking for name, lacking in missing.items() if lacking}
 
 
-def seed_folder(run: Path, contender: str, seed: int) -> Path:
-    """Where one contender and seed keeps its files."""
-    return run / contender / f"seed-{seed}"
+def seed_folder(run: Path, contender: str, seed: int, budget: float | None = None) -> Path:
+    """Where one contender and seed, and budget if any, keeps its files."""
+    place = run / contender if budget is None else run / contender / f"budget-{budget:.12g}"
+    return place / f"seed-{seed}"
 
 
-def read_outcome(run: Path, contender: str, seed: int) -> Outcome:
-    """Read what one contender and seed left in the folder `run`.
+def read_outcome(run: Path, contender: str, seed: int, budget: float | None = None) -> Outcome:
+    """Read what one contender and seed, and budget if any, left in the folder `run`.
 
     Raises:
-        InputError: a file is missing, damaged, of another version or of another contender or seed,
-            or leads out of the run folder; the message names it.
+        InputError: a file is missing, damaged, of another version or of another contender, seed or
+            budget, or leads out of the run folder; the message names it.
     """
-    folder = seed_folder(run, contender, seed)
+    folder = seed_folder(run, contender, seed, budget)
     file = folder / "result.json"
     result = _read_record(Result, run, file)
     for key, value, place in (
         ("contender", result.contender, contender),
         ("seed", result.seed, seed),
+        ("budget", result.budget, budget),
     ):
         if value != place:
             raise InputError(
@@ -224,10 +253,13 @@ def read_run(folder: Path) -> Run:
     recipe = read_recipe(folder)
     environment = read_mapping(folder, folder / "environment.json")
     outcomes = [
-        read_outcome(folder, contender["name"], seed)
-        for contender in recipe["contenders"]
-        for seed in recipe.get("seeds", [0])
-        if is_file(seed_folder(folder, contender["name"], seed) / "result.json")
+        read_outcome(folder, *which)
+        for which in itertools.product(
+            [contender["name"] for contender in recipe["contenders"]],
+            recipe.get("seeds", [0]),
+            recipe.get("budgets") or [None],
+        )
+        if is_file(seed_folder(folder, *which) / "result.json")
     ]
     return Run(folder=folder, recipe=recipe, environment=environment, outcomes=outcomes)
 

@@ -39,6 +39,7 @@ class _Contender(_Loose):
 class _Resolved(_Loose):
     contenders: list[_Contender] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
+    budgets: list[Annotated[float, Field(gt=0)]] | None = None
     departs_from_full: list[str] | None = None
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PreTrainedModel
 
 from contextlm.base import distribution
@@ -71,8 +71,11 @@ class Watcher(Protocol):
     def on_epoch_begin(self, number: int, epochs: int, steps: int) -> None:
         """Epoch `number` of at most `epochs` begins, each of `steps` optimiser steps."""
 
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
-        """Optimiser step `step` is done, counted from 1 over all epochs; its batch's loss."""
+    def on_step(self, step: int, loss: float, learning_rate: float, tokens: int) -> None:
+        """Optimiser step `step` is done, counted from 1 over all epochs; its batch's loss.
+
+        `tokens` are the targets trained on up to here, repeats counted.
+        """
 
     def on_epoch_end(self, epoch: Epoch, best: bool) -> None:
         """An epoch was trained and evaluated."""
@@ -90,8 +93,13 @@ def train_next_token(
     folder: Path,
     watcher: Watcher,
     tell: Tell,
+    trunk: Path | None = None,
 ) -> PhaseTwo:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
+
+    Trainings with schedule wsd that differ only in how far they go share a `trunk`: each leaves its
+    state there before its rate falls, and goes on from what a shorter one has left. It ends as it
+    would alone, to the bit on a CPU.
 
     With several processes all call this with the same arguments; each batch is shared out among
     them, and all end with the same weights. Only one process keeps checkpoints.
@@ -105,6 +113,8 @@ def train_next_token(
         folder: for this training's checkpoints alone; training resumes from the newest whole one
             in there. They stay: the caller removes them.
         tell: takes a line about checkpoints.
+        trunk: for the states that such trainings share, all of one model, seed and order of
+            windows; they have one epoch, and several processes share nothing.
 
     Raises:
         RunError: the loss is not finite (`NotFiniteError`), or a checkpoint cannot be written; the
@@ -118,16 +128,23 @@ def train_next_token(
     with nullcontext() if several else deferred() as asked, freed_memory_kept():
         stepper = _Stepper(model, settings, steps, precision, device, seed)
         state = None if asked is None else PhaseTwoState(folder, device, asked, tell)
-        done = PhaseTwo() if state is None else state.restore(stepper.model, stepper.optimizer)
+        branch = settings.stable_until(steps)
+        done = PhaseTwo()
+        if state is not None:
+            done = state.restore(stepper.model, stepper.optimizer, trunk, branch)
         best_weights: Mapping[str, Tensor] = {}  # of several processes, on rank 0
 
         def begin(number: int) -> int:
             """Begin an epoch; how many of its steps are done, which the watcher is told again."""
             watcher.on_epoch_begin(number, settings.epochs, steps)
-            known = done.losses[(number - 1) * steps : number * steps]
-            for step, loss in enumerate(known, (number - 1) * steps + 1):
-                watcher.on_step(step, loss, stepper.learning_rate(step))
+            known = range((number - 1) * steps, min(number * steps, len(done.losses)))
+            for before in known:
+                tell_step(before + 1)
             return len(known)
+
+        def tell_step(step: int) -> None:
+            loss, tokens = done.losses[step - 1], done.tokens[step - 1]
+            watcher.on_step(step, loss, stepper.learning_rate(step), tokens)
 
         try:
             for number, epoch in enumerate(done.epochs, 1):
@@ -140,11 +157,17 @@ def train_next_token(
                 micro_batches = _micro_batches(train, settings, seed, number, taken, device)
                 stepper.parallel.train()
                 for step in range((number - 1) * steps + taken + 1, number * steps + 1):
-                    loss = stepper.take(step, list(islice(micro_batches, settings.accumulation)))
+                    batch = list(islice(micro_batches, settings.accumulation))
+                    loss, targets = stepper.take(step, batch)
                     done.losses.append(loss)
-                    watcher.on_step(step, loss, stepper.learning_rate(step))
-                    if state is not None and step < number * steps and state.due():
-                        done.seconds = time.perf_counter() - started
+                    done.tokens.append(done.trained_tokens + targets)
+                    tell_step(step)
+                    if state is None or step == number * steps:
+                        continue
+                    done.seconds = time.perf_counter() - started
+                    if trunk is not None and step == branch:
+                        state.leave(trunk, stepper.model, stepper.optimizer, done)
+                    if state.due():
                         state.save(stepper.model, stepper.optimizer, done)
                 done.seconds, seconds = 0.0, time.perf_counter() - started
 
@@ -156,6 +179,7 @@ def train_next_token(
                 epoch = Epoch(
                     number=number,
                     step=number * steps,
+                    tokens=done.trained_tokens,
                     train_loss=fmean(done.losses[-steps:]),
                     validation_loss=measured["loss"],
                     accuracy=measured["accuracy"],
@@ -190,6 +214,40 @@ def _is_over(done: PhaseTwo, settings: TrainingSettings) -> bool:
     epochs = len(done.epochs)
     patience = settings.patience or settings.epochs
     return epochs > 0 and (epochs == settings.epochs or epochs - done.best_epoch >= patience)
+
+
+def seconds_a_step(
+    model: PreTrainedModel,
+    train: Dataset[Batch],
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """Seconds of an optimiser step, measured on a few, which train the model.
+
+    Each has twice as many windows as the one before, up to a whole micro-batch; when one has taken
+    half a second, a batch is taken to need as much more time as it has more windows.
+    """
+    with freed_memory_kept():
+        stepper = _Stepper(model, settings, 1, precision, device, seed=0)
+        stepper.parallel.train()
+        most, windows = settings.batch_size // settings.accumulation, 1
+
+        def seconds() -> float:
+            items = [train[index % len(train)] for index in range(windows)]  # type: ignore[arg-type]
+            started = time.perf_counter()
+            stepper.take(1, [default_collate(items)])
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize()
+            return time.perf_counter() - started
+
+        seconds()  # warms up
+        while (took := seconds()) < 0.5 and windows < most:
+            windows = min(2 * windows, most)
+            if windows == most:
+                seconds()
+        return min(took, seconds()) * settings.batch_size / windows
 
 
 def check_processes(settings: TrainingSettings, name: str = "training") -> None:
@@ -290,8 +348,8 @@ class _Stepper:
         """The recipe's rate at `step`, counted from 1."""
         return float(self._rates[0] * self._share(step - 1))
 
-    def take(self, step: int, micro_batches: Sequence[Batch]) -> float:
-        """Take one step; the mean loss over all targets of all ranks' micro-batches.
+    def take(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """Take one step; the mean loss over all targets of all ranks' micro-batches, and how many.
 
         Raises:
             NotFiniteError: the loss is not finite; the weights are as they were.
@@ -315,7 +373,7 @@ class _Stepper:
             self.accelerator.clip_grad_norm_(self.parallel.parameters(), self.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss
+        return loss, int(targets)
 
     def _backward(self, batch: Batch, targets: float) -> Tensor:
         """Add a micro-batch's gradients; its part of the loss."""

@@ -72,12 +72,14 @@ def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], fl
 
     In a warmup of W steps the share rises from 1/W at the first to 1 at the last. Then ``linear``
     and ``cosine`` fall from 1 to 0 (or `minimum_ratio`) at the end of the last epoch; with
-    ``schedule_unit: epoch``, which has no warmup, the share changes between epochs only.
+    ``schedule_unit: epoch``, which has no warmup, the share changes between epochs only. ``wsd``
+    stays at 1 and falls as ``1 - sqrt(x)`` in the last steps (Haegele et al., arXiv:2405.18392).
 
     The warmup is shorter than all epochs of so many `steps`.
     """
     by_epoch = settings.schedule_unit == "epoch"
     end = settings.epochs * (1 if by_epoch else steps)
+    stable = settings.stable_until(end)
 
     def share(before: int) -> float:
         now = before // steps if by_epoch else before
@@ -88,8 +90,11 @@ def build_schedule(settings: TrainingSettings, steps: int) -> Callable[[int], fl
             return max(0.0, 1 - done)
         if settings.schedule == "cosine":
             falling = (1 + math.cos(math.pi * done)) / 2
-            return settings.minimum_ratio + (1 - settings.minimum_ratio) * falling
-        return 1.0
+        elif settings.schedule == "wsd":
+            falling = 1 - math.sqrt(max(0, now - stable) / (end - stable))
+        else:
+            return 1.0
+        return settings.minimum_ratio + (1 - settings.minimum_ratio) * falling
 
     return share
 

@@ -7,11 +7,12 @@ C is the width of an entry of the memory here.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from contextlm.models.cache import RecentLayer
 from contextlm.models.context_kv.cache import Reading
@@ -101,9 +102,10 @@ class MemoryAttention(nn.Module):
         memory = (self._heads(key_BSD), self._heads(value_BSD))
         dropout = self.dropout if self.training else 0.0
         pads: dict[str, Tensor] = {}
-        if self.padding == "zeros":  # the key and the value of a zero vector are the biases
-            pads["pad_key_HE"] = self.key.bias.view(self.heads, -1)
-            pads["pad_value_HE"] = self.value.bias.view(self.heads, -1)
+        if self.padding == "zeros":
+            zero_1C = stream_BTD.new_zeros(1, self.key.in_features)
+            pads["pad_key_HE"] = self.key(zero_1C).view(self.heads, -1)
+            pads["pad_value_HE"] = self.value(zero_1C).view(self.heads, -1)
         if reading is not None:
             mixed_BHTE = gather_attention(query_BHTE, *memory, *reading, dropout=dropout, **pads)
         else:
@@ -126,8 +128,9 @@ class MemoryAttention(nn.Module):
 class ContextAttention(MemoryAttention):
     """Reads contexts. Decoding keeps these, narrower than keys and values, and projects a few."""
 
-    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
-        """What each token reads, ``[B, T, D]``."""
+    def forward(self, stream_BTD: Tensor, *of_memory: Any) -> Tensor:
+        """What each token reads of a `Memory`, ``[B, T, D]``."""
+        memory = Memory(*of_memory)
         if memory.reading is not None and stream_BTD.shape[1] == 1:
             memory = _only_read(memory.entries, memory.reading)
         entries_BSC, start_B, reading = memory
@@ -141,8 +144,9 @@ class TokenAttention(MemoryAttention):
     Decoding keeps keys and values, ``[B, <= M - 1, 2 D]``.
     """
 
-    def forward(self, stream_BTD: Tensor, window: TokenWindow) -> Tensor:
-        """What the last T tokens of the window read, ``[B, T, D]``; the others only serve them."""
+    def forward(self, stream_BTD: Tensor, *of_window: Any) -> Tensor:
+        """What the last T tokens of a `TokenWindow` read, ``[B, T, D]``; the others serve them."""
+        window = TokenWindow(*of_window)
         entries_BSD = torch.cat([self.key(window.entries), self.value(window.entries)], dim=-1)
         state = RecentLayer(self.size - 1) if window.state is None else window.state
         new, before = window.new, entries_BSD.shape[1] - stream_BTD.shape[1]
@@ -155,7 +159,7 @@ class TokenAttention(MemoryAttention):
         return new.as_given(self._attend(stream_BTD, keys_BSD, values_BSD, new.seen_B))
 
 
-class ContextKVLayer(nn.Module):
+class ContextKVLayer(GradientCheckpointingLayer):
     """``h = LN(e + attention)``, then ``h + LN(W_2 GELU(W_1 h))``; dropout on both parts."""
 
     def __init__(
@@ -170,9 +174,12 @@ class ContextKVLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, stream_BTD: Tensor, memory: Memory | TokenWindow) -> Tensor:
-        """``[B, T, D]``; the memory is of the attention's own kind."""
-        read_BTD = self.dropout(self.attention(stream_BTD, memory))
+    def forward(self, stream_BTD: Tensor, *memory: Any) -> Tensor:
+        """``[B, T, D]``. The memory is of the attention's own kind, taken apart.
+
+        Gradient checkpointing sees only the tensors among the arguments themselves.
+        """
+        read_BTD = self.dropout(self.attention(stream_BTD, *memory))
         hidden_BTD = self.attention_norm(stream_BTD + read_BTD)
         branch_BTD = self.feed_forward_norm(self.down(F.gelu(self.up(hidden_BTD))))
         return hidden_BTD + self.dropout(branch_BTD)

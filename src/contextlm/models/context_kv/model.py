@@ -123,7 +123,6 @@ class ContextKVModel(ContextDecoder):
     """
 
     config_class = ContextKVConfig
-    supports_gradient_checkpointing = False  # one layer, small beside the logits
     _no_split_modules = ["ContextBlock", "ContextKVLayer"]
     _can_compile_fullgraph = True
     reads_only_last = True
@@ -150,6 +149,7 @@ class ContextKVModel(ContextDecoder):
             config.hidden_dropout,
             config.layer_norm_eps,
         )
+        self.gradient_checkpointing = False
         mark_frozen(config.freeze_embedding, self.embed_tokens, self.embed_norm)
         self.freeze_parts()
         self.post_init()
@@ -175,20 +175,21 @@ class ContextKVModel(ContextDecoder):
         embedded_BTD = self.embed_norm(embeds_BTD)
         if self.config.memory == "tokens":
             (state,) = new.states(1)
-            return self.layer(embedded_BTD[:, -new.last :], TokenWindow(embedded_BTD, new, state))
+            window = TokenWindow(embedded_BTD, new, state)
+            return self.layer(embedded_BTD[:, -new.last :], *window)
         if new.contexts is not None:
             if new.mask_BT is not None:
                 raise ValueError("contexts of a store do not go together with padding")
             if new.position_ids is None:
                 raise ValueError("contexts of a store need position_ids: where do windows start?")
             memory = Memory(new.contexts.to(embedded_BTD.dtype), new.position_ids[:, 0])
-            return self.layer(embedded_BTD, memory)
+            return self.layer(embedded_BTD, *memory)
         memory = self._memory(embedded_BTD, new)
         # With padding, a row's last token may stand anywhere once real ones are in front.
         if 0 < new.last < new.tokens and new.mask_BT is None:
             memory = memory.of_last(new.last, new.tokens, self.history)
             embedded_BTD = embedded_BTD[:, -new.last :]
-        return new.as_given(self.layer(new.real_first(embedded_BTD), memory))
+        return new.as_given(self.layer(new.real_first(embedded_BTD), *memory))
 
     def _memory(self, embedded_BTD: Tensor, new: NewTokens) -> Memory:
         """The contexts that the attention is to read, real tokens first; moves the cache on."""

@@ -27,18 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, rotate
-from contextlm.models.cache import EntriesLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.cache import CroppableLayer, EntriesLayer
+from contextlm.models.convolution import CausalConvolution, Taps
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import RMSNorm
+from contextlm.models.layers import RMSNorm, linear_weight
 
 
-class LatentLayer(Taps, EntriesLayer):
+class LatentLayer(Taps, CroppableLayer, EntriesLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
     Args:
-        is_croppable: nothing that is kept, here or by the model's other layers, forgets: then the
-            newest tokens can be taken back, as far as none is padding.
+        is_croppable: nothing that is kept, here or by the model's other layers, forgets.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
@@ -46,55 +46,21 @@ class LatentLayer(Taps, EntriesLayer):
     def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
         self.is_croppable = is_croppable
-        self._real_tail = 0  # newest tokens that were real in every row
 
-    def advance(self, new: NewTokens) -> None:
-        """Count the new tokens, and how far back none is padding."""
-        self._real_tail = _real_tail(self._real_tail, new.mask_BT, new.tokens)
-        super().advance(new)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._real_tail = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every row.
-
-        Args:
-            tokens_to_remove: how many, as a negative number, as transformers' own layers take it.
-
-        Raises:
-            ValueError: it is positive, the cache cannot be cropped, or one of the tokens was
-                padding.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): expected 0 or a negative number of tokens")
-        if not self.is_croppable:
-            super().crop(tokens_to_remove)
-        if self.entries is None or self.counts is None or tokens_to_remove == 0:
-            return
-        if -tokens_to_remove >= self._seen:
-            return self.reset()
-        if -tokens_to_remove > self._real_tail:
-            raise ValueError(
-                f"crop({tokens_to_remove}): some of these tokens are padding in some rows; only "
-                f"the newest {self._real_tail} can be taken back"
-            )
-        left = self.entries.shape[1] + tokens_to_remove
-        self.entries = self.entries[:, :left].clone()
-        self.counts = self.counts + tokens_to_remove
-        self._seen += tokens_to_remove
-        self._real_tail += tokens_to_remove
+    def take_back(self, tokens: int) -> None:
+        """Their entries too."""
+        assert self.entries is not None
+        self.entries = self.entries[:, : self.entries.shape[1] - tokens].clone()
+        super().take_back(tokens)
 
 
-class LatentAttention(nn.Module):
+@register_mixer("L")
+class LatentAttention(Mixer):
     """L as a layer's mixer."""
 
     def __init__(self, config: Any):
-        super().__init__()
+        super().__init__(config)
         width = config.hidden_size
-        self.config = config
         self.heads, self.content = config.num_attention_heads, config.head_size
         self.latent, self.rotary = config.latent_dim, config.rope_dim
         self.query = nn.Linear(width, self.heads * (self.content + self.rotary), bias=False)
@@ -107,9 +73,21 @@ class LatentAttention(nn.Module):
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.output = nn.Linear(self.heads * self.content, width, bias=False)
 
+    @classmethod
+    def new_state(cls, config: Any) -> LatentLayer:
+        """One entry a token. Recurrences, windows and taps forget what a shorter text needs."""
+        forgets = set(config.pattern.upper()) != {"L"} or config.attention_convolution > 0
+        return LatentLayer(is_croppable=not forgets)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a rotary key whose channels cannot be turned in pairs."""
+        if (config.rope_dim or 0) % 2:
+            raise ValueError(f"2 must divide rope_dim ({config.rope_dim})")
+
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
-        """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
-        positions_BT, theta = new.columns(0), self.config.rope_theta
+        """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
+        positions_BT, theta = new.places(), self.config.rope_theta
         query, latent = self.query(x_BTD), self.compress(x_BTD)
         if self.convolution is not None:
             inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)
@@ -123,10 +101,12 @@ class LatentAttention(nn.Module):
         if state is not None:
             entries_BSX = state.append(entries_BSX, new)
         if entries_BSX.shape[1] == new.tokens:
-            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX))
+            return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX, new))
         return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSX, new))
 
-    def _rebuilt(self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor) -> Tensor:
+    def _rebuilt(
+        self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor, new: NewTokens
+    ) -> Tensor:
         """Causal attention with the keys and values of all heads, ``[B, T, H E]``."""
         latent_BSC, shared_BSR = entries_BSX.split((self.latent, self.rotary), dim=-1)
         key_BHSE, value_BHSE = (
@@ -138,7 +118,8 @@ class LatentAttention(nn.Module):
         # As wide as the keys, which fast attention asks for.
         value_BHSX = F.pad(value_BHSE, (0, self.rotary))
         query_BHTX = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
-        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, None)
+        mask = None if new.places_BT is None else new.visible(0)
+        mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, mask)
         return mixed.unflatten(-1, (self.heads, -1))[..., : self.content].flatten(2)
 
     def _absorbed(
@@ -146,39 +127,16 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """The same with what is kept as the one key and value, ``[B, T, H E]``."""
         key_HEC, value_HEC = (
-            _weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
+            linear_weight(layer, plain_BHTE).unflatten(0, (self.heads, -1))
             for layer in (self.key, self.value)
         )
         query_BHTC = torch.einsum("bhte,hec->bhtc", plain_BHTE, key_HEC)
         query_BHTX = torch.cat([query_BHTC, turned_BHTR.to(query_BHTC.dtype)], dim=-1)
         kept = entries_BSX.shape[1] - new.tokens
-        key_B1S = new.columns(kept).unsqueeze(1)
-        visible_BTS = (key_B1S <= key_B1S[..., kept:].mT) & (key_B1S >= 0)
         entries_B1SX = entries_BSX.unsqueeze(1).to(query_BHTX.dtype)
         scaling = (self.content + self.rotary) ** -0.5
         mixed, _ = attend(
-            self, query_BHTX, entries_B1SX, entries_B1SX, visible_BTS.unsqueeze(1), scaling=scaling
+            self, query_BHTX, entries_B1SX, entries_B1SX, new.visible(kept), scaling=scaling
         )
         mixed_BTHC = mixed.unflatten(-1, (self.heads, -1))[..., : self.latent]
         return torch.einsum("bthc,hec->bthe", mixed_BTHC, value_HEC).flatten(2)
-
-
-def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:
-    """How many of the newest tokens are real in every row, after T more."""
-    if mask_BT is None:
-        return before + tokens
-    if torch.compiler.is_compiling() or mask_BT.device.type == "meta":
-        return 0  # values cannot be looked at here
-    return int(mask_BT.flip(1).long().cumprod(1).sum(1).min())
-
-
-def _weight(layer: nn.Linear, like: Tensor) -> Tensor:
-    """What a projection multiplies with, ``[H E, C]``.
-
-    An adapter or a quantised layer may have taken its place, or an offloaded layer's weight may be
-    elsewhere until it is called. It is linear still: its answers to unit vectors are the columns.
-    """
-    if type(layer) is nn.Linear and layer.weight.device == like.device:
-        return layer.weight
-    answers: Tensor = layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device))
-    return answers.T

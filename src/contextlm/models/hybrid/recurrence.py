@@ -12,14 +12,15 @@ Decoding keeps h and the last ``taps - 1`` inputs u: 4 D numbers for 4 taps, wha
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.cache import ContextStateLayer
-from contextlm.models.gated_recurrence import GatedRecurrence
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
+from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 
 
@@ -29,30 +30,35 @@ class RecurrenceLayer(Taps, ContextStateLayer):
     kept: ClassVar[tuple[str, ...]] = ("counts", "state", "taps")
 
 
-class RecurrentMixer(nn.Module):
-    """R as a layer's mixer: two projections in, one of them through the recurrence, one out.
+@register_mixer("R")
+class RecurrentMixer(Mixer):
+    """R as a layer's mixer: two projections in, one of them through the recurrence, one out."""
 
-    `blocks` are those of `GatedRecurrence`; 0 `taps` leave the convolution out.
-    """
-
-    def __init__(self, width: int, blocks: int, taps: int):
-        super().__init__()
+    def __init__(self, config: Any):
+        super().__init__(config)
+        width, taps = config.hidden_size, config.convolution
+        # 1 is dense, 0 leaves the gates out.
+        blocks = {"block_diagonal": config.num_attention_heads, "dense": 1, "none": 0}[config.gates]
         self.gate = nn.Linear(width, width, bias=False)
         self.inner = nn.Linear(width, width, bias=False)
         self.convolution = CausalConvolution(width, taps) if taps else None
         self.recurrence = GatedRecurrence(width, blocks)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, state: RecurrenceLayer | None, new: NewTokens) -> Tensor:
-        """What the mixer adds, ``[B, T, D]``.
+    @classmethod
+    def new_state(cls, config: Any) -> RecurrenceLayer:
+        """The recurrence's vector and the convolution's taps."""
+        return RecurrenceLayer()
 
-        Args:
-            x_BTD: the normalised stream, real tokens first.
-            state: what decoding keeps; moved on. None to keep nothing.
-            new: the tokens.
-        """
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse blocks of gates that do not fill the width."""
+        config.check_divides("num_attention_heads", "hidden_size")
+
+    def forward(self, x_BTD: Tensor, state: RecurrenceLayer | None, new: NewTokens) -> Tensor:
+        """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         inner_BTD = self.inner(x_BTD)
         if self.convolution is not None:
             inner_BTD = self.convolution(inner_BTD, state, new)
-        states_BTD = self.recurrence(inner_BTD, state, new).to(x_BTD.dtype)
+        states_BTD = gated_states(self.recurrence, inner_BTD, state, new).to(x_BTD.dtype)
         return self.output(F.gelu(self.gate(x_BTD)) * states_BTD)

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.attention import attend, rotate
+from contextlm.models.attention import attend, rotate_columns
 from contextlm.models.cache import RecentLayer
-from contextlm.models.hybrid.convolution import CausalConvolution, Taps
+from contextlm.models.convolution import CausalConvolution, Taps
+from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
 
@@ -31,13 +32,13 @@ class WindowLayer(Taps, RecentLayer):
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
 
-class WindowedAttention(nn.Module):
+@register_mixer("W")
+class WindowedAttention(Mixer):
     """W as a layer's mixer."""
 
     def __init__(self, config: Any):
-        super().__init__()
+        super().__init__(config)
         width, self.head_dim = config.hidden_size, config.head_size
-        self.config = config
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
         self.window = config.window
         inner = (self.heads + 2 * self.shared) * self.head_dim
@@ -49,8 +50,19 @@ class WindowedAttention(nn.Module):
         self.key_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.heads * self.head_dim, width, bias=False)
 
+    @classmethod
+    def new_state(cls, config: Any) -> WindowLayer:
+        """The tokens before the one that reads its window."""
+        return WindowLayer(config.window - 1)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a head whose channels cannot be turned in pairs."""
+        if config.head_size % 2:
+            raise ValueError(f"2 must divide the width of a head ({config.head_size})")
+
     def forward(self, x_BTD: Tensor, state: WindowLayer | None, new: NewTokens) -> Tensor:
-        """What the mixer adds, ``[B, T, D]``; see `RecurrentMixer.forward`."""
+        """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
         inner = self.inner(x_BTD)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
@@ -61,9 +73,8 @@ class WindowedAttention(nn.Module):
             both = state.append(torch.cat([key, value], dim=2).flatten(2), new)
             key, value = both.unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         kept, theta = key.shape[1] - new.tokens, self.config.rope_theta
-        columns_1S = torch.arange(key.shape[1], device=x_BTD.device).unsqueeze(0)
-        query_BHTE = rotate(query.transpose(1, 2), columns_1S[:, kept:], theta)
-        key_BGSE = rotate(key.transpose(1, 2), columns_1S, theta)
+        query_BHTE = rotate_columns(query.transpose(1, 2), kept, theta)
+        key_BGSE = rotate_columns(key.transpose(1, 2), 0, theta)
         return self.output(self._read(query_BHTE, key_BGSE, value.transpose(1, 2), new))
 
     def _read(
@@ -71,14 +82,13 @@ class WindowedAttention(nn.Module):
     ) -> Tensor:
         """What each query reads of its window, ``[B, T, H E]``; keys and values: kept and new."""
         tokens, total = query_BHTE.shape[2], key_BGSE.shape[2]
-        if tokens > self.window and total > 2 * self.window:
+        # An exported graph has one way for all lengths, and blocks are right for any.
+        many = torch.compiler.is_exporting() or (tokens > self.window and total > 2 * self.window)
+        if many:
             return self._in_blocks(query_BHTE, key_BGSE, value_BGSE, new)
         mask = None
-        if new.seen_B is not None or total > self.window:
-            key_B1S = new.columns(total - tokens).unsqueeze(1)
-            query_BT1 = key_B1S[..., total - tokens :].mT
-            near_BTS = (key_B1S <= query_BT1) & (key_B1S > query_BT1 - self.window)
-            mask = (near_BTS & (key_B1S >= 0)).unsqueeze(1)
+        if new.seen_B is not None or new.places_BT is not None or total > self.window:
+            mask = new.visible(total - tokens, self.window)
         return attend(self, query_BHTE, key_BGSE, value_BGSE, mask)[0]
 
     def _in_blocks(
@@ -91,19 +101,21 @@ class WindowedAttention(nn.Module):
         batch, _, tokens, _ = query_BHTE.shape
         window, device = self.window, query_BHTE.device
         ahead = window - (key_BGSE.shape[2] - tokens)  # columns to fill up to W before the first
-        behind = -tokens % window
-        blocks = (tokens + behind) // window
-        query = F.pad(query_BHTE, (0, 0, 0, behind)).unflatten(2, (blocks, window))
+        blocks = (tokens + window - 1) // window
+        if torch.compiler.is_exporting():  # a length of one is another case to a graph
+            blocks = blocks + 1
+        behind = blocks * window - tokens
+        query = F.pad(query_BHTE, (0, 0, 0, behind)).unflatten(2, (-1, window))
         key, value = (
             F.pad(x, (0, 0, ahead, behind)).unfold(2, 2 * window, window).transpose(-1, -2)
             for x in (key_BGSE, value_BGSE)
         )
         column_S = torch.arange(2 * window, device=device)
-        query_W1 = column_S[:window].unsqueeze(1)
-        near_WS = (column_S > query_W1) & (column_S <= query_W1 + window)
-        first_BJ = new.starts + window * (torch.arange(blocks, device=device) - 1)
-        filled_BJ1S = first_BJ[..., None, None] + column_S >= 0
-        mask = (near_WS & filled_BJ1S).expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        own_W1 = column_S[window:].unsqueeze(1)
+        reach_BT = new.places().clamp(max=window - 1)
+        reach_BJW1 = F.pad(reach_BT, (0, behind)).unflatten(1, (-1, window)).unsqueeze(-1)
+        mask = (column_S <= own_W1) & (column_S >= own_W1 - reach_BJW1)
+        mask = mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         mixed, _ = attend(self, query, key, value, mask)
-        return mixed.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :tokens]
+        return mixed.unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]

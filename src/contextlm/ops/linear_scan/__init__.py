@@ -3,8 +3,8 @@
     h_t = a_t h_{t-1} + b_t
 
 Backends: ``eager``, the loop over tokens in `naive`, works everywhere; ``numba``, one compiled loop
-for a CPU; ``parallel``, parallel in time, in plain torch, for all else and under torch.compile. All
-are differentiable, ``eager`` and ``parallel`` more than once.
+for a CPU; ``parallel``, parallel in time, in plain torch, for all else and under torch.compile and
+torch.export (see `traced`). All are differentiable, ``eager`` and ``parallel`` more than once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def linear_scan(
     if name == "numba":
         from contextlm.ops.linear_scan.numba import linear_scan_numba as run
     elif name == "parallel":
-        from contextlm.ops.linear_scan.parallel import linear_scan_parallel as run
+        from contextlm.ops.linear_scan.traced import linear_scan_traced as run
     else:
         from contextlm.ops.linear_scan.naive import linear_scan_naive as run
     return run(gates_BTC, inputs_BTC, initial_BC.to(state_type)).to(result_type)
@@ -80,7 +80,7 @@ def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str =
     """
     tensors = (gates_BTC, inputs_BTC)
     name = _requested("linear_scan", backend, BACKENDS)
-    if name == AUTO and gates_BTC.shape[1] < _FEWEST_TOKENS:
+    if name == AUTO and not _traced(*tensors) and gates_BTC.shape[1] < _FEWEST_TOKENS:
         return "eager"
     obstacle = _obstacle_to_numba(*tensors)
     if name == "numba" and obstacle:

@@ -7,11 +7,6 @@ the one pass. Rows are shared out over torch's number of threads.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contextlm.ops.backends import compiled
-
-# Fewer numbers than this are not worth handing to another thread.
-_NUMBERS_PER_THREAD = 2**16
+from contextlm.ops.rows import over_rows
 
 # Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
 # they are called, and one function serves several.
@@ -62,32 +55,12 @@ def _backward(gates_BTC, states_BTC, initial_BC, grad_BTC, dgates_BTC, dinputs_B
         dinitial_BC[b] = carry_C
 
 
-@lru_cache(maxsize=1)
-def _threads(process: int) -> ThreadPoolExecutor:
-    """The pool of a process; a forked one has none of its parent's threads."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="linear_scan")
-
-
-def _over_rows(loop: Callable[..., None], *tensors: Tensor) -> None:
-    """Run `loop` on tensors ``[B, ...]``, several rows at a time."""
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    rows = len(arrays[0])
-    groups = min(rows, torch.get_num_threads(), arrays[0].size // _NUMBERS_PER_THREAD)
-    if groups <= 1:
-        loop(*arrays)
-        return
-    ends = [rows * group // groups for group in range(groups + 1)]
-    parts = ([a[start:end] for a in arrays] for start, end in pairwise(ends))
-    for _ in _threads(os.getpid()).map(lambda part: loop(*part), parts):
-        pass  # raises what a thread raised
-
-
 class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
         gates_BTC, initial_BC = gates_BTC.contiguous(), initial_BC.contiguous()
         states_BTC = torch.empty_like(gates_BTC)
-        _over_rows(_forward, gates_BTC, inputs_BTC.contiguous(), initial_BC, states_BTC)
+        over_rows(_forward, (gates_BTC, inputs_BTC.contiguous(), initial_BC, states_BTC))
         ctx.save_for_backward(gates_BTC, states_BTC, initial_BC)
         return states_BTC
 
@@ -97,7 +70,8 @@ class _LinearScan(torch.autograd.Function):
         gates_BTC, states_BTC, initial_BC = ctx.saved_tensors
         dgates, dinputs = torch.empty_like(gates_BTC), torch.empty_like(gates_BTC)
         gradients = (dgates, dinputs, torch.empty_like(initial_BC))
-        _over_rows(_backward, gates_BTC, states_BTC, initial_BC, grad_BTC.contiguous(), *gradients)
+        given = (gates_BTC, states_BTC, initial_BC, grad_BTC.contiguous())
+        over_rows(_backward, (*given, *gradients))
         return gradients
 
 

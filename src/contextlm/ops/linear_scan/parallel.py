@@ -12,6 +12,7 @@ more step each (the odd-even scan of Brent and Kung). About three multiplication
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,12 +39,22 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``g_t = grad_t + a_{t+1} g_{t+1}`` is the same recurrence, backwards in time."""
         gates_BTC, initial_BC, states_BTC = ctx.saved_tensors
-        # The gate that comes round to the front meets a state of zero.
-        later_BTC = gates_BTC.roll(-1, dims=1).flip(1)
-        g_BTC = linear_scan_parallel(later_BTC, grad_BTC.flip(1), torch.zeros_like(initial_BC))
-        g_BTC = g_BTC.flip(1)
-        before_BTC = torch.cat([initial_BC.unsqueeze(1), states_BTC[:, :-1]], dim=1)
-        return g_BTC * before_BTC, g_BTC, g_BTC[:, 0] * gates_BTC[:, 0]
+        return gradients(linear_scan_parallel, gates_BTC, initial_BC, states_BTC, grad_BTC)
+
+
+def gradients(
+    scan: Callable[[Tensor, Tensor, Tensor], Tensor],
+    gates_BTC: Tensor,
+    initial_BC: Tensor,
+    states_BTC: Tensor,
+    grad_BTC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of gates, inputs and initial state, by a scan that runs backwards in time."""
+    # The gate that comes round to the front meets a state of zero.
+    later_BTC = gates_BTC.roll(-1, dims=1).flip(1)
+    g_BTC = scan(later_BTC, grad_BTC.flip(1), torch.zeros_like(initial_BC)).flip(1)
+    before_BTC = torch.cat([initial_BC.unsqueeze(1), states_BTC[:, :-1]], dim=1)
+    return g_BTC * before_BTC, g_BTC, g_BTC[:, 0] * gates_BTC[:, 0]
 
 
 def _odd_even(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""`contextlm compress`: policies for one model, measured side by side in a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from contextlm.base.errors import InputError
+from contextlm.base.files import cache_folder, write_json
+from contextlm.base.progress import Progress, duration
+from contextlm.compress.adaptors import Attention, attentions_of
+from contextlm.compress.base import Costs, Policy, parse_policy, policies
+from contextlm.compress.calibration import Calibration
+from contextlm.data.corpora import load_corpus
+from contextlm.data.token_store import build_token_store
+from contextlm.evaluation.checkpoint import WEIGHTS, load_checkpoint
+from contextlm.evaluation.compression import Measuring, reference_file
+from contextlm.evaluation.memory import position_limit
+from contextlm.lab.environment import describe_environment
+from contextlm.lab.run_folder import new_folder
+from contextlm.report.compression import write_compression
+from contextlm.report.numbers import human_bytes
+from contextlm.results.compression import Compression, PolicyFigures
+
+LENGTHS = (512, 2048)
+BUDGETS = (0.25,)
+CALIBRATION = 8192  # tokens
+CALIBRATION_ROW = 1024
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """What to measure.
+
+    Attributes:
+        policies: specs; None: what is proposed for each budget.
+        text: a corpus; its validation split is read, its training split calibrates.
+        lengths: tokens after which bytes are counted; the last is the text's length. None:
+            `LENGTHS`, as far as the model has positions.
+        budgets: shares of the model's own cache at the text's end.
+    """
+
+    policies: Sequence[str] | None
+    text: str
+    lengths: Sequence[int] | None
+    budgets: Sequence[float]
+    device: str
+
+
+def compress(
+    folder: Path,
+    named: str,
+    settings: CompressSettings,
+    out: Path,
+    command: str,
+    progress: Progress,
+) -> tuple[Compression, Path, dict[str, Path]]:
+    """Measure policies on the model in `folder`.
+
+    Args:
+        folder: a checkpoint of transformers with its tokenizer.
+        named: as the user called it.
+        out: where the run folder goes.
+        command: what repeats this.
+
+    Returns:
+        What was found, the run folder, and the report's files by name.
+
+    Raises:
+        InputError: the model, the text or a policy is not usable; told before anything is measured.
+    """
+    given = None if settings.policies is None else [parse_policy(s) for s in settings.policies]
+    progress.line(memory_text(folder))
+    model, tokenizer = load_checkpoint(folder, settings.device)
+    attentions = attentions_of(model)
+    limit = position_limit(model)
+    lengths = _within(settings.lengths, limit)
+    text_T, other_NT, corpus = texts(settings.text, tokenizer, lengths[-1])
+    if len(text_T) < lengths[-1] + 1:
+        raise InputError(
+            f"corpus {corpus!r} has {len(text_T):,} tokens to read, --lengths asks for "
+            f"{lengths[-1]:,} and one more"
+        )
+    refused: dict[str, str] = {}
+    if given is None:
+        chosen = proposed(attentions, settings.budgets, lengths[-1], refused)
+    else:
+        chosen = [parse_policy("full"), *(policy for policy in given if policy.spec != "full")]
+        for policy in chosen:
+            policy.check(attentions)
+    progress.line(
+        f"{len(chosen)} policies on {lengths[-1]:,} tokens of {corpus}; the full cache's "
+        f"distributions take {human_bytes(4 * lengths[-1] * model.config.vocab_size)} of disk"
+    )
+    found: list[PolicyFigures] = []
+    with reference_file() as reference:
+        measuring = Measuring(model, tokenizer, text_T, lengths, reference, Calibration(other_NT))
+        for number, policy in enumerate(chosen, start=1):
+            name = f"{number}/{len(chosen)} {policy.spec}"
+            one = measuring.policy(policy, partial(_tell, progress, name))
+            found.append(one)
+            progress.line(
+                f"{name}: {human_bytes(one.cache[-1].logical)}, KL {one.kl:.4f}, "
+                f"{one.decode_tokens_per_second:,.1f} tokens/s, {duration(one.seconds)}"
+            )
+    result = Compression(
+        model=named,
+        model_type=model.config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        corpus=corpus,
+        tokens=lengths[-1],
+        calibration_tokens=other_NT.numel(),
+        budgets=list(settings.budgets),
+        command=command,
+        policies=found,
+        refused=refused,
+    )
+    paths: dict[str, Path] = {}
+
+    def fill(partial: Path) -> None:
+        write_json(partial / "result.json", result.model_dump())
+        write_json(partial / "environment.json", describe_environment(model.device))
+        paths.update(write_compression(result, partial))
+
+    run = new_folder(out, f"compress-{folder.resolve().name}", fill)
+    return result, run, {name: run / path.name for name, path in paths.items()}
+
+
+def _tell(progress: Progress, name: str, doing: str) -> None:
+    progress.update(f"{name}: {doing}")
+
+
+def proposed(
+    attentions: Sequence[Attention],
+    budgets: Sequence[float],
+    tokens: int,
+    refused: dict[str, str],
+) -> list[Policy]:
+    """The full cache, and each policy with settings for each budget; notes why some cannot be."""
+    costs = Costs.of(attentions[0], tokens)
+    kinds = policies()
+    found: dict[str, Policy] = {"full": parse_policy("full")}
+    for kind in (kinds[name] for name in kinds if name != "full"):
+        for budget in budgets:
+            policy = kind.proposed(budget, costs)
+            if policy is not None:
+                found[policy.spec] = policy
+    for budget in budgets:
+        form = kinds["int8"]
+        share = form.share(costs)  # type: ignore[attr-defined]
+        selection = kinds["window"].proposed(min(1.0, budget / share), costs)
+        if selection is not None and share < 1:
+            stack = parse_policy(f"{selection.spec}+int8")
+            found[stack.spec] = stack
+    for spec, policy in list(found.items()):
+        try:
+            policy.check(attentions)
+        except InputError as error:
+            refused[spec] = str(error)
+            del found[spec]
+    return list(found.values())
+
+
+def texts(name: str, tokenizer: PreTrainedTokenizerFast, tokens: int) -> tuple[Tensor, Tensor, str]:
+    """A text of at least ``tokens + 1`` tokens where there is one, others to calibrate, the name.
+
+    The first document of the validation split that is long enough is read, else the whole split.
+    """
+    cache = cache_folder()
+    corpus = load_corpus(name)
+    held_out = build_token_store(corpus, "validation", tokenizer, cache)
+    documents = (held_out.tokens[a:b] for a, b in pairwise(held_out.document_offsets))
+    text = next((doc for doc in documents if len(doc) > tokens), held_out.tokens)
+    other = build_token_store(corpus, "train", tokenizer, cache).tokens[:CALIBRATION]
+    row = min(CALIBRATION_ROW, len(other))
+    other_NT = torch.from_numpy(np.asarray(other[: len(other) // row * row], dtype=np.int64))
+    text_T = torch.from_numpy(np.asarray(text[: 2 * tokens + 1], dtype=np.int64))
+    return text_T, other_NT.view(-1, row), corpus.name
+
+
+def memory_text(folder: Path) -> str:
+    """What loading the model takes and what there is, before anything is loaded."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    return (
+        f"{folder / WEIGHTS}: {human_bytes(weights)} of weights to load; "
+        f"{human_bytes(free)} of memory is free"
+    )
+
+
+def _within(wanted: Sequence[int] | None, limit: int | None) -> list[int]:
+    """The lengths within the model's positions."""
+    lengths = sorted(set(wanted or LENGTHS))
+    fitting = [length for length in lengths if limit is None or length <= limit]
+    if wanted is not None and len(fitting) < len(lengths):
+        raise InputError(f"--lengths {lengths[-1]}: more than the model's {limit} positions")
+    return fitting or [limit or lengths[0]]

@@ -1,0 +1,3 @@
+"""The contract tests on every architecture of our own."""
+
+from contextlm.contract.architecture import *  # noqa: F403
