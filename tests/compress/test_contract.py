@@ -431,6 +431,17 @@ def test_a_policy_without_its_text_or_library_is_refused(monkeypatch: pytest.Mon
         installed(models()["llama"], "int8")
 
 
+def test_gradients_flow_and_checkpointing_is_refused() -> None:
+    model, ids = build("llama"), tokens(1, 40)
+    model.train()
+    with CompressedCache(model, "representatives:8,sinks:2"):
+        model(ids, labels=ids).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        model.gradient_checkpointing_enable()
+        with pytest.raises(InputError, match="gradient checkpointing"):
+            model(ids, labels=ids)
+
+
 def test_masks_and_attention_functions_that_cannot_be_read_are_refused() -> None:
     model, ids = models()["llama"], tokens(1, 40)
     with CompressedCache(model, "window:5"), torch.no_grad():

@@ -143,6 +143,12 @@ class Switch:
         policy = self._policy_of(cache)
         if policy is None:
             return self.original(hidden_states, **kwargs)
+        base = self.attention.base
+        if base.training and getattr(base, "is_gradient_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing runs layers again out of order, which a compressed cache "
+                "cannot follow: train without it"
+            )
         number = self.attention.module.layer_idx
         reader = policy.readers[number]
         layer = reader.new_layer(policy.key) if cache is None else cache.layers[number]
