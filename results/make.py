@@ -147,7 +147,7 @@ class Results:
     def course(self, question: str) -> str:
         """The chart of a question's epochs."""
         self.rows(question)
-        return f"![Validation perplexity by epoch, over its lowest](plots/course-{question}.svg)"
+        return f"![Validation perplexity by epoch](plots/course-{question}.svg)"
 
     def budgets(self, *questions: str) -> str:
         """Perplexity of attention and the hybrid, a row a question."""
@@ -229,24 +229,23 @@ def plots(results: Results, folder: Path) -> None:
         for row in (results.row(question, name) for question in questions)
     ]
     drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
+    for question, epochs in results.epochs.groupby("question"):
+        drawn += charts.figure(f"course-{question}", course_chart(epochs))
     for figure in drawn:
         (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
 
 
-def courses(epochs: pd.DataFrame, folder: Path) -> None:
-    """For each question validation perplexity by epoch over its lowest: shapes, without levels."""
-    for question, rows in epochs.groupby("question"):
-        points = []
-        for (name, told), own in rows.groupby(["contender", rows.seed.isna()], sort=False):
-            ppl = own.groupby("epoch").validation_ppl.mean().dropna()
-            label = f"{name}, document" if told else str(name)
-            points += [
-                {"label": label, "x": epoch, "y": ratio, "shown": numbers.decimal(ratio, 3)}
-                for epoch, ratio in (ppl / ppl.min()).items()
-            ]
-        drawn = charts.figure(f"course-{question}", charts.course(charts.points_of(points)))
-        for figure in drawn:
-            (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
+def course_chart(epochs: pd.DataFrame) -> Any:
+    """Validation perplexity by epoch over its lowest: shapes, without levels."""
+    points = []
+    for (name, told), own in epochs.groupby(["contender", epochs.seed.isna()], sort=False):
+        ppl = own.groupby("epoch").validation_ppl.mean().dropna()
+        label = f"{name}, document" if told else str(name)
+        points += [
+            {"label": label, "x": epoch, "y": ratio, "shown": numbers.decimal(ratio, 3)}
+            for epoch, ratio in (ppl / ppl.min()).items()
+        ]
+    return charts.course(charts.points_of(points))
 
 
 def make(folder: Path) -> None:
@@ -266,7 +265,6 @@ def make(folder: Path) -> None:
         with speaking("ja" if page.name.endswith(".ja.md") else ENGLISH):
             page.write_text(MARKS.sub(made, page.read_text("utf-8")), "utf-8")
     plots(results, folder / "plots")
-    courses(results.epochs, folder / "plots")
 
 
 def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFrame:

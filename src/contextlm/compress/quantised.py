@@ -191,8 +191,7 @@ class Quantised(Form):
     def check(self, attentions: Sequence[Attention]) -> None:
         if find_spec("hqq") is None:
             raise InputError(
-                f"policy {self.name} needs hqq, which is not installed: "
-                "pip install 'hqq>=0.2.8'"
+                f"policy {self.name} needs hqq, which is not installed: pip install 'hqq>=0.2.8'"
             )
 
     def readers(

@@ -4,17 +4,23 @@
 
 Backends: ``eager``, the loop over tokens in `naive`, works everywhere; ``numba``, one compiled loop
 for a CPU; ``parallel``, parallel in time, in plain torch, for all else and under torch.compile and
-torch.export (see `traced`). All are differentiable, ``eager`` and ``parallel`` more than once.
+torch.export. All are differentiable, ``eager`` and ``parallel`` more than once.
+
+The form that is parallel in time has as many rounds as the length has bits, so a graph of it is for
+one length. Where the length is left open the graph holds one op instead, `contextlm::linear_scan`,
+which chooses its form when it runs; who loads such a graph from a file imports contextlm first.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from contextlm.ops.backends import AUTO, is_installed, requested_backend
+from contextlm.ops.linear_scan.parallel import gradients, linear_scan_parallel
 
 BACKENDS = ("eager", "numba", "parallel")
 # Chosen while torch.compile traces, which cannot trace the choosing.
@@ -66,7 +72,7 @@ def linear_scan(
     if name == "numba":
         from contextlm.ops.linear_scan.numba import linear_scan_numba as run
     elif name == "parallel":
-        from contextlm.ops.linear_scan.traced import linear_scan_traced as run
+        run = _linear_scan_traced
     else:
         from contextlm.ops.linear_scan.naive import linear_scan_naive as run
     return run(gates_BTC, inputs_BTC, initial_BC.to(state_type)).to(result_type)
@@ -126,3 +132,36 @@ def _check_shapes(
         if tensor is not None and tensor.shape != fitting:
             found, wanted = tuple(tensor.shape), tuple(fitting)
             raise ValueError(f"linear_scan needs the {what} as {wanted}, got {found}")
+
+
+@torch.library.custom_op("contextlm::linear_scan", mutates_args=())
+def _any_length(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
+    return linear_scan(gates_BTC, inputs_BTC, initial_BC).clone()
+
+
+@_any_length.register_fake
+def _(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
+    return torch.empty_like(inputs_BTC)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    gates_BTC, _, initial_BC = inputs
+    ctx.save_for_backward(gates_BTC, initial_BC, output)
+
+
+def _backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gates_BTC, initial_BC, states_BTC = ctx.saved_tensors
+    return gradients(_any_length, gates_BTC, initial_BC, states_BTC, grad_BTC)
+
+
+_any_length.register_autograd(_backward, setup_context=_keep)
+
+
+# Dynamo would not say whether a length is open; what it leaves whole is told by the next stage.
+@torch.compiler.allow_in_graph
+def _linear_scan_traced(gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor) -> Tensor:
+    """As `linear_scan_parallel`; one graph serves all lengths if the length is left open."""
+    if isinstance(gates_BTC.shape[1], torch.SymInt):
+        result: Tensor = _any_length(gates_BTC, inputs_BTC, initial_BC)
+        return result
+    return linear_scan_parallel(gates_BTC, inputs_BTC, initial_BC)
