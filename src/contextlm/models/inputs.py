@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,7 +119,7 @@ class NewTokens:
         """What each of so many layers of the cache keeps; None where nothing is kept."""
         return [None] * count if self.cache is None else self.cache.layers
 
-    @cached_property
+    @property
     def counts(self) -> Tensor:
         """How many of the new tokens are real in each row, ``[B]``."""
         if self.mask_BT is None:
