@@ -33,7 +33,7 @@ def test_fetching_each_context_is_attention_in_dilated_windows(float64, start):
     leaves = [entries, stream, *own.parameters()]
     results = []
     for form in (own, GatherAttention(own)):
-        out = form(stream, memory)
+        out = form(stream, *memory)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for ours, naive in zip(*results, strict=True):
         torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-10)

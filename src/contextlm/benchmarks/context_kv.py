@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,9 @@ class GatherAttention(torch.nn.Module):
         super().__init__()
         self.own = attention
 
-    def forward(self, stream_BTD: Tensor, memory: Memory) -> Tensor:
-        """What each token reads, ``[B, T, D]``."""
+    def forward(self, stream_BTD: Tensor, *of_memory: Any) -> Tensor:
+        """What each token reads of a `Memory`, ``[B, T, D]``."""
+        memory = Memory(*of_memory)
         own, entries_BSC, start_B = self.own, memory.entries, memory.start_B
         tokens = stream_BTD.shape[1]
         before = entries_BSC.shape[1] - tokens
@@ -84,7 +86,7 @@ class GatherAttention(torch.nn.Module):
 
 
 def _sublayer(attention: torch.nn.Module, stream_BTD: Tensor, memory: Memory) -> None:
-    attention(stream_BTD, memory).sum().backward()
+    attention(stream_BTD, *memory).sum().backward()
     attention.zero_grad()
 
 
