@@ -282,7 +282,7 @@ def test_a_fault_in_the_model_names_the_contender(command: Command, recipe_file:
 
 def test_list(command: Command) -> None:
     everything = json.loads(command("list", "--json").out)
-    assert list(everything) == ["recipes", "models", "corpora"]
+    assert list(everything) == ["recipes", "models", "corpora", "policies"]
     for kind, entries in everything.items():
         assert json.loads(command("list", kind, "--json").out) == {kind: entries}
         shown = command("list", kind).out

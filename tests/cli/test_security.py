@@ -6,8 +6,11 @@ read by a parser.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ from contextlm.cli.shell import execute
 
 EVIL = "<script>alert(1)</script>"
 BREAKOUT = '"><img src=x onerror="document.title=1">'
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 RECIPE: dict[str, Any] = {
     "name": "poisoned",
@@ -140,6 +143,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.text: list[str] = []
         self.titles: list[str] = []
+        self.scripts: list[str] = []
         self._inside: list[str] = []
         self.feed(text)
 
@@ -153,18 +157,29 @@ class Page(HTMLParser):
         assert self._inside.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if self._inside[-1:] == ["script"]:
+            self.scripts.append(data)
+            return
         self.text.append(data)
         if "title" in self._inside:
             self.titles.append(data)
 
 
 def assert_text_stayed_text(page: str, text: str, times: int) -> None:
-    """The page holds `text` at least so many times, as text, and nothing that could run."""
+    """The page holds `text` at least so many times, as text, and runs its own two scripts only."""
     seen = Page(page)
-    assert not seen.elements & {"script", "iframe", "object", "embed", "svg", "link", "base"}
+    assert not seen.elements & {"iframe", "object", "embed", "link", "base"}
     assert all(not name.startswith("on") for name, _ in seen.attributes)
+    drawn, *scripts = seen.scripts
+    json.loads(drawn)  # data, not script
+    policy = next(value for name, value in seen.attributes if name == "content" and "src" in value)
+    hashes = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts]
+    assert policy.partition("script-src ")[2] == " ".join(f"'sha256-{each}'" for each in hashes)
+    assert not any(text in each for each in scripts)
     sources = [value or "" for name, value in seen.attributes if name in ("src", "href")]
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    # In the page itself or in the run folder.
+    inside = re.compile(r"data:image/(png|svg\+xml);base64,|#|[\w./-]+$")
+    assert all(inside.match(source) for source in sources), sources
     assert "".join(seen.text).count(text) >= times
 
 

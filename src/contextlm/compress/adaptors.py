@@ -18,6 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 from contextlm.base.errors import InputError
+from contextlm.models.base import architectures
 from contextlm.models.cache import CACHE
 
 QUERY, KEY, VALUE = range(3)
@@ -245,6 +246,8 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
     base: Any = getattr(model, "base_model", model)
     config: Any = getattr(base, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
+    if kind in architectures():
+        raise InputError(f"{kind} has a cache of its own, which keeps little already")
     if kind not in ARCHITECTURES:
         raise InputError(
             f"no adaptor for the attention of {kind!r}, only for {', '.join(ARCHITECTURES)}; "
