@@ -28,7 +28,6 @@ def rows_of(run: Path, kind: type) -> list:
 
 
 def test_tensorboard_gets_the_history_and_the_configuration(quick, tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tracked(quick, tmp_path, "tensorboard")
@@ -56,9 +55,6 @@ def test_tensorboard_gets_the_history_and_the_configuration(quick, tmp_path):
 
 
 def test_trackio_gets_the_same_in_the_database_of_this_machine(quick, tmp_path, monkeypatch):
-    pytest.importorskip(
-        "trackio", reason="trackio is not installed: it needs an older pillow than constraints.txt"
-    )
     from trackio import utils
     from trackio.sqlite_storage import SQLiteStorage
 
