@@ -46,7 +46,15 @@ def _rows(logits_RV, targets_R, losses_R, zero):  # type: ignore[no-untyped-def]
 
 
 def softmax_loss_numba(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """Each row's loss, in float32 at least; turns its logits into their gradient, in place."""
+    """Each row's loss, in float32 at least; turns its logits into their gradient, in place.
+
+    Raises:
+        IndexError: a target is no entry of the vocabulary, which compiled code would not notice.
+    """
+    entries = logits_RV.shape[1]
+    strange = targets_R[(targets_R < 0) | (targets_R >= entries)]
+    if len(strange):
+        raise IndexError(f"Target {int(strange[0])} is out of bounds of {entries} entries.")
     dtype = torch.promote_types(logits_RV.dtype, torch.float32)
     losses_R = torch.empty(len(logits_RV), dtype=dtype)
     over_rows(_rows, (logits_RV, targets_R, losses_R), losses_R.numpy().dtype.type(0))
