@@ -113,6 +113,8 @@ def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
     device = "cpu" if package == "numba" else "cuda"
     if any(tensor.device.type != device for tensor in tensors):
         return f"is for {device.upper()} only"
+    if package == "numba" and any(tensor.dtype == torch.float16 for tensor in tensors):
+        return "knows no float16"
     return "" if is_installed(package) else f"needs the package {package}"
 
 
