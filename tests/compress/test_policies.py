@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 
 from contextlm import CompressedCache
+from contextlm.base.errors import InputError
 from contextlm.compress import evict
 from contextlm.compress.adaptors import KEY, VALUE, Attention, attentions_of, rotated
 from contextlm.compress.base import Costs, parse_policy, policies
@@ -130,6 +131,24 @@ def test_representatives_are_means_that_count_for_their_tokens(sinks: int) -> No
     )
     spec = f"representatives:{window},sinks:{sinks}"
     assert_close(compressed(model, spec, ids, PIECES), expected)
+
+
+def test_a_shorter_row_goes_on_where_longer_ones_are_gone() -> None:
+    """It has fewer representatives than the batch had."""
+    model, ids = one_layer(), tokens(2, 20)
+    for short in (3, 7, 20):
+        mask = torch.ones_like(ids)
+        mask[1, : 20 - short] = 0
+        with CompressedCache(model, "representatives:4") as policy, torch.no_grad():
+            cache = policy.new_cache()
+            model(ids, attention_mask=mask, use_cache=True, **{CACHE: cache})
+            cache.batch_select_indices(torch.tensor([1]))
+            more = torch.cat([mask[1:], torch.ones(1, 5, dtype=torch.long)], dim=1)
+            given = {"attention_mask": more, "use_cache": True, CACHE: cache}
+            logits = model(ids[:1, :5], **given).logits
+            alone = model(torch.cat([ids[1:, 20 - short :], ids[:1, :5]], dim=1)).logits[:, -5:]
+        # Angles are float32's, and a padded row's positions are others.
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_alike_keys_are_represented_without_loss() -> None:
@@ -272,3 +291,16 @@ def test_proposed_settings_keep_their_budget(share: float) -> None:
     latent: Any = policies()["latent"].proposed(share, costs)
     assert latent.spec == f"latent:{100 * share:g}%"
     assert parse_policy("input").proposed(share, costs) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("window:256,window:9", "window is given twice"),
+        ("window:256,8,sinks:4", "sinks is given twice"),
+        ("latent:inf%", "expected a number such as 64 or a share such as 25%"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_policy(spec)

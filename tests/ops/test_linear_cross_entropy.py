@@ -142,3 +142,27 @@ def test_many_logits_are_taken_in_blocks(monkeypatch):
     assert len(seen) == 1
     with pytest.raises(ValueError, match="unknown linear_cross_entropy backend 'fast'"):
         linear_cross_entropy(*tensors, targets, backend="fast")
+
+
+@pytest.mark.parametrize("target", [-1, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_is_no_entry_is_refused(backend, target):
+    """Compiled code would read and write beside the row."""
+    tensors, targets = make(5, 3, 7)
+    targets[2] = target
+    with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+        linear_cross_entropy(*tensors, targets, backend=backend)
+
+
+def test_without_gradients_none_is_computed(monkeypatch):
+    tensors, targets = make(5, 3, 7)
+    asked = []
+    apply = blocks._Blocks.apply
+    monkeypatch.setattr(
+        blocks._Blocks,
+        "apply",
+        lambda *given: asked.extend(t.requires_grad for t in given[:3]) or apply(*given),
+    )
+    with torch.no_grad():
+        linear_cross_entropy(*tensors, targets, backend="blocks")
+    assert asked == [False, False, False]

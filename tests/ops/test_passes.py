@@ -131,3 +131,10 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         rms_norm(x, weight, backend="numba")
     with pytest.raises(ValueError, match="unknown short_convolution backend 'fast'"):
         short_convolution(x, torch.ones(2, 64), weight, backend="fast")
+
+
+def test_float16_which_numba_does_not_know() -> None:
+    x, weight = normal(2, 40, 64, dtype=torch.float16), normal(64, dtype=torch.float16)
+    expected = F.rms_norm(x, (64,), weight, 1e-6)
+    torch.testing.assert_close(rms_norm(x, weight), expected, rtol=1e-2, atol=1e-2)
+    assert short_convolution(x, normal(4, 64, dtype=torch.float16), weight).dtype == torch.float16

@@ -151,6 +151,22 @@ def test_all_is_computed_in_float32_at_least(backend: str, dtype: torch.dtype) -
     torch.testing.assert_close(outputs.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_without_gradients_no_state_is_kept_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("contextlm.ops.selective_state.numba")
+    tensors, sizes = [tensor.detach() for tensor in make(1, 100, 2, 3, 7)], []
+    tensors[5].requires_grad_()  # as the parameter that it is
+    run = module.over_rows
+
+    def over_rows(loop, along, *shared) -> None:
+        sizes.append(along[-1].numel())
+        run(loop, along, *shared)
+
+    monkeypatch.setattr(module, "over_rows", over_rows)
+    with torch.no_grad():
+        selective_state(*tensors, backend="numba")
+    assert sizes == [0]
+
+
 def test_gradients_of_gradients() -> None:
     tensors = make(1, 5, 1, 2, 2)
     for name in ("eager", "chunked"):

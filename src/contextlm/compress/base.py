@@ -208,6 +208,8 @@ def _one(text: str, spec: str) -> Policy:
             key, value = fields[number], key
         if key not in fields:
             raise unknown_name(f"setting of policy {name}", key, fields)
+        if key in given:
+            raise InputError(f"policy {shown(spec)}: {key} is given twice")
         given[key] = value
     try:
         return policy(**given)

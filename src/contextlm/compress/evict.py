@@ -82,7 +82,7 @@ class ScoredReader(Reader):
         seen_BGTS[..., -new:] |= torch.eye(new, dtype=torch.bool, device=hidden_BTD.device)
         seen_BHTS = seen_BGTS.repeat_interleave(self.attention.heads // self.attention.groups, 1)
         mask = given
-        if layer.held or (given is None and not bool(real_BT.all())):
+        if layer.held:
             mask = attention_mask(seen_BHTS, self.attention.implementation, hidden_BTD.dtype)
             if new == 1 and bool(seen_BGTS.all()):
                 mask = None

@@ -15,6 +15,7 @@ et al., arXiv:2502.14837); a cache of latents as in Palu (Chang et al., arXiv:24
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -157,7 +158,7 @@ class Latent(Form):
         text = str(rank)
         number = text.removesuffix("%")
         try:
-            if float(number) > 0 and (text.endswith("%") or number.isdigit()):
+            if 0 < float(number) < math.inf and (text.endswith("%") or number.isdigit()):
                 return text if text.endswith("%") else int(number)
         except ValueError:
             pass

@@ -97,6 +97,7 @@ class SpanLayer(KeyValueLayer):
             total_BGRE = torch.einsum("brs,bgse->bgre", own_BRS.to(tokens_BGSE), tokens_BGSE)
             new_BGRE = total_BGRE / sizes_R[:, None].to(total_BGRE)
             if old is not None:
+                old = old[:, :, :spans]  # there are more where rows that were longer are gone
                 missing = spans - old.shape[2]
                 old = torch.cat([old, new_BGRE[:, :, new_BGRE.shape[2] - missing :]], dim=2)
                 kept_BGRE = old[:, :, first:]

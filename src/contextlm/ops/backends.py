@@ -7,10 +7,8 @@ environment variable ``CONTEXTLM_BACKEND`` decides, which holds a name for all o
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -115,6 +113,8 @@ def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
     device = "cpu" if package == "numba" else "cuda"
     if any(tensor.device.type != device for tensor in tensors):
         return f"is for {device.upper()} only"
+    if package == "numba" and any(tensor.dtype == torch.float16 for tensor in tensors):
+        return "knows no float16"
     return "" if is_installed(package) else f"needs the package {package}"
 
 
@@ -156,23 +156,3 @@ def compiled(*flags: str, inlined: bool = False) -> Callable[[Callable[..., Any]
             return njit(**options)(function)
 
     return compile_function
-
-
-def in_threads(work: Callable[[slice], object], rows: int) -> None:
-    """Let as many threads as torch's operations have work on equal parts of so many rows.
-
-    For compiled loops, which let other threads run.
-    """
-    import torch
-
-    each = -(-rows // torch.get_num_threads())
-    parts = [slice(start, start + each) for start in range(0, rows, each)] if rows else []
-    if len(parts) == 1:
-        work(parts[0])
-    elif parts:
-        list(_pool(len(parts)).map(work, parts))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "contextlm")

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,24 @@ _NUMBERS_PER_THREAD = 2**16
 @lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
     """The pool of a process; a forked one has none of its parent's threads."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rows")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="contextlm")
+
+
+def in_threads(work: Callable[[slice], object], rows: int, most: int | None = None) -> None:
+    """Let threads work on equal parts of so many rows, as many threads as torch's operations have.
+
+    Args:
+        work: does a part; it must release the interpreter's lock.
+        rows: of all parts together.
+        most: parts that are worth a thread; None: as many as there are rows.
+    """
+    parts = min(rows, torch.get_num_threads(), rows if most is None else most)
+    if parts <= 1:
+        work(slice(0, rows))
+        return
+    ends = [rows * part // parts for part in range(parts + 1)]
+    for _ in _threads(os.getpid()).map(work, map(slice, ends, ends[1:])):
+        pass  # raises what a thread raised
 
 
 def over_rows(loop: Callable[..., None], tensors: Sequence[Tensor], *shared: Any) -> None:
@@ -37,15 +53,11 @@ def over_rows(loop: Callable[..., None], tensors: Sequence[Tensor], *shared: Any
     """
     arrays = [_array(tensor) for tensor in tensors]
     others = [_array(each) if isinstance(each, Tensor) else each for each in shared]
-    rows = len(arrays[0])
-    groups = min(rows, torch.get_num_threads(), arrays[0].size // _NUMBERS_PER_THREAD)
-    if groups <= 1:
-        loop(*arrays, *others)
-        return
-    ends = [rows * group // groups for group in range(groups + 1)]
-    parts = ([array[start:end] for array in arrays] for start, end in pairwise(ends))
-    for _ in _threads(os.getpid()).map(lambda part: loop(*part, *others), parts):
-        pass  # raises what a thread raised
+    in_threads(
+        lambda part: loop(*(array[part] for array in arrays), *others),
+        len(arrays[0]),
+        arrays[0].size // _NUMBERS_PER_THREAD,
+    )
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

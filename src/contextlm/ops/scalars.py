@@ -1,6 +1,7 @@
-"""Numbers inside of loops that Numba compiles: bfloat16, which it does not know, and the sigmoid.
+"""Numbers inside of loops that Numba compiles: bits, bfloat16, exponential and sigmoid.
 
-In float32 none of these has a branch or a call, so that a loop over them is vectorised.
+Numba knows neither a float's bits nor bfloat16. In float32 none of these has a branch or a call, so
+that a loop over them is vectorised.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ intrinsic: Any = _intrinsic
 
 
 @intrinsic
-def _bits(typing, number):  # type: ignore[no-untyped-def]
+def float_as_bits(typing, number):  # type: ignore[no-untyped-def]
     """A float32's bits as int32."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -32,7 +33,7 @@ def _bits(typing, number):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _float(typing, bits):  # type: ignore[no-untyped-def]
+def bits_as_float(typing, bits):  # type: ignore[no-untyped-def]
     """The float32 of these bits."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -49,7 +50,7 @@ def load(number):  # type: ignore[no-untyped-def]
 @overload(load, inline="always")
 def _choose_load(number):  # type: ignore[no-untyped-def]
     if number == types.int16:
-        return lambda number: _float(np.int32(number) << np.int32(16))
+        return lambda number: bits_as_float(np.int32(number) << np.int32(16))
     return lambda number: number
 
 
@@ -64,7 +65,7 @@ def _choose_store(number, like):  # type: ignore[no-untyped-def]
         return lambda number, like: number
 
     def rounded(number, like):  # type: ignore[no-untyped-def]
-        bits = _bits(np.float32(number))
+        bits = float_as_bits(np.float32(number))
         last = (bits >> np.int32(16)) & np.int32(1)
         return np.int16((bits + np.int32(0x7FFF) + last) >> np.int32(16))
 
@@ -89,7 +90,19 @@ def _exp(x):  # type: ignore[no-untyped-def]
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     series = _C3 + r * (_C4 + r * (_C5 + r * _C6))
     series = _C0 + r * (_C1 + r * (_C2 + r * series))
-    return series * _float((_bits(shifted) + np.int32(127)) << np.int32(23))
+    return series * bits_as_float((float_as_bits(shifted) + np.int32(127)) << np.int32(23))
+
+
+def exp(x):  # type: ignore[no-untyped-def]
+    """The exponential, in float32 of what is cut off at -87 and 87."""
+    raise NotImplementedError
+
+
+@overload(exp, inline="always")
+def _choose_exp(x):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x: _exp(x)
+    return lambda x: math.exp(x)
 
 
 def sigmoid(x):  # type: ignore[no-untyped-def]

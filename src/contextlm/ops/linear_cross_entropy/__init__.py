@@ -41,6 +41,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: the backend is unknown.
+        IndexError: on a CPU, a target is no entry of the vocabulary.
     """
     name = requested_backend("linear_cross_entropy", backend, BACKENDS)
     if name == AUTO:

@@ -36,6 +36,9 @@ def linear_cross_entropy_blocks(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `linear_cross_entropy`, with products in `dtype` and no target to ignore."""
+    if not torch.is_grad_enabled():  # which parameters do not know
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     return _Blocks.apply(hidden_ND, weight_VD, bias_V, targets_N, dtype)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contextlm.ops.backends import compiled, in_threads
-from contextlm.ops.bits import bits_as_float, float_as_bits
+from contextlm.ops.backends import compiled
 from contextlm.ops.normal_noise.naive import MULTIPLIERS, ROUNDS, WEYL
+from contextlm.ops.rows import in_threads
+from contextlm.ops.scalars import bits_as_float, float_as_bits
 
 _FLAGS = ("contract", "nsz", "arcp")
 _ONE, _TWO = (np.uint64(each) for each in MULTIPLIERS)
@@ -30,11 +31,10 @@ def _radius(bits):  # type: ignore[no-untyped-def]
     """``sqrt(-2 log u)`` for u = (bits / 256 + 0.5) / 2^24."""
     one, half = np.float32(1), np.float32(0.5)
     u = (np.float32(np.int32(bits >> np.uint32(8))) + half) * _UNIT
-    whole = float_as_bits(u)
     # u = 2^n m with m from sqrt(1/2) to sqrt(2), where log(m) is a series in (m - 1) / (m + 1).
-    shifted = whole - np.uint32(0x3F3504F3)
-    n = np.float32(np.int32(shifted) >> np.int32(23))
-    m = bits_as_float((shifted & np.uint32(0x7FFFFF)) + np.uint32(0x3F3504F3))
+    shifted = np.int32(float_as_bits(u) - np.int32(0x3F3504F3))
+    n = np.float32(shifted >> np.int32(23))
+    m = bits_as_float(np.int32((shifted & np.int32(0x7FFFFF)) + np.int32(0x3F3504F3)))
     s = (m - one) / (m + one)
     t = s * s
     p = np.float32(1 / 3) + t * (

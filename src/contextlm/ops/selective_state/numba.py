@@ -177,5 +177,7 @@ def selective_state_numba(
     if begins_BT is not None:
         decays_BTH = decays_BTH.masked_fill(begins_BT.unsqueeze(-1), 0)
     along = (inputs_BTHP, steps_BTH, decays_BTH, write_BTN, read_BTN)
+    if not torch.is_grad_enabled():  # which a parameter does not know: nothing is kept for it
+        skip_H = skip_H.detach()
     outputs_BTHP, final_BHNP = _SelectiveState.apply(*along, skip_H, initial_BHNP)
     return outputs_BTHP, final_BHNP
