@@ -142,6 +142,32 @@ def test_results_say_what_they_were_trained_on(trunk):
         assert last.tokens == result.trained_tokens
 
 
+@pytest.mark.parametrize(
+    "unit",
+    [
+        ("unit=lines", "tokenizer=word:300"),
+        ("unit=answers", "corpus=recall:2", "tokenizer=word:300"),
+    ],
+)
+def test_a_budget_of_lines_or_answers_counts_its_own(quick, unit):
+    overrides = [SAMPLES, "budgets=[0.5, 1]", "contenders.ours=null", *unit]
+    prepared = prepare(load_recipe(quick, overrides=overrides), torch.device("cpu"))
+    entry = prepared.entries["base"]
+    for budget in prepared.budgets:
+        of_each = [int((entry.pool[n]["labels"] >= 0).sum()) for n in range(budget.samples)]
+        assert budget.tokens == sum(of_each)
+
+
+def test_a_contender_with_a_sample_less_has_budgets_too(quick):
+    """Its targets lie farther ahead, and the text ends before its last one."""
+    ahead = ["samples=null", "tokens={train: 161, validation: 97}", "contenders.ours.phase1=null"]
+    overrides = [*ahead, "budgets=[0.5, 1]", "contenders.ours.target_offset=2"]
+    prepared = prepare(load_recipe(quick, overrides=overrides), torch.device("cpu"))
+    assert [len(entry.train) for entry in prepared.entries.values()] == [10, 9]
+    for entry in prepared.entries.values():
+        assert max(prepared.budgets[-1].order(0, shuffle=True)) < len(entry.pool)
+
+
 def test_a_budget_waits_for_the_smaller_ones(quick, tmp_path):
     overrides = [SAMPLES, WSD, "budgets=[0.5, 1]"]
     made = Planner(
