@@ -85,7 +85,11 @@ def test_budgets_share_the_trunk_and_cost_little_more_than_the_longest(trunk):
 
 def test_a_dry_run_counts_the_steps_that_will_be_taken(trunk, quick):
     recipe = load_recipe(quick, overrides=[SAMPLES, WSD, "budgets=[0.5, 1, 1.5]"])
-    assert sum(cost.steps for cost in dry_run(recipe, device="cpu").contenders) == trunk[1]
+    costs = dry_run(recipe, device="cpu").contenders
+    assert sum(cost.steps for cost in costs) == trunk[1]
+    alone = dry_run(load_recipe(quick, overrides=[SAMPLES, WSD]), device="cpu").contenders
+    for cost, one in zip(costs, alone, strict=True):
+        assert cost.flops / cost.steps == pytest.approx(one.flops / one.steps)
 
 
 def test_each_budget_ends_as_it_would_alone(trunk, quick, tmp_path, monkeypatch):
@@ -203,6 +207,7 @@ def test_a_rate_is_tuned_once_for_all_budgets(quick, tmp_path):
         (["budgets=[400]"], r"budgets: 400: corpus .* samples were asked for"),
         (["budgets=[2]", "samples=null"], "more than all of the text: name samples.train"),
         (["budgets=[0.01]"], "budgets: 0.01 of 40 training samples is none"),
+        (["budgets=[0.5, 0.51]"], "0.5 and 0.51 of 40 training samples are the same 20"),
         (["budgets=[0.1, 1]", "training.warmup=2"], "less than the 1 steps that training takes"),
         (
             ["budgets=[0.5]", "training={schedule: wsd, warmup: 3}"],

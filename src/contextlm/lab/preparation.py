@@ -276,11 +276,16 @@ def _budgets(recipe: Recipe, pool: Samples, block: int) -> Sequence[Budget | Non
     """The recipe's budgets, counted on blocks of samples that every contender has."""
     if recipe.budgets is None:
         return [None]
-    budgets = []
+    budgets: list[Budget] = []
     for share in recipe.budgets:
         samples = round(share * block)
         if samples == 0:
             raise InputError(f"budgets: {share:g} of {block:,} training samples is none")
+        if budgets and samples == budgets[-1].samples:
+            raise InputError(
+                f"budgets: {budgets[-1].share:g} and {share:g} of {block:,} training samples are "
+                f"the same {samples:,}"
+            )
         text = pool.first(blocks_of(share) * block).stream()
         tokens = pool.first(samples).tokens_covered
         budgets.append(Budget(share, samples, block, _sha256(text), tokens))
