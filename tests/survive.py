@@ -69,10 +69,16 @@ class Trial:
 
 
 class Subject:
-    """One run, in a folder of its own that also holds its cache."""
+    """One run, in a folder of its own that also holds its cache; `settings` follow `SETTINGS`."""
 
-    def __init__(self, root: Path, context: multiprocessing.context.BaseContext):
+    def __init__(
+        self,
+        root: Path,
+        context: multiprocessing.context.BaseContext,
+        settings: tuple[str, ...] = (),
+    ):
         self.root = root
+        self.settings = settings
         self.run = root / "runs" / RUN
         self.context = context
         root.mkdir()
@@ -80,7 +86,7 @@ class Subject:
     def start(self, *, fresh: bool = False) -> BaseProcess:
         """Begin or resume the run."""
         context = multiprocessing.get_context("spawn") if fresh else self.context
-        process = context.Process(target=work, args=(str(self.root),))
+        process = context.Process(target=work, args=(str(self.root), self.settings))
         process.start()
         return process
 
@@ -120,7 +126,7 @@ class Subject:
         )
 
 
-def work(root: str) -> None:
+def work(root: str, settings: tuple[str, ...]) -> None:
     """In a process of its own: the command, its output into a file beside the run."""
     os.environ["CONTEXTLM_CACHE"] = str(Path(root, "cache"))
     os.environ.pop("CONTEXTLM_DATA", None)
@@ -129,7 +135,7 @@ def work(root: str) -> None:
     os.dup2(log, 2)
     from contextlm.cli import main
 
-    main(["run", *SETTINGS, "--out", str(Path(root, "runs")), "--resume"])
+    main(["run", *SETTINGS, *settings, "--out", str(Path(root, "runs")), "--resume"])
 
 
 def watch(subject: Subject, process: BaseProcess) -> Iterator[str]:
@@ -184,7 +190,12 @@ def kill_in(subject: Subject, wanted: str, delay: float, trial: Trial) -> bool:
 
 
 def survive(
-    folder: Path, wanted: list[tuple[str, ...]], seed: int, *, fresh: bool = True
+    folder: Path,
+    wanted: list[tuple[str, ...]],
+    seed: int,
+    *,
+    fresh: bool = True,
+    settings: tuple[str, ...] = (),
 ) -> Iterator[Trial]:
     """Kill one run for each entry of `wanted`, in these stages one after the other.
 
@@ -193,6 +204,7 @@ def survive(
         wanted: stages in which to kill each run.
         seed: of the moments.
         fresh: whether the undisturbed run is a process that has imported nothing before.
+        settings: more of the command line.
 
     Yields:
         What came of each run.
@@ -200,12 +212,12 @@ def survive(
     chance = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    reference = Subject(folder / "undisturbed", context)
+    reference = Subject(folder / "undisturbed", context, settings)
     took = undisturbed(reference, fresh=fresh)
     for number, stages in enumerate(wanted, start=1):
         share = chance.random()
         for attempt in itertools.count():
-            subject = Subject(folder / f"killed-{number}-{attempt}", context)
+            subject = Subject(folder / f"killed-{number}-{attempt}", context, settings)
             trial = Trial()
             # A stage may take less time than before: then nearer to its beginning.
             hit = [kill_in(subject, s, took[s] * share / 2**attempt, trial) for s in stages]

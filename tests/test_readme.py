@@ -26,14 +26,19 @@ def fenced(language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all, so that the demo's text is read once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 def run(*command: str, folder: Path, **options: str) -> str:
-    """Run a command in `folder` with a cache of its own; what it printed to stdout."""
+    """Run a command in `folder`; what it printed to stdout."""
     # A make around the tests must not speak to the one inside them.
     kept = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     environment = {
         **kept,
         "PATH": f"{BIN}{os.pathsep}{kept['PATH']}",
-        "CONTEXTLM_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         **options,
     }
@@ -57,13 +62,16 @@ def test_there_is_one_place_for_the_generated_results() -> None:
 
 
 def test_commands_and_python_work_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (commands,) = fenced("bash")
     lines = [line for line in commands.splitlines() if line.strip()]
     assert len(lines) >= 5
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CONTEXTLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CONTEXTLM_CACHE", cache)
     for line in lines:
         name, *arguments = shlex.split(line, comments=True)
         assert name == "contextlm"
@@ -88,7 +96,7 @@ def test_the_japanese_readme_has_the_same_commands_and_python() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_demo(tmp_path: Path) -> None:
+def test_make_demo(tmp_path: Path, cache: str) -> None:
     # The environment at work stands in for the one that make would install; its stamp counts as
     # up to date, so that nothing is downloaded.
     prefix = BIN.parent
@@ -98,6 +106,7 @@ def test_make_demo(tmp_path: Path) -> None:
         *("make", "-C", str(ROOT), "-o", f"{prefix}/.installed", f"VENV={prefix}"),
         *("demo", f"ARGS={arguments}"),
         folder=tmp_path,
+        CONTEXTLM_CACHE=cache,
     )
     assert str(tmp_path / "runs" / "demo-001" / "report.html") in printed
     for name in ("report.html", "report.md", "recipe.yaml", "environment.json"):

@@ -85,7 +85,11 @@ def test_budgets_share_the_trunk_and_cost_little_more_than_the_longest(trunk):
 
 def test_a_dry_run_counts_the_steps_that_will_be_taken(trunk, quick):
     recipe = load_recipe(quick, overrides=[SAMPLES, WSD, "budgets=[0.5, 1, 1.5]"])
-    assert sum(cost.steps for cost in dry_run(recipe, device="cpu").contenders) == trunk[1]
+    costs = dry_run(recipe, device="cpu").contenders
+    assert sum(cost.steps for cost in costs) == trunk[1]
+    alone = dry_run(load_recipe(quick, overrides=[SAMPLES, WSD]), device="cpu").contenders
+    for cost, one in zip(costs, alone, strict=True):
+        assert cost.flops / cost.steps == pytest.approx(one.flops / one.steps)
 
 
 def test_each_budget_ends_as_it_would_alone(trunk, quick, tmp_path, monkeypatch):
@@ -142,6 +146,32 @@ def test_results_say_what_they_were_trained_on(trunk):
         assert last.tokens == result.trained_tokens
 
 
+@pytest.mark.parametrize(
+    "unit",
+    [
+        ("unit=lines", "tokenizer=word:300"),
+        ("unit=answers", "corpus=recall:2", "tokenizer=word:300"),
+    ],
+)
+def test_a_budget_of_lines_or_answers_counts_its_own(quick, unit):
+    overrides = [SAMPLES, "budgets=[0.5, 1]", "contenders.ours=null", *unit]
+    prepared = prepare(load_recipe(quick, overrides=overrides), torch.device("cpu"))
+    entry = prepared.entries["base"]
+    for budget in prepared.budgets:
+        of_each = [int((entry.pool[n]["labels"] >= 0).sum()) for n in range(budget.samples)]
+        assert budget.tokens == sum(of_each)
+
+
+def test_a_contender_with_a_sample_less_has_budgets_too(quick):
+    """Its targets lie farther ahead, and the text ends before its last one."""
+    ahead = ["samples=null", "tokens={train: 161, validation: 97}", "contenders.ours.phase1=null"]
+    overrides = [*ahead, "budgets=[0.5, 1]", "contenders.ours.target_offset=2"]
+    prepared = prepare(load_recipe(quick, overrides=overrides), torch.device("cpu"))
+    assert [len(entry.train) for entry in prepared.entries.values()] == [10, 9]
+    for entry in prepared.entries.values():
+        assert max(prepared.budgets[-1].order(0, shuffle=True)) < len(entry.pool)
+
+
 def test_a_budget_waits_for_the_smaller_ones(quick, tmp_path):
     overrides = [SAMPLES, WSD, "budgets=[0.5, 1]"]
     made = Planner(
@@ -177,6 +207,7 @@ def test_a_rate_is_tuned_once_for_all_budgets(quick, tmp_path):
         (["budgets=[400]"], r"budgets: 400: corpus .* samples were asked for"),
         (["budgets=[2]", "samples=null"], "more than all of the text: name samples.train"),
         (["budgets=[0.01]"], "budgets: 0.01 of 40 training samples is none"),
+        (["budgets=[0.5, 0.51]"], "0.5 and 0.51 of 40 training samples are the same 20"),
         (["budgets=[0.1, 1]", "training.warmup=2"], "less than the 1 steps that training takes"),
         (
             ["budgets=[0.5]", "training={schedule: wsd, warmup: 3}"],

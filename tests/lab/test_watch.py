@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http.client import RemoteDisconnected
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 
 from contextlm.base.progress import SilentProgress
+from contextlm.lab import watch
 from contextlm.lab.watch import HOST, watched
 
 RECIPE = {"name": "made-up", "question": "?", "contenders": [{"name": "a"}, {"name": "b"}]}
@@ -49,6 +52,26 @@ def test_its_links_lead_to_the_run_folder(address: str) -> None:
         urlopen(address + "../elsewhere")
 
 
-def test_only_this_machine_is_answered(address: str) -> None:
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_only_this_machine_is_answered(address: str, method: str) -> None:
     with pytest.raises(HTTPError, match="403"):
-        urlopen(Request(address, headers={"Host": "elsewhere.example"}))
+        urlopen(Request(address, headers={"Host": "elsewhere.example"}, method=method))
+
+
+def test_a_page_read_while_it_is_written_is_asked_for_again(tmp_path: Path) -> None:
+    with watched(tmp_path, SilentProgress()) as served:
+        with pytest.raises(HTTPError, match="503") as told:
+            urlopen(served)
+        assert told.value.headers["Refresh"]
+
+
+def test_a_reader_who_leaves_is_no_fault(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def left(*where: object) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(watch._Handler, "do_GET", left)
+    with pytest.raises(RemoteDisconnected):
+        urlopen(address)
+    assert capsys.readouterr().err == ""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from contextlm.base.errors import InputError
+from contextlm.lab.environment import check_imported
+from contextlm.lab.model_card import _loading
 from contextlm.models.base import registry
 from contextlm.models.build import build_config, meta_model
 from contextlm.models.outside import import_offered, import_outside, outside, sources
@@ -50,10 +54,20 @@ def test_of_a_package_every_file_counts(tmp_path, monkeypatch):
     import_outside(["delta_models"])
     assert outside()["delta_models"].place == package
     model = meta_model(build_config({"type": "gated_delta", **FIELDS}, 11))
+    entry = SimpleNamespace(meta=model)
+    assert any('(["delta_models"])' in line for line in _loading(entry, ours=True))
     before = sources(model)["delta_models"]
     (package / "parts" / "__init__.py").write_text("changed = True\n")
     import_outside(["delta_models.gated"])  # read again
     assert sources(model)["delta_models"] != before
+
+
+@pytest.mark.parametrize(("place", "given"), [("/a/mine.py", "/a/mine.py"), ("/a/mine", "mine")])
+def test_a_run_names_what_to_import_again(tmp_path, place, given):
+    begun = {"architectures": {"mine": f"{place} (sha256 0)"}}
+    (tmp_path / "environment.json").write_text(json.dumps(begun))
+    with pytest.raises(InputError, match=f"begun with mine: give --import {given} again"):
+        check_imported(tmp_path)
 
 
 def test_what_an_installed_package_offers_is_imported(tmp_path, monkeypatch):

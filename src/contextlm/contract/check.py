@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def check(importing: Callable[[], None], options: list[str]) -> int:
         pytest's exit code: 0 where all passed, 1 where some failed.
 
     Raises:
-        InputError: pytest is not installed, or nothing becomes known.
+        InputError: pytest is not installed or refuses an option, or nothing becomes known.
     """
     if importlib.util.find_spec("pytest") is None:
         raise InputError("contextlm check needs pytest (the extra check): pip install pytest")
@@ -56,7 +57,11 @@ def check(importing: Callable[[], None], options: list[str]) -> int:
         settings.write_text("[pytest]\n", "utf-8")
         apart = ["-c", str(settings), "--rootdir", folder, "--noconftest", "-p", "no:cacheprovider"]
         shown = ["-q", "-rs", "--disable-warnings", *options]
-        return int(pytest.main([*apart, *shown, str(TESTS)], [_Only(wanted)]))
+        with redirect_stderr(io.StringIO()) as told:  # what tests write there, pytest takes itself
+            code = pytest.main([*apart, *shown, str(TESTS)], [_Only(wanted)])
+        if code == pytest.ExitCode.USAGE_ERROR:
+            raise InputError(told.getvalue().removeprefix("ERROR: "))
+        return int(code)
 
 
 @contextmanager

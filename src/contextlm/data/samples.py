@@ -9,7 +9,8 @@ Shape suffixes: D documents, S samples, N tokens, T tokens of a sample.
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,13 @@ class _Samples(Dataset[dict[str, torch.Tensor]]):
         input_ids[: len(inputs)] = torch.from_numpy(inputs)
         labels[: len(targets)] = torch.from_numpy(targets)
         return {"input_ids": input_ids, "labels": labels}
+
+    def first(self, count: int) -> Self:
+        """The first `count` samples, of which there must be so many."""
+        part = copy(self)
+        part._starts_S, part._stops_S = self._starts_S[:count], self._stops_S[:count]
+        part.tokens = self.tokens[: int(part._stops_S[-1])]
+        return part
 
     def _pair(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Inputs and targets of a sample, of one length, without padding."""

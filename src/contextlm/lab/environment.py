@@ -98,8 +98,9 @@ def check_imported(run: Path) -> None:
     """
     begun = _read(run / "environment.json").get("architectures", {})
     for name in sorted(begun.keys() - outside().keys()):
-        file = str(begun[name]).partition(" (sha256")[0]
-        raise InputError(f"{run}: it was begun with {name}: give --import {file} again")
+        place = str(begun[name]).partition(" (sha256")[0]
+        given = place if place.endswith(".py") else name  # a package goes by its name
+        raise InputError(f"{run}: it was begun with {name}: give --import {given} again")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -137,8 +137,10 @@ def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
     trials = 0 if tuning is None else len(tuning.learning_rates)
     if tuning is not None:
         trained += [on_first_part(entry, tuning)] * trials
+    shared = _shared_steps(prepared, entry)
     windows = training.epochs * sum(part.windows_per_epoch for part in trained)
-    steps = sum(part.steps for part in trained) - _shared_steps(prepared, entry)
+    windows -= shared * training.batch_size
+    steps = sum(part.steps for part in trained) - shared
     logits = training.batch_size * length * model.config.vocab_size
     # float32 weights, gradients and two moments; logits, their float copy and gradient.
     memory = 4 * (counts.total + 3 * counts.trainable + 3 * logits)

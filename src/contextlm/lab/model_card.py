@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlm.lab.preparation import Entry
 from contextlm.models.base import registry
 from contextlm.models.build import baseline_types
-from contextlm.models.outside import sources
+from contextlm.models.outside import outside, sources
 from contextlm.recipe.schema import Recipe
 from contextlm.report import numbers
 from contextlm.report.sheet import escape_markdown
@@ -67,7 +67,8 @@ def _loading(entry: Entry, *, ours: bool) -> Iterator[str]:
         yield "from contextlm.models.outside import import_outside"
         yield ""
         for name, digest in code.items():
-            yield f'import_outside(["{name}.py"])  # its author\'s code, sha256 {digest[:16]}...'
+            file = name if outside()[name].place.is_dir() else f"{name}.py"
+            yield f'import_outside(["{file}"])  # its author\'s code, sha256 {digest[:16]}...'
     yield ""
     yield 'checkpoint = "."  # this folder'
     yield "model = AutoModelForCausalLM.from_pretrained(checkpoint)"

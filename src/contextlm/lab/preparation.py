@@ -176,7 +176,9 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
     train = _samples(recipe, stores[0], "train", tokenizer, checked)
     validation = _samples(recipe, stores[1], "validation", tokenizer, checked)
     pools = _pools(recipe, stores[0], tokenizer, checked, train)
-    budgets = _budgets(recipe, pools[recipe.baseline.name], len(train[recipe.baseline.name]))
+    # A target farther ahead may leave a contender a sample less than the others.
+    block = min(map(len, train.values()))
+    budgets = _budgets(recipe, pools[recipe.baseline.name], block)
     entries = {}
     for name, fits in checked.items():
         contender = fits.contender
@@ -271,18 +273,21 @@ def _pools(
 
 
 def _budgets(recipe: Recipe, pool: Samples, block: int) -> Sequence[Budget | None]:
-    """The recipe's budgets, counted on the baseline's samples."""
+    """The recipe's budgets, counted on blocks of samples that every contender has."""
     if recipe.budgets is None:
         return [None]
-    budgets = []
+    budgets: list[Budget] = []
     for share in recipe.budgets:
         samples = round(share * block)
         if samples == 0:
             raise InputError(f"budgets: {share:g} of {block:,} training samples is none")
-        text, tokens = pool.stream(), pool.tokens_covered
-        if isinstance(pool, Windows):
-            text = pool.first(blocks_of(share) * block).stream()
-            tokens = pool.first(samples).tokens_covered
+        if budgets and samples == budgets[-1].samples:
+            raise InputError(
+                f"budgets: {budgets[-1].share:g} and {share:g} of {block:,} training samples are "
+                f"the same {samples:,}"
+            )
+        text = pool.first(blocks_of(share) * block).stream()
+        tokens = pool.first(samples).tokens_covered
         budgets.append(Budget(share, samples, block, _sha256(text), tokens))
     return budgets
 

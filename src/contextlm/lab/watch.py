@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from html import escape
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +25,7 @@ SECONDS = 5  # after which an open page asks again
 @contextmanager
 def watched(folder: Path, progress: Progress) -> Iterator[str]:
     """Serve the page of a run or grid for the time of the block; yields its address."""
-    server = ThreadingHTTPServer((HOST, 0), partial(_Handler, directory=str(folder)))
+    server = _Server((HOST, 0), partial(_Handler, directory=str(folder)))
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     address = f"http://{HOST}:{server.server_port}/"
@@ -36,28 +38,44 @@ def watched(folder: Path, progress: Progress) -> Iterator[str]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of a fault, which a reader who leaves before the end is not."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Handler(SimpleHTTPRequestHandler):
     """The page, made anew for each request, and the run folder's files, to which it links."""
 
     def do_GET(self) -> None:
-        # A name that leads here by a trick of its name server is not ours.
-        if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
-            self.send_error(HTTPStatus.FORBIDDEN)
-        elif self.path != "/":
-            super().do_GET()
+        if self.path == "/":
+            self._page()
         else:
-            folder = Path(self.directory)
-            try:
-                content = live_page(folder, points_of(folder) or [folder]).encode()
-            except InputError as error:  # read while it was written
-                self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, explain=str(error))
-                return
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Refresh", str(SECONDS))
-            self.end_headers()
-            self.wfile.write(content)
+            super().do_GET()
+
+    def parse_request(self) -> bool:
+        """Whether there is one to answer: a name that leads here by a trick is not ours."""
+        if not super().parse_request():
+            return False
+        if self.headers.get("Host", "").partition(":")[0] in (HOST, "localhost"):
+            return True
+        self.send_error(HTTPStatus.FORBIDDEN)
+        return False
+
+    def _page(self) -> None:
+        folder, status = Path(self.directory), HTTPStatus.OK
+        try:
+            content = live_page(folder, points_of(folder) or [folder])
+        except (InputError, OSError) as error:  # read while it was written: it asks again
+            status, content = HTTPStatus.SERVICE_UNAVAILABLE, escape(str(error))
+        encoded = content.encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(encoded)))
+        self.send_header("Refresh", str(SECONDS))
+        self.end_headers()
+        self.wfile.write(encoded)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing: stderr is the run's."""

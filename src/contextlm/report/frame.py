@@ -41,7 +41,7 @@ _ALIASES = {
 
 
 def seed_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a contender and seed, in the order of the runs and of their recipes.
+    """One row a contender, seed and budget, in the order of the runs and of their recipes.
 
     Columns are flat. Losses are in nats a token, ranks in dimensions of `context_dim`, shares in
     0..1, rates in tokens a second, sizes in bytes. ``cache_bytes_N`` (logical) and
