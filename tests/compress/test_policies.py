@@ -234,6 +234,17 @@ def test_moments_are_those_of_the_text() -> None:
     assert_close(moments.covariance_DD, torch.cov(inputs_ND.T, correction=0))
 
 
+def test_within_a_block_a_policy_is_fitted_to_the_plain_model() -> None:
+    model, texts = build(GPT2Config(n_embd=12, n_layer=2, n_head=2, vocab_size=61)), []
+    for outer in ("full", "window:2"):
+        texts.append(Calibration(tokens(3, 20)))
+        with CompressedCache(model, outer):
+            CompressedCache(model, "latent:4", calibration=texts[-1]).remove()
+    plain, ours = (text.moments(attentions_of(model)) for text in texts)
+    for a, b in zip(plain, ours, strict=True):
+        assert torch.equal(a.covariance_DD, b.covariance_DD)
+
+
 def test_queries_without_positions_have_their_own_moments() -> None:
     model = build(GPT2Config(vocab_size=61, n_embd=12, n_layer=1, n_head=3), dtype=torch.float64)
     (attention,) = attentions_of(model)

@@ -13,6 +13,7 @@ from naive_parts import turned
 from torch import Tensor
 
 from contextlm.evaluation.memory import cache_bytes, feed
+from contextlm.models.cache import CACHE
 from contextlm.models.convolution import CausalConvolution
 from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
 from contextlm.models.hybrid import ContextHybridConfig, ContextHybridForCausalLM
@@ -692,3 +693,15 @@ def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
 def test_settings_that_do_not_fit_are_named(fields, culprit):
     with pytest.raises(Exception, match=culprit):
         config(**fields)
+
+
+@pytest.mark.parametrize("part", ["convolution", "decay", "norm"])
+def test_a_hook_on_a_part_of_s_is_called_at_every_token(part: str) -> None:
+    model, calls = ContextHybridForCausalLM(config(pattern="S", state_head_dim=12)).eval(), []
+    module = getattr(model.model.layers[0].mixer.recurrence, part)
+    module.register_forward_hook(lambda *call: calls.append(1))
+    cache = model.new_cache()
+    with torch.no_grad():
+        for token in range(3):
+            model(torch.tensor([[token]]), use_cache=True, **{CACHE: cache})
+    assert len(calls) == 3

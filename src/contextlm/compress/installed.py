@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,8 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
             calibration = Calibration(calibration)
         attentions = attentions_of(model)
         self.policy.check(attentions)
-        self.readers = self.policy.readers(attentions, calibration)
+        with _left(attentions):
+            self.readers = self.policy.readers(attentions, calibration)
         self.key = next(_keys)
         self._switches = [Switch.of(attention) for attention in attentions]
         for switch in self._switches:
@@ -112,8 +114,13 @@ class Switch:
     @classmethod
     def of(cls, attention: Attention) -> Switch:
         """The one that stands there already, or a new one."""
+        return cls.found(attention) or cls(attention)
+
+    @classmethod
+    def found(cls, attention: Attention) -> Switch | None:
+        """The one that stands there already, if any."""
         owner = getattr(vars(attention.module).get("forward"), "__self__", None)
-        return owner if isinstance(owner, Switch) else cls(attention)
+        return owner if isinstance(owner, Switch) else None
 
     def let_go(self, key: int) -> None:
         """Forget one policy; with the last of them, leave the module as it was."""
@@ -181,3 +188,17 @@ class Switch:
         cache.layer_class_to_replicate = None
         cache.layers = innermost.new_cache().layers
         return innermost
+
+
+@contextmanager
+def _left(attentions: Sequence[Attention]) -> Iterator[None]:
+    """Outside of all ``with`` blocks meanwhile: what is fitted is fitted to the plain model."""
+    switches = [each for each in map(Switch.found, attentions) if each is not None]
+    entered = [switch.entered for switch in switches]
+    for switch in switches:
+        switch.entered = []
+    try:
+        yield
+    finally:
+        for switch, keys in zip(switches, entered, strict=True):
+            switch.entered = keys

@@ -186,6 +186,10 @@ class SelectiveState(OwnStart):
             return None
         if state.state is None or state.taps is None:
             return None
+        # As `is_bare`, but for what cannot be here, since a token's time counts.
+        for part in (convolution, self.decay, norm):
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return None
         state_tensors = (state.taps, state.state)
         weights = (convolution.weight, convolution.bias, self.decay.step, self.decay.rate)
         others = (self.skip, norm.weight)
