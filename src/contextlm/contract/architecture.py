@@ -497,7 +497,7 @@ def test_positions_of_padding_say_nothing(model):
 
 def test_arguments_that_would_change_the_answer_are_refused(model):
     ids = make_tokens(model, length=3)
-    for name in ("cache_params", "encoder_hidden_states"):
+    for name in ("cache_params", "encoder_hidden_states", "cu_seqlens", "num_logits_to_keep"):
         with pytest.raises(ValueError, match=f"does not take {name}"):
             model(ids, **{name: torch.zeros(1)})
         model(ids, labels=ids, num_items_in_batch=torch.tensor(4), **{name: None})

@@ -180,7 +180,10 @@ class ContextPreTrainedModel(PreTrainedModel):
 
 
 # Arguments of other models that would change the answer.
-_NOT_READ = ("cache_params", "past_key_value", "encoder_hidden_states", "head_mask")
+_NOT_READ = (
+    *("cache_params", "past_key_value", "encoder_hidden_states", "head_mask"),
+    *("cu_seqlens", "num_logits_to_keep"),  # elsewhere cu_seq_lens_q and logits_to_keep
+)
 
 
 class ContextDecoder(ContextPreTrainedModel):
@@ -359,6 +362,8 @@ class ContextDecoder(ContextPreTrainedModel):
         for name, value in kwargs.items():
             if isinstance(value, Cache) or (name in _NOT_READ and value is not None):
                 raise ValueError(f"{self.config.model_type} does not take {name}")
+        if kwargs.get("is_causal") is False:
+            raise ValueError(f"{self.config.model_type} is causal")
         if kwargs.get("output_attentions") and "attentions" not in self._recorded:
             raise ValueError(f"{self.config.model_type} does not record attentions")
 
