@@ -82,6 +82,12 @@ def test_what_cannot_be_matched_names_contender_and_field(quick, match, message)
         matched(wanted(quick, "llama", match), 300)
 
 
+def test_a_field_without_effect_is_no_width_of_a_model_that_is_too_large_either(quick):
+    recipe = wanted(quick, "llama", "{field: max_position_embeddings, within: 0.9}", 4000)
+    with pytest.raises(InputError, match="max_position_embeddings: does not change the number"):
+        matched(recipe, 300)
+
+
 def test_the_baseline_matches_nobody(quick):
     with pytest.raises(InputError, match=r"contenders\.base\.match: the baseline is what others"):
         load_recipe(quick, overrides=["contenders.base.match={field: n_inner}"])

@@ -81,13 +81,16 @@ def _match(contender: Contender, vocab_size: int, wanted: int) -> Match:
         model = {**contender.model, field: units * unit}
         return parameters(meta_model(build_config(model, vocab_size)))
 
+    def other(units: int, further: int) -> int:
+        if count(further) == count(units):
+            raise InputError(f"{field}: does not change the number of parameters")
+        return further
+
     low = high = max(1, start // unit)
     while count(low) > wanted and low > 1:
-        low = max(1, low // 2)
+        low = other(low, low // 2)
     while count(high) < wanted:
-        if count(2 * high) == count(high):
-            raise InputError(f"{field}: does not change the number of parameters")
-        high *= 2
+        high = other(high, 2 * high)
     while high - low > 1:
         # Halving in turns with interpolation, which alone would creep along a curve.
         share = (wanted - count(low)) / max(1, count(high) - count(low))
