@@ -315,3 +315,10 @@ def test_proposed_settings_keep_their_budget(share: float) -> None:
 def test_settings_that_cannot_be_meant_are_refused(spec: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_policy(spec)
+
+
+def test_a_calibration_is_for_one_model():
+    text, models = Calibration(tokens(2, 9)), (one_layer(), one_layer())
+    text.moments(attentions_of(models[0]))
+    with pytest.raises(InputError, match="another model's"):
+        text.moments(attentions_of(models[1]))

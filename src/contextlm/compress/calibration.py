@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention, rotated
 
 _ROWS = 4  # of the text at once
@@ -41,11 +42,19 @@ class Calibration:
     def __init__(self, text_NT: Tensor):
         self.text_NT = text_NT
         self._moments: list[Moments] | None = None
+        self._module: nn.Module | None = None
 
     def moments(self, attentions: Sequence[Attention]) -> list[Moments]:
-        """Those of each module; the model is always the one of the first call."""
+        """Those of each module.
+
+        Raises:
+            InputError: the first call was for another model.
+        """
         if self._moments is None:
             self._moments = _measured(attentions, self.text_NT)
+            self._module = attentions[0].module
+        elif self._module is not attentions[0].module:
+            raise InputError("this calibration is another model's: make one for each model")
         return self._moments
 
 

@@ -186,6 +186,8 @@ class SelectiveState(OwnStart):
             return None
         if state.state is None or state.taps is None:
             return None
+        if state.state.requires_grad or state.taps.requires_grad:
+            return None  # a graph that was made with them needs them as they are
         # As `is_bare`, but for what cannot be here, since a token's time counts.
         for part in (convolution, self.decay, norm):
             if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
