@@ -179,7 +179,7 @@ def test_traced_whole_by_torch_compile() -> None:
 def test_published_kernels_are_called_with_what_they_expect(monkeypatch, channels: int) -> None:
     """Stand-ins with their signatures."""
     tensors = [tensor.detach().float() for tensor in make(2, 70, 2, 3, 4, channels)]
-    monkeypatch.setattr(backends, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(backends, "obstacle_to", lambda *_: "")
 
     def rule(q, k, v, g, beta, scale, initial_state, output_final_state):
         assert output_final_state

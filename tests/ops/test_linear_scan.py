@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from contextlm.ops import linear_scan as module
+from contextlm.ops import backends
 from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
 
 SIZES = [(1, 1, 1), (2, 7, 3), (3, 17, 5), (2, 64, 1), (5, 33, 19)]
@@ -213,7 +213,7 @@ def test_one_graph_serves_all_lengths() -> None:
 
 def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"numba"}
-    monkeypatch.setattr(module, "is_installed", lambda package: package in installed)
+    monkeypatch.setattr(backends, "is_installed", lambda package: package in installed)
     long, short = torch.ones(2, 9, 3), torch.ones(2, 1, 3)
     meta = long.to("meta")
     assert linear_scan_backend(long, long) == "numba"
@@ -235,8 +235,18 @@ def test_the_choice_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere:
         shape, dtype, device = torch.Size([2, 9, 3]), torch.float32, torch.device("cuda")
 
-    monkeypatch.setattr(module, "_PLAIN", (Elsewhere,))
+    monkeypatch.setattr(backends, "_PLAIN", (Elsewhere,))
     assert linear_scan_backend(Elsewhere(), Elsewhere()) == "parallel"
+
+
+def test_function_transforms_see_torchs_own_operations() -> None:
+    gates, inputs, _ = make(2, 9, 3)
+
+    def total(inputs: Tensor) -> Tensor:
+        return linear_scan(gates.detach(), inputs).sum()
+
+    expected = torch.autograd.grad(total(inputs), inputs)[0]
+    torch.testing.assert_close(torch.func.grad(total)(inputs.detach()), expected)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -244,7 +254,7 @@ def test_bad_arguments_are_refused() -> None:
     meta = ones.to("meta")
     for message, gates, inputs, options in (
         ("unknown linear_scan backend 'fast'", ones, ones, {"backend": "fast"}),
-        ("'numba' runs on a CPU only", meta, meta, {"backend": "numba"}),
+        ("'numba' is for CPU only", meta, meta, {"backend": "numba"}),
         ("T >= 1", ones[:, :0], ones[:, :0], {}),
         (r"gates as \(2, 5, 3\), got \(2, 4, 3\)", ones[:, :4], ones, {}),
         (r"initial state as \(2, 3\)", ones, ones, {"initial_BC": ones[0]}),

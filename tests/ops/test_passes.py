@@ -138,3 +138,10 @@ def test_float16_which_numba_does_not_know() -> None:
     expected = F.rms_norm(x, (64,), weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight), expected, rtol=1e-2, atol=1e-2)
     assert short_convolution(x, normal(4, 64, dtype=torch.float16), weight).dtype == torch.float16
+
+
+def test_function_transforms_see_torchs_own_operations() -> None:
+    x, weight = normal(64, 96), normal(96)
+    expected = torch.autograd.grad(rms_norm(x, weight).sum(), x)[0]
+    given = torch.func.grad(lambda x: rms_norm(x, weight.detach()).sum())(x.detach())
+    torch.testing.assert_close(given, expected)

@@ -187,7 +187,7 @@ def test_traced_whole_by_torch_compile() -> None:
 def test_published_kernels_are_called_with_what_they_expect(monkeypatch) -> None:
     """Stand-ins with their signatures, written from the equations in their documentation."""
     tensors = [tensor.detach().float() for tensor in make(2, 70, 2, 3, 4)]
-    monkeypatch.setattr(backends, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(backends, "obstacle_to", lambda *_: "")
 
     def scan(x, dt, A, B, C, chunk_size, D, initial_states, seq_idx, return_final_states):
         begins = None if seq_idx is None else seq_idx.diff(dim=1, prepend=seq_idx[:, :1] * 0) > 0

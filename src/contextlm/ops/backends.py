@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
@@ -38,11 +39,11 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
+_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing
 # Chosen while torch.compile traces, which cannot trace the choosing.
-_requested = torch.compiler.assume_constant_result(requested_backend)
+traceable_request = torch.compiler.assume_constant_result(requested_backend)
 # Below, a handful of torch's calls costs less than any set-up.
-_FEWEST_TOKENS = 4
+FEWEST_TOKENS = 4
 _FEWEST_NUMBERS = 2**12
 
 
@@ -64,11 +65,11 @@ def recurrence_backend(
     Raises:
         ValueError: the backend is unknown, or does not fit the tensors.
     """
-    name = _requested(op, given, known)
+    name = traceable_request(op, given, known)
     if name in ("eager", "chunked"):
         return name
     obstacles = {
-        name: _obstacle(name, tensors) if name in ("numba", *kernels) else "does not fit the call"
+        name: obstacle_to(name, tensors) if name in ("numba", *kernels) else "does not fit the call"
         for name in known
         if name not in ("eager", "chunked")
     }
@@ -76,7 +77,7 @@ def recurrence_backend(
         if obstacles[name]:
             raise ValueError(f"{op} backend {name!r} {obstacles[name]}")
         return name
-    if tensors[0].shape[1] < _FEWEST_TOKENS:
+    if tensors[0].shape[1] < FEWEST_TOKENS:
         return "eager"
     return next((name for name, obstacle in obstacles.items() if not obstacle), "chunked")
 
@@ -92,10 +93,10 @@ def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:
     Raises:
         ValueError: the backend is unknown, or does not fit the tensors.
     """
-    name = _requested(op, given, ("eager", "numba"))
+    name = traceable_request(op, given, ("eager", "numba"))
     if name == "eager" or (name == AUTO and tensors[0].numel() < _FEWEST_NUMBERS):
         return "eager"
-    obstacle = _obstacle("numba", tensors)
+    obstacle = obstacle_to("numba", tensors)
     if name == "numba" and obstacle:
         raise ValueError(f"{op} backend 'numba' {obstacle}")
     return "eager" if obstacle else "numba"
@@ -103,12 +104,31 @@ def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:
 
 def numba_fits(op: str, tensors: Sequence[Tensor]) -> bool:
     """Whether compiled loops can take these tensors, and the user chose nothing else for the op."""
-    return _from_environment(op) in (AUTO, "numba") and not _obstacle("numba", tensors)
+    return _from_environment(op) in (AUTO, "numba") and not obstacle_to("numba", tensors)
 
 
-def _obstacle(package: str, tensors: Sequence[Tensor]) -> str:
+def is_traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch.compile or torch.export is at work, or stand-ins take the tensors' places."""
+    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+
+
+def is_observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether something wants to see torch's own operations, which only the eager loop consists of.
+
+    That is: tracing, function transforms, forward gradients, and modes such as a counter of FLOPs.
+    """
+    return (
+        is_traced(tensors)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def obstacle_to(package: str, tensors: Sequence[Tensor]) -> str:
     """Why what runs outside of torch cannot take these tensors; empty if it can."""
-    if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
+    if is_observed(tensors):
         return "cannot be traced"
     device = "cpu" if package == "numba" else "cuda"
     if any(tensor.device.type != device for tensor in tensors):

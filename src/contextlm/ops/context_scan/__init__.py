@@ -15,17 +15,15 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
-from contextlm.ops.backends import AUTO, is_installed, requested_backend
+from contextlm.ops.backends import AUTO, is_installed, is_observed, requested_backend
 from contextlm.ops.context_scan.naive import context_step as context_step
 
 BACKENDS = ("eager", "numba", "triton")
 # Measured (docs/log.md): with more rows eager's matrix products catch up; shorter sequences do not
 # repay preparing the weights.
 _MOST_ROWS, _FEWEST_TOKENS = 8, 8
-_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
 
 
 def context_scan(
@@ -86,7 +84,7 @@ def context_scan_backend(
     if backend == AUTO and torch.compiler.is_compiling():
         return "eager"  # a graph cannot hold what follows
     name = requested_backend("context_scan", backend, BACKENDS)
-    if name == AUTO and _observed(tensors):
+    if name == AUTO and is_observed(tensors):
         return "eager"
     if name == AUTO:
         small = rows <= _MOST_ROWS and tokens >= _FEWEST_TOKENS
@@ -118,18 +116,3 @@ def _obstacle(name: str, tensors: Sequence[Tensor]) -> str:
     layers, width = (len(tensors) - 1) // 4, tensors[-1].shape[-1]
     fits = is_supported(layers, width, functools.reduce(torch.promote_types, types))
     return "" if fits else "cannot hold these weights on chip"
-
-
-def _observed(tensors: Sequence[Tensor]) -> bool:
-    """Whether something wants to see torch's own operations, which only the eager loop consists of.
-
-    That is: stand-ins for tensors, function transforms, forward gradients, tracing, and modes such
-    as a counter of FLOPs.
-    """
-    return (
-        any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    )

@@ -17,17 +17,19 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from contextlm.ops.backends import AUTO, is_installed, requested_backend
+from contextlm.ops.backends import (
+    AUTO,
+    FEWEST_TOKENS,
+    is_observed,
+    is_traced,
+    obstacle_to,
+    traceable_request,
+)
 from contextlm.ops.linear_scan.parallel import gradients, linear_scan_parallel
 
 BACKENDS = ("eager", "numba", "parallel")
-# Chosen while torch.compile traces, which cannot trace the choosing.
-_requested = torch.compiler.assume_constant_result(requested_backend)
-# Measured: below, a handful of torch's calls costs less than any set-up.
-_FEWEST_TOKENS = 4
-_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins of tracing and of function transforms
 
 
 def linear_scan(
@@ -58,10 +60,10 @@ def linear_scan(
         ValueError: shapes that do not fit, no tokens, or a backend that is unknown or does not fit.
     """
     _check_shapes(gates_BTC, inputs_BTC, initial_BC, mask_BT)
-    name = linear_scan_backend(gates_BTC, inputs_BTC, backend=backend)
     result_type = inputs_BTC.dtype
     state_type = _state_type(gates_BTC, inputs_BTC)
     gates_BTC, inputs_BTC = gates_BTC.to(state_type), inputs_BTC.to(state_type)
+    name = linear_scan_backend(gates_BTC, inputs_BTC, backend=backend)
     if initial_BC is None:
         initial_BC = torch.zeros_like(inputs_BTC[:, 0])
     if mask_BT is not None:
@@ -85,32 +87,21 @@ def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str =
         ValueError: the backend is unknown, or does not fit the tensors.
     """
     tensors = (gates_BTC, inputs_BTC)
-    name = _requested("linear_scan", backend, BACKENDS)
-    if name == AUTO and not _traced(*tensors) and gates_BTC.shape[1] < _FEWEST_TOKENS:
+    name = traceable_request("linear_scan", backend, BACKENDS)
+    traced = is_traced(tensors)
+    if name == AUTO and not traced and gates_BTC.shape[1] < FEWEST_TOKENS:
         return "eager"
-    obstacle = _obstacle_to_numba(*tensors)
+    obstacle = obstacle_to("numba", tensors)
     if name == "numba" and obstacle:
         raise ValueError(f"linear_scan backend 'numba' {obstacle}")
     if name != AUTO:
         return name
     if not obstacle:
         return "numba"
-    # A CPU gains nothing from more, but parallel, work; a trace of the loop is as long as the text.
+    # A trace of the loop is as long as the text; else a CPU gains nothing from more, but parallel,
+    # work, and function transforms need torch's own operations.
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return "eager" if on_cpu and not _traced(*tensors) else "parallel"
-
-
-def _obstacle_to_numba(*tensors: Tensor) -> str:
-    """Why a loop outside torch cannot take these tensors; empty if it can."""
-    if _traced(*tensors):
-        return "cannot be traced"
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "runs on a CPU only"
-    return "" if is_installed("numba") else "needs the package numba"
-
-
-def _traced(*tensors: Tensor) -> bool:
-    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+    return "eager" if not traced and (on_cpu or is_observed(tensors)) else "parallel"
 
 
 def _state_type(*tensors: Tensor) -> torch.dtype:
