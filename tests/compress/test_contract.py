@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, LAYERS, WIDTH, build, tokens
+from tiny_models import CONFIGS, LAYERS, WIDTH, build, in_pieces, tokens
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from contextlm import CompressedCache
 from contextlm.base.errors import InputError
@@ -100,29 +100,6 @@ def models() -> dict[str, Any]:
 
 
 _models: dict[str, Any] = {}
-
-
-@torch.no_grad()
-def in_pieces(
-    model: PreTrainedModel,
-    ids: Tensor,
-    sizes: list[int],
-    cache: Cache | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Cache]:
-    """Logits in pieces (the last size repeats), and the cache."""
-    logits, start, sizes = [], 0, list(sizes)
-    while start < ids.shape[1]:
-        end = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
-        seen = {}
-        if mask is not None:
-            seen["attention_mask"] = mask[:, :end]
-            seen["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]
-        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
-        cache, start = outputs.past_key_values, end
-        logits.append(outputs.logits)
-    assert cache is not None
-    return torch.cat(logits, dim=1), cache
 
 
 @pytest.fixture(scope="module")

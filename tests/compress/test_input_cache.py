@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import in_pieces, positions_of
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -100,33 +101,6 @@ def padded() -> tuple[Tensor, Tensor]:
     ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
     ids[0, :PAD], mask[0, :PAD] = 0, 0
     return ids, mask
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def in_pieces(
-    model: PreTrainedModel,
-    ids: Tensor,
-    sizes: list[int],
-    cache: Cache | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Cache]:
-    """Logits (of a base model hidden states) in pieces (the last size repeats), and the cache."""
-    logits, start, sizes = [], 0, list(sizes)
-    while start < ids.shape[1]:
-        end = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
-        seen = {}
-        if mask is not None:
-            seen["attention_mask"] = mask[:, :end]
-            seen["position_ids"] = positions_of(mask)[:, start:end]
-        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
-        cache, start = outputs.past_key_values, end
-        logits.append(outputs[0])
-    assert cache is not None
-    return torch.cat(logits, dim=1), cache
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:

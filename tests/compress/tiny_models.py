@@ -17,9 +17,13 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache
+
+from contextlm.models.cache import CACHE
 
 VOCABULARY, LAYERS, WIDTH, POSITIONS = 61, 2, 32, 512
 
@@ -91,3 +95,30 @@ def build(
 def tokens(rows: int = 2, length: int = 40) -> Tensor:
     generator = torch.Generator().manual_seed(rows * length)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def in_pieces(
+    model: PreTrainedModel,
+    ids: Tensor,
+    sizes: list[int],
+    cache: Cache | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Cache]:
+    """Logits (of a base model hidden states) in pieces (the last size repeats), and the cache."""
+    logits, start, sizes = [], 0, list(sizes)
+    while start < ids.shape[1]:
+        end = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
+        seen = {}
+        if mask is not None:
+            seen["attention_mask"] = mask[:, :end]
+            seen["position_ids"] = positions_of(mask)[:, start:end]
+        outputs = model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **seen)
+        cache, start = outputs.past_key_values, end
+        logits.append(outputs[0])
+    assert cache is not None
+    return torch.cat(logits, dim=1), cache
