@@ -8,6 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from recurrences import (
+    agree,
+    computes_in_float32,
+    differentiated,
+    float32_lasts,
+    head_by_head,
+    pieces_equal_the_whole,
+)
 from torch import Tensor
 
 from contextlm.ops import backends
@@ -26,24 +34,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def naive(q, k, v, logs, rates, initial, mask=None, begins=None) -> tuple[Tensor, Tensor]:
-    """Head by head, token by token."""
-    batch, tokens, heads, _ = v.shape
-    outputs, finals = [], []
-    for b in range(batch):
-        for h in range(heads):
-            state, rows = initial[b, h], []
-            for t in range(tokens):
-                if begins is not None and begins[b, t]:
-                    state = torch.zeros_like(state)
-                if mask is None or mask[b, t]:
-                    state = torch.exp(logs[b, t, h]).unsqueeze(1) * state
-                    error = v[b, t, h] - state.T @ k[b, t, h]
-                    state = state + rates[b, t, h] * torch.outer(k[b, t, h], error)
-                rows.append(state.T @ q[b, t, h])
-            outputs.append(torch.stack(rows))
-            finals.append(state)
-    stacked = torch.stack(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
-    return stacked, torch.stack(finals).unflatten(0, (batch, heads))
+    def step(state: Tensor, b: int, t: int, h: int) -> Tensor:
+        state = torch.exp(logs[b, t, h]).unsqueeze(1) * state
+        error = v[b, t, h] - state.T @ k[b, t, h]
+        return state + rates[b, t, h] * torch.outer(k[b, t, h], error)
+
+    def output(state: Tensor, b: int, t: int, h: int) -> Tensor:
+        return state.T @ q[b, t, h]
+
+    return head_by_head(step, output, initial, v.shape[1], mask, begins)
 
 
 def make(
@@ -66,20 +65,6 @@ def make(
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def differentiated(results: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
-    """Outputs, final state and every gradient."""
-    g = torch.Generator().manual_seed(99)
-    grads = [torch.randn(each.shape, generator=g, dtype=torch.float64) for each in results]
-    return [*results, *torch.autograd.grad(results, tensors, grads)]
-
-
-def agree(tensors: list[Tensor], backend: str, slow: list[Tensor], **masks) -> None:
-    """All that `differentiated` gives is the naive loop's."""
-    fast = delta_rule(*tensors, backend=backend, **{f"{k}_BT": m for k, m in masks.items()})
-    for name, ours, theirs in zip(NAMES, differentiated(fast, tensors), slow, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m)
-
-
 @lru_cache
 def made(*size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Arguments, and what the naive loop makes of them: once for all backends."""
@@ -90,7 +75,7 @@ def made(*size: int) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_states_and_gradients_equal_the_naive_loop(backend: str, size) -> None:
     tensors, slow = made(*size)
-    agree(tensors, backend, slow)
+    agree(NAMES, delta_rule(*tensors, backend=backend), tensors, slow)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -102,20 +87,13 @@ def test_padding_passes_the_state_and_texts_begin_anew(backend: str, channels: i
     begins = torch.rand(3, 80, generator=g) < 0.05
     begins[0, 0], begins[1, 32], begins[2, 79] = True, True, True  # also where chunks begin
     slow = differentiated(naive(*tensors, mask, begins), tensors)
-    agree(tensors, backend, slow, mask=mask, begins=begins)
+    fast = delta_rule(*tensors, mask_BT=mask, begins_BT=begins, backend=backend)
+    agree(NAMES, fast, tensors, slow)
 
 
 def test_pieces_of_any_size_equal_the_whole(backend: str) -> None:
     tensors = [tensor.detach() for tensor in make(2, 130, 2, 3, 4, 3)]
-    whole, final = delta_rule(*tensors, backend=backend)
-    pieces, state, start = [], tensors[-1], 0
-    for size in (1, 64, 2, 63):
-        along = [x[:, start : start + size] for x in tensors[:-1]]
-        piece, state = delta_rule(*along, state, backend=backend)
-        pieces.append(piece)
-        start += size
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
+    pieces_equal_the_whole(delta_rule, tensors, backend)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -133,28 +111,15 @@ def test_the_fastest_decays_that_are_promised_in_float32(backend: str, channels:
 
 
 def test_a_state_survives_thousands_of_tokens_in_float32(backend: str) -> None:
-    if backend == "eager":
-        pytest.skip("the loop takes minutes, and is the same at every token")
     along = [tensor.detach() for tensor in make(1, 10_000, 1, 3, 2, 3)[:5]]
     along[3] = along[3] * torch.tensor([1e-3, 1e-2, 1.0])  # of very different length
-    given = [tensor.float().requires_grad_() for tensor in along]
-    outcomes = []
-    for kind, name in ((torch.float32, backend), (torch.float64, "auto")):
-        outputs, final = delta_rule(*(x.to(kind) for x in given), backend=name)
-        grads = torch.autograd.grad(outputs.square().mean(), given)
-        outcomes.append([outputs, final, *grads])
-    for single, exact in zip(*outcomes, strict=True):
-        scale = exact.abs().max().item()
-        torch.testing.assert_close(single.double(), exact.double(), rtol=0, atol=5e-4 * scale)
+    float32_lasts(delta_rule, along, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_is_computed_in_float32_at_least(backend: str, dtype: torch.dtype) -> None:
     tensors = [tensor.detach().to(dtype) for tensor in make(1, 70, 2, 3, 4, 3)]
-    outputs, final = delta_rule(*tensors, backend=backend)
-    assert outputs.dtype == final.dtype == torch.float32
-    exact, _ = naive(*(tensor.double() for tensor in tensors))
-    torch.testing.assert_close(outputs.double(), exact, rtol=1e-4, atol=1e-4)
+    computes_in_float32(delta_rule, naive, tensors, backend)
 
 
 @pytest.mark.parametrize("channels", [1, 2])

@@ -8,6 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from recurrences import (
+    agree,
+    computes_in_float32,
+    differentiated,
+    float32_lasts,
+    head_by_head,
+    pieces_equal_the_whole,
+)
 from torch import Tensor
 
 from contextlm.ops import backends
@@ -26,23 +34,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def naive(u, dt, r, write, read, skip, initial, mask=None, begins=None) -> tuple[Tensor, Tensor]:
-    """Head by head, token by token."""
-    batch, tokens, heads, _ = u.shape
-    outputs, finals = [], []
-    for b in range(batch):
-        for h in range(heads):
-            state, rows = initial[b, h], []
-            for t in range(tokens):
-                if begins is not None and begins[b, t]:
-                    state = torch.zeros_like(state)
-                if mask is None or mask[b, t]:
-                    added = dt[b, t, h] * torch.outer(write[b, t], u[b, t, h])
-                    state = torch.exp(-dt[b, t, h] * r[h]) * state + added
-                rows.append(state.T @ read[b, t] + skip[h] * u[b, t, h])
-            outputs.append(torch.stack(rows))
-            finals.append(state)
-    stacked = torch.stack(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
-    return stacked, torch.stack(finals).unflatten(0, (batch, heads))
+    def step(state: Tensor, b: int, t: int, h: int) -> Tensor:
+        added = dt[b, t, h] * torch.outer(write[b, t], u[b, t, h])
+        return torch.exp(-dt[b, t, h] * r[h]) * state + added
+
+    def output(state: Tensor, b: int, t: int, h: int) -> Tensor:
+        return state.T @ read[b, t] + skip[h] * u[b, t, h]
+
+    return head_by_head(step, output, initial, u.shape[1], mask, begins)
 
 
 def make(batch: int, tokens: int, heads: int, numbers: int, width: int) -> list[Tensor]:
@@ -63,20 +62,6 @@ def make(batch: int, tokens: int, heads: int, numbers: int, width: int) -> list[
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def differentiated(results: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
-    """Outputs, final state and every gradient."""
-    g = torch.Generator().manual_seed(99)
-    grads = [torch.randn(each.shape, generator=g, dtype=torch.float64) for each in results]
-    return [*results, *torch.autograd.grad(results, tensors, grads)]
-
-
-def agree(tensors: list[Tensor], backend: str, slow: list[Tensor], **masks) -> None:
-    """All that `differentiated` gives is the naive loop's."""
-    fast = selective_state(*tensors, backend=backend, **{f"{k}_BT": m for k, m in masks.items()})
-    for name, ours, theirs in zip(NAMES, differentiated(fast, tensors), slow, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m)
-
-
 @lru_cache
 def made(*size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Arguments, and what the naive loop makes of them: once for all backends."""
@@ -87,7 +72,7 @@ def made(*size: int) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_states_and_gradients_equal_the_naive_loop(backend: str, size) -> None:
     tensors, slow = made(*size)
-    agree(tensors, backend, slow)
+    agree(NAMES, selective_state(*tensors, backend=backend), tensors, slow)
 
 
 def test_padding_passes_the_state_and_texts_begin_anew(backend: str) -> None:
@@ -98,57 +83,38 @@ def test_padding_passes_the_state_and_texts_begin_anew(backend: str) -> None:
     begins = torch.rand(3, 150, generator=g) < 0.03
     begins[0, 0], begins[1, 64], begins[2, 149] = True, True, True  # also where chunks begin
     slow = differentiated(naive(*tensors, mask, begins), tensors)
-    agree(tensors, backend, slow, mask=mask, begins=begins)
+    fast = selective_state(*tensors, mask_BT=mask, begins_BT=begins, backend=backend)
+    agree(NAMES, fast, tensors, slow)
 
 
 def test_pieces_of_any_size_equal_the_whole(backend: str) -> None:
     tensors = [tensor.detach() for tensor in make(2, 130, 2, 3, 4)]
-    whole, final = selective_state(*tensors, backend=backend)
-    pieces, state, start = [], tensors[-1], 0
-    for size in (1, 64, 2, 63):
-        along = [x[:, start : start + size] if x.dim() > 1 else x for x in tensors[:-1]]
-        piece, state = selective_state(*along, state, backend=backend)
-        pieces.append(piece)
-        start += size
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
+    pieces_equal_the_whole(selective_state, tensors, backend)
 
 
 def test_no_decay_and_a_decay_that_leaves_nothing(backend: str) -> None:
     tensors = [tensor.detach() for tensor in make(1, 70, 2, 2, 3)]
     tensors[2] = torch.tensor([0.0, 1e4], dtype=torch.float64)
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    agree(tensors, backend, differentiated(naive(*tensors), tensors))
+    slow = differentiated(naive(*tensors), tensors)
+    agree(NAMES, selective_state(*tensors, backend=backend), tensors, slow)
 
 
 def test_a_state_survives_a_hundred_thousand_tokens_in_float32(backend: str) -> None:
     """With decays from those that last the whole text to those of one token."""
-    if backend == "eager":
-        pytest.skip("the loop takes minutes, and is the same at every token")
     g = torch.Generator().manual_seed(0)
     tokens, heads = 100_000, 3
     u, write, read = (torch.randn(1, tokens, n, generator=g) for n in (heads * 2, 2, 2))
     steps = torch.full((1, tokens, heads), 0.05)
     rates = torch.tensor([1e-2, 1.0, 300.0])
     given = [u.view(1, tokens, heads, 2), steps, rates, write, read, torch.ones(heads)]
-    given = [tensor.requires_grad_() for tensor in given]
-    outcomes = []
-    for kind, name in ((torch.float32, backend), (torch.float64, "auto")):
-        outputs, final = selective_state(*(x.to(kind) for x in given), backend=name)
-        grads = torch.autograd.grad(outputs.square().mean(), given)
-        outcomes.append([outputs, final, *grads])
-    for single, exact in zip(*outcomes, strict=True):
-        scale = exact.abs().max().item()
-        torch.testing.assert_close(single.double(), exact.double(), rtol=0, atol=5e-4 * scale)
+    float32_lasts(selective_state, given, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_is_computed_in_float32_at_least(backend: str, dtype: torch.dtype) -> None:
     tensors = [tensor.detach().to(dtype) for tensor in make(1, 70, 2, 3, 4)]
-    outputs, final = selective_state(*tensors, backend=backend)
-    assert outputs.dtype == final.dtype == torch.float32
-    exact, _ = naive(*(tensor.double() for tensor in tensors))
-    torch.testing.assert_close(outputs.double(), exact, rtol=1e-4, atol=1e-4)
+    computes_in_float32(selective_state, naive, tensors, backend)
 
 
 def test_without_gradients_no_state_is_kept_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ class Stack(Policy):
         return f"{self.selection.spec}+{self.form.spec}"
 
     @property
-    def needs_calibration(self) -> bool:  # type: ignore[override]
+    def needs_calibration(self) -> bool:  # type: ignore[override]  # here it is its part's
         return self.form.needs_calibration
 
     def check(self, attentions: Sequence[Attention]) -> None:

@@ -20,12 +20,12 @@ N is the width of a head's keys here, P that of its values, X is N, or 1 for a d
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contextlm.ops.arguments import check_shapes, computing_type
 from contextlm.ops.backends import AUTO, recurrence_backend
 from contextlm.ops.delta_rule.chunked import LEAST as LEAST
 
@@ -72,20 +72,18 @@ def delta_rule(
         raise ValueError(f"delta_rule needs keys [B, T, H, N] with T >= 1, got {found}")
     batch, tokens, heads, numbers = keys_BTHN.shape
     width, channels = values_BTHP.shape[-1], 1 if logs_BTHX.shape[-1] == 1 else numbers
-    for what, tensor, fitting in (
-        ("queries", queries_BTHN, (batch, tokens, heads, numbers)),
-        ("values", values_BTHP, (batch, tokens, heads, width)),
-        ("logarithms of decays", logs_BTHX, (batch, tokens, heads, channels)),
-        ("rates", rates_BTH, (batch, tokens, heads)),
-        ("initial state", initial_BHNP, (batch, heads, numbers, width)),
-        ("mask", mask_BT, (batch, tokens)),
-        ("begins", begins_BT, (batch, tokens)),
-    ):
-        if tensor is not None and tensor.shape != fitting:
-            found = tuple(tensor.shape)
-            raise ValueError(f"delta_rule needs the {what} as {fitting}, got {found}")
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "queries": (queries_BTHN, (batch, tokens, heads, numbers)),
+        "values": (values_BTHP, (batch, tokens, heads, width)),
+        "logarithms of decays": (logs_BTHX, (batch, tokens, heads, channels)),
+        "rates": (rates_BTH, (batch, tokens, heads)),
+        "initial state": (initial_BHNP, (batch, heads, numbers, width)),
+        "mask": (mask_BT, (batch, tokens)),
+        "begins": (begins_BT, (batch, tokens)),
+    }
+    check_shapes("delta_rule", wanted)
     given: tuple[Tensor, ...] = (queries_BTHN, keys_BTHN, values_BTHP, logs_BTHX, rates_BTH)
-    kind = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
+    kind = computing_type(*given)
     given = tuple(tensor.to(kind) for tensor in given)
     if initial_BHNP is None:
         initial_BHNP = given[0].new_zeros(batch, heads, numbers, width)

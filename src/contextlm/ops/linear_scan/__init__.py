@@ -13,12 +13,12 @@ which chooses its form when it runs; who loads such a graph from a file imports 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contextlm.ops.arguments import check_shapes, computing_type
 from contextlm.ops.backends import (
     AUTO,
     FEWEST_TOKENS,
@@ -59,9 +59,19 @@ def linear_scan(
     Raises:
         ValueError: shapes that do not fit, no tokens, or a backend that is unknown or does not fit.
     """
-    _check_shapes(gates_BTC, inputs_BTC, initial_BC, mask_BT)
+    shape = inputs_BTC.shape
+    if len(shape) != 3 or shape[1] == 0:
+        raise ValueError(f"linear_scan needs inputs [B, T, C] with T >= 1, got {tuple(shape)}")
+    check_shapes(
+        "linear_scan",
+        {
+            "gates": (gates_BTC, shape),
+            "initial state": (initial_BC, (shape[0], shape[2])),
+            "mask": (mask_BT, shape[:2]),
+        },
+    )
     result_type = inputs_BTC.dtype
-    state_type = _state_type(gates_BTC, inputs_BTC)
+    state_type = computing_type(gates_BTC, inputs_BTC)
     gates_BTC, inputs_BTC = gates_BTC.to(state_type), inputs_BTC.to(state_type)
     name = linear_scan_backend(gates_BTC, inputs_BTC, backend=backend)
     if initial_BC is None:
@@ -102,27 +112,6 @@ def linear_scan_backend(gates_BTC: Tensor, inputs_BTC: Tensor, *, backend: str =
     # work, and function transforms need torch's own operations.
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     return "eager" if not traced and (on_cpu or is_observed(tensors)) else "parallel"
-
-
-def _state_type(*tensors: Tensor) -> torch.dtype:
-    """Float32, or float64 where that is given."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def _check_shapes(
-    gates_BTC: Tensor, inputs_BTC: Tensor, initial_BC: Tensor | None, mask_BT: Tensor | None
-) -> None:
-    shape = inputs_BTC.shape
-    if len(shape) != 3 or shape[1] == 0:
-        raise ValueError(f"linear_scan needs inputs [B, T, C] with T >= 1, got {tuple(shape)}")
-    for what, tensor, fitting in (
-        ("gates", gates_BTC, shape),
-        ("initial state", initial_BC, (shape[0], shape[2])),
-        ("mask", mask_BT, shape[:2]),
-    ):
-        if tensor is not None and tensor.shape != fitting:
-            found, wanted = tuple(tensor.shape), tuple(fitting)
-            raise ValueError(f"linear_scan needs the {what} as {wanted}, got {found}")
 
 
 @torch.library.custom_op("contextlm::linear_scan", mutates_args=())

@@ -18,12 +18,12 @@ N is numbers of state a channel here, P channels of a head.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contextlm.ops.arguments import check_shapes, computing_type
 from contextlm.ops.backends import AUTO, numba_fits, recurrence_backend
 
 BACKENDS = ("eager", "numba", "chunked", "mamba_ssm", "fla")
@@ -67,21 +67,19 @@ def selective_state(
     """
     batch, tokens, heads, width = _shape(inputs_BTHP)
     numbers = write_BTN.shape[-1]
-    for what, tensor, fitting in (
-        ("steps", steps_BTH, (batch, tokens, heads)),
-        ("rates", rates_H, (heads,)),
-        ("write", write_BTN, (batch, tokens, numbers)),
-        ("read", read_BTN, (batch, tokens, numbers)),
-        ("skip", skip_H, (heads,)),
-        ("initial state", initial_BHNP, (batch, heads, numbers, width)),
-        ("mask", mask_BT, (batch, tokens)),
-        ("begins", begins_BT, (batch, tokens)),
-    ):
-        if tensor is not None and tensor.shape != fitting:
-            found = tuple(tensor.shape)
-            raise ValueError(f"selective_state needs the {what} as {fitting}, got {found}")
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "steps": (steps_BTH, (batch, tokens, heads)),
+        "rates": (rates_H, (heads,)),
+        "write": (write_BTN, (batch, tokens, numbers)),
+        "read": (read_BTN, (batch, tokens, numbers)),
+        "skip": (skip_H, (heads,)),
+        "initial state": (initial_BHNP, (batch, heads, numbers, width)),
+        "mask": (mask_BT, (batch, tokens)),
+        "begins": (begins_BT, (batch, tokens)),
+    }
+    check_shapes("selective_state", wanted)
     given: tuple[Tensor, ...] = (inputs_BTHP, steps_BTH, rates_H, write_BTN, read_BTN, skip_H)
-    kind = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
+    kind = computing_type(*given)
     given = tuple(tensor.to(kind) for tensor in given)
     if initial_BHNP is None:
         initial_BHNP = given[0].new_zeros(batch, heads, numbers, width)
