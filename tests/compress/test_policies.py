@@ -308,6 +308,7 @@ def test_proposed_settings_keep_their_budget(share: float) -> None:
     ("spec", "message"),
     [
         ("window:256,window:9", "window is given twice"),
+        ("window:,4", "window: input should be"),
         ("window:256,8,sinks:4", "sinks is given twice"),
         ("latent:inf%", "expected a number such as 64 or a share such as 25%"),
     ],

@@ -17,7 +17,8 @@ from contextlm.cli import app
 from contextlm.cli.shell import execute
 from contextlm.evaluation import tasks
 from contextlm.evaluation.checkpoint import TrainingNote, load_checkpoint, write_trained
-from contextlm.lab.running import run
+from contextlm.lab.grid import Point
+from contextlm.lab.running import extend, run
 from contextlm.models.hybrid import ContextHybridConfig
 from contextlm.recipe.loading import load_recipe
 from contextlm.results.result import read_run
@@ -177,6 +178,11 @@ def test_a_recipes_tasks_stand_in_the_report_beside_perplexity(
     report = (folder / "report.md").read_text("utf-8")
     table = report[report.index("Tasks of lm-eval") :]
     assert "| contender | validation PPL | letters acc | standard error |" in table
+    with (own_tasks / "rows.json").open("a") as rows:  # other questions are another task
+        rows.write("\n" + json.dumps(QUESTIONS[0]))
+    point = Point({}, load_recipe(str(file)), "")
+    with pytest.raises(InputError, match=r"evaluation\.task_files"):
+        extend([point], folder, device="cpu", progress=SilentProgress())
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_what_was_chosen_is_said_and_decides_the_job(quick):
     ("match", "message"),
     [
         ("{field: intermediat_size}", "match: intermediat_size: no whole number of model type"),
+        ("{field: vocab_size}", "match: vocab_size: is the tokenizer's"),
         ("{field: rms_norm_eps}", "match: rms_norm_eps: no whole number"),
         ("{field: eos_token_id}", "match: eos_token_id: does not change the number of parameters"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -268,3 +269,9 @@ def nearest_file(path: Path, suffixes: Container[str]) -> str:
         names = [file.name for file in path.parent.iterdir() if file.suffix in suffixes]
     near = difflib.get_close_matches(path.name, sorted(names), n=1)
     return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -198,7 +198,7 @@ def _one(text: str, spec: str) -> Policy:
     policy = _REGISTRY[name]
     fields = list(policy.model_fields)
     given: dict[str, Any] = {}
-    for number, setting in enumerate(filter(None, settings.split(","))):
+    for number, setting in enumerate(settings.split(",") if settings else []):
         key, colon, value = (part.strip() for part in setting.partition(":"))
         if not colon and key in fields and policy.model_fields[key].annotation is bool:
             value = "true"

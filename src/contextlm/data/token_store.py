@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import atomic_open, write_json
+from contextlm.base.files import atomic_open, sha256_of, write_json
 from contextlm.data.corpus import Corpus, document_key
 from contextlm.data.pieces import encode_pieces
 from contextlm.data.tokenizers import encode, keeps_text, tokenizer_hash, vocab_entries
@@ -159,8 +159,7 @@ def _reusable(path: Path, expected: dict[str, Any]) -> Facts | None:
     """The sidecar, if it and the token file are whole and are what is expected."""
     try:
         facts = Facts(**json.loads(path.with_suffix(".json").read_text("utf-8")))
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = sha256_of(path)
     except (OSError, ValueError, TypeError):
         return None
     as_expected = all(getattr(facts, field) == value for field, value in expected.items())

@@ -7,6 +7,7 @@ the functions that they name), so neither a recipe nor a checkpoint can bring an
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from contextlm.base.errors import InputError, RunError
-from contextlm.base.files import is_folder
+from contextlm.base.files import is_folder, sha256_of
 from contextlm.base.visible import shown
 from contextlm.data.hub import from_hub
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
@@ -133,6 +134,22 @@ def task_scores(
         for name, figures in {**found["results"], **found.get("groups", {})}.items()
         for score in _scores(name, figures, counts.get(name, {}).get("effective"))
     ]
+
+
+def own_files_hash() -> str | None:
+    """SHA-256 of names and contents in the folder that CONTEXTLM_TASKS names; None without it.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    folder = _own_folder()
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(folder)}\n{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _own_folder() -> Path | None:

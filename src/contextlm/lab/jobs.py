@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
+from contextlm.evaluation.tasks import own_files_hash
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
 from contextlm.models.outside import sources
@@ -223,6 +224,8 @@ def _contender_job(prepared: Prepared, entry: Entry, seed: int) -> Job:
     asks = recipe.evaluation
     left_out = {"speed_tokens", *(name for name in ("long", "tasks") if not getattr(asks, name))}
     decides["evaluation"] = recipe.evaluation.model_dump(mode="json", exclude=left_out)
+    if asks.tasks:
+        decides["evaluation"]["task_files"] = own_files_hash()
     if recipe.tuning is not None:
         del decides["training"]["learning_rate"]
         decides["tuning"] = recipe.tuning.model_dump(mode="json")

@@ -72,6 +72,8 @@ def _match(contender: Contender, vocab_size: int, wanted: int) -> Match:
     settings = contender.match
     assert settings is not None
     field, unit = settings.field, settings.multiple_of
+    if field == "vocab_size":
+        raise InputError(f"{field}: is the tokenizer's")
     start = getattr(build_config(contender.model, vocab_size), field, None)
     if not isinstance(start, int) or isinstance(start, bool):
         raise InputError(f"{field}: no whole number of model type {contender.model['type']!r}")

@@ -7,7 +7,6 @@ beside them are a safetensors file: nothing is pickled, and reading one runs no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from contextlm.base.files import atomic_folder
+from contextlm.base.files import atomic_folder, sha256_of
 
 TENSORS, SUM = "state.safetensors", "sha256"
 KEPT = 2  # so that there is one to fall back on
@@ -65,7 +64,7 @@ class Checkpoints:
         with atomic_folder(self.place(number)) as partial:
             file = partial / TENSORS
             safetensors.torch.save_file(stored, file, {"record": json.dumps(record)})
-            (partial / SUM).write_text(_sha256(file), "utf-8")
+            (partial / SUM).write_text(sha256_of(file), "utf-8")
         for old in self._numbers()[KEPT:]:
             if old not in keep:
                 self.remove(old)
@@ -135,13 +134,8 @@ def _damage(place: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is whole."""
     file = place / TENSORS
     try:
-        if _sha256(file) == (place / SUM).read_text("utf-8"):
+        if sha256_of(file) == (place / SUM).read_text("utf-8"):
             return None
     except (OSError, ValueError) as error:
         return f"{getattr(error, 'filename', None) or place / SUM} cannot be read"
     return f"{file} does not match its sum"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
