@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from contextlm.compress.adaptors import KEY, VALUE, Projection, Turns, rotated
+from contextlm.compress.adaptors import KEY, QUERY, VALUE, Projection, Turns, rotated
 from contextlm.compress.kept import KeptLayer, Plan
 from contextlm.compress.reading import Forward, Reader
 
@@ -101,6 +101,8 @@ class EntryReader(Reader):
         """Whether `absorbed` knows all that the module's own `forward` would do, and pays."""
         attention = self.attention
         if attention.implementation not in ("eager", "sdpa") or attention.module.training:
+            return False
+        if not attention.is_readable(QUERY):
             return False
         if getattr(attention.module.config, "reorder_and_upcast_attn", False):
             return False
