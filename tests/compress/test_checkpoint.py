@@ -89,7 +89,9 @@ def test_exact_limits_are_the_plain_model_before_any_training() -> None:
         assert {p.data_ptr() for p in model.parameters()}.isdisjoint(
             p.data_ptr() for p in plain.parameters()
         )
-        torch.testing.assert_close(in_pieces(model, ids, [13, 1])[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            in_pieces(model, ids, [13, 1])[0], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_ranks_that_were_spread_are_kept(tmp_path: Path) -> None:
@@ -111,7 +113,8 @@ def test_the_module_beside_the_weights_opens_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"plain_type": "gpt5"}, {"plain_type": "llama"}, {"plain_type": "llama", "cache_policy": 1}]
+    "given",
+    [{"plain_type": "gpt5"}, {"plain_type": "llama"}, {"plain_type": "llama", "cache_policy": 1}],
 )
 def test_a_configuration_that_names_no_model_or_policy_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="plain_type"):
@@ -127,7 +130,7 @@ def test_a_second_policy_is_refused() -> None:
 @pytest.mark.parametrize("spec", ["evict:20", "int8", "window:8+int4"])
 def test_a_policy_that_training_could_not_see_is_refused(spec: str) -> None:
     policy = parse_policy(spec)
-    with pytest.raises(InputError, match="cannot be healed.*full, input, interval, latent, .*can"):
+    with pytest.raises(InputError, match=r"cannot be healed.*full, input, interval, latent, .*can"):
         policy.check_training()
     assert kept("llama", spec, torch.float32).config.cache_policy == spec  # it can be kept
 

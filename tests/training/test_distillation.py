@@ -80,7 +80,9 @@ def test_a_batch_without_targets_has_no_loss_but_gradients() -> None:
     ours = model(NEOX, 0)
     ids_BT, labels_BT = data()
     labels_BT[:] = IGNORED
-    loss, told = DistillationLoss(ours, model(NEOX, 1), loss=1, kl=1)(labels_BT, 5, input_ids=ids_BT)
+    loss, told = DistillationLoss(ours, model(NEOX, 1), loss=1, kl=1)(
+        labels_BT, 5, input_ids=ids_BT
+    )
     loss.backward()
     assert float(loss) == float(told) == 0
     assert all(float(p.grad.abs().sum()) == 0 for p in ours.parameters() if p.grad is not None)

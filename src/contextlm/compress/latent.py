@@ -117,7 +117,8 @@ class Latents(Weights):
     Attributes:
         rank: r.
         down: from inputs to the r numbers that are kept.
-        up: from these to keys, then values, of all groups.
+        up, bias: from these to keys, then values, of all groups; no module, whose adapters nobody
+            would read.
     """
 
     def __init__(self, attention: Attention, rank: int):
@@ -125,9 +126,9 @@ class Latents(Weights):
         self.rank = rank
         like = next(attention.module.parameters())
         made = 2 * attention.groups * attention.head_width
-        kind = {"dtype": like.dtype, "device": like.device}
-        self.down = nn.Linear(attention.width, rank, **kind)
-        self.up = nn.Linear(rank, made, **kind)
+        self.down = nn.Linear(attention.width, rank, dtype=like.dtype, device=like.device)
+        self.up = nn.Parameter(like.new_zeros(made, rank))
+        self.bias = nn.Parameter(like.new_zeros(made))
 
     @classmethod
     @torch.no_grad()
@@ -137,8 +138,8 @@ class Latents(Weights):
         down_ZD = found.down_ZD[:rank]
         made.down.weight.copy_(down_ZD)
         made.down.bias.copy_(-(down_ZD @ found.mean_D))
-        made.up.weight.copy_(found.up_FZ[:, :rank])
-        made.up.bias.copy_(found.bias_F)
+        made.up.copy_(found.up_FZ[:, :rank])
+        made.bias.copy_(found.bias_F)
         return made.requires_grad_(False)
 
 
@@ -156,9 +157,8 @@ class LatentReader(EntryReader):
         return self.weights.down(inputs_BTD)
 
     def projection(self, part: int) -> Projection:
-        up, attention = self.weights.up, self.attention
-        shape = (2, attention.groups, attention.head_width)
-        both = up.weight.unflatten(0, shape), up.bias.unflatten(0, shape)
+        shape = (2, self.attention.groups, self.attention.head_width)
+        both = self.weights.up.unflatten(0, shape), self.weights.bias.unflatten(0, shape)
         return Projection(*(made[part - KEY] for made in both))
 
 

@@ -139,6 +139,6 @@ def _training_memory(contender: Contender) -> str:
         trained = total
     held = 4 * (2 * total + 3 * trained)
     return (
-        f"training takes about {human_bytes(held)} (weights of the original and of the copy, gradients, "
-        "the optimiser's moments), and what a batch takes"
+        f"training takes about {human_bytes(held)} (weights of the original and of the copy, "
+        "gradients, the optimiser's moments), and what a batch takes"
     )

@@ -27,7 +27,9 @@ def model_card(result: Result, recipe: Recipe, entry: Entry) -> str:
     worth = "These weights are for comparing architectures; they know no more than the text below."
     if result.healing is not None:
         about = f"{entry.contender.from_} decoding by the cache policy {result.healing.policy}."
-        worth = "It was trained further under its policy, with the text below, towards the original."
+        worth = (
+            "It was trained further under its policy, with the text below, towards the original."
+        )
     lines = [
         "---",
         "library_name: transformers",

@@ -67,7 +67,8 @@ class Contender(Settings):
         "policies); it is trained under it, and keeps it",
     )
     healing: HealingSettings | None = Field(
-        None, description="how it is trained then; null: as the defaults say, where there is a policy"
+        None,
+        description="how it is trained then; null: as the defaults say, where there is a policy",
     )
     match: MatchSettings | None = Field(
         None, description="find the width at which it has as many parameters as the baseline"
@@ -95,7 +96,9 @@ class Contender(Settings):
     def _a_trained_model_is_what_it_is(self) -> Self:
         for name in ("model", "match", "phase1", "target_offset"):
             if self.from_ is not None and getattr(self, name):
-                raise ValueError(f"{name}: does not go with `from`, a model that is trained already")
+                raise ValueError(
+                    f"{name}: does not go with `from`, a model that is trained already"
+                )
         for name in ("policy", "healing"):
             if self.from_ is None and getattr(self, name):
                 raise ValueError(f"{name}: is for a model that is trained already, named by `from`")

@@ -46,9 +46,7 @@ class DistillationLoss(nn.Module):
         self._own = None if whole else split_head(model)
         self._teacher = (teacher, split_head(teacher))  # in a tuple, where nn.Module looks for none
 
-    def forward(
-        self, labels_BT: Tensor, targets: float, **arguments: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> tuple[Tensor, Tensor]:
         """What is minimised, and the next-token loss, as in `NextTokenLoss`."""
         teacher, of_teacher = self._teacher
         with torch.no_grad():

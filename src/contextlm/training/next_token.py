@@ -290,9 +290,7 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self._parts = None if whole else split_head(model)
 
-    def forward(
-        self, labels_BT: Tensor, targets: float, **arguments: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> tuple[Tensor, Tensor]:
         """What is minimised, and what is told of it: here the same, but for its gradient.
 
         Arguments are those of `next_token_loss`, and the model's own in place of logits.
