@@ -182,7 +182,7 @@ class Attention:
         weight_FD, bias_F = weight_FD.split(sizes)[part], bias_F.split(sizes)[part]
         return Projection(weight_FD.unflatten(0, shape), bias_F.unflatten(0, shape))
 
-    def _projecting(self, part: int) -> tuple[Any, type[nn.Module]]:
+    def _projecting(self, part: int) -> tuple[Any, Any]:
         """The module that makes queries, keys or values, and of what type it has to be."""
         names = self.names.projections
         module = getattr(self.module, names[part if len(names) > 1 else 0])

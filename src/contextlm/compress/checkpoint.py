@@ -83,13 +83,10 @@ class _DecodesByPolicy:
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
         sizes = Sizes(config.cache_ranks)
-        self._policy = CompressedCache(
-            self,  # type: ignore[arg-type]
-            config.cache_policy,
-            calibration=sizes,
-        )
+        self._policy = CompressedCache(model, config.cache_policy, calibration=sizes)
         for reader in self._policy.readers:
             if reader.weights is not None:
                 reader.attention.module.cache_weights = reader.weights

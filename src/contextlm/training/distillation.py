@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from contextlm.data.windows import IGNORED
-from contextlm.models.head import split_head
+from contextlm.models.head import Parts, split_head
 
 _BLOCK = 2**24  # logits that are held at once, of each model
 
@@ -48,16 +48,9 @@ class DistillationLoss(nn.Module):
 
     def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> tuple[Tensor, Tensor]:
         """What is minimised, and the next-token loss, as in `NextTokenLoss`."""
-        teacher, of_teacher = self._teacher
         with torch.no_grad():
-            if of_teacher is None:
-                taught_BTD, teach = teacher(**arguments, use_cache=False).logits, nn.Identity()
-            else:
-                taught_BTD, teach = of_teacher.hidden(**arguments), of_teacher.head
-        if self._own is None:
-            made_BTD, head = self.model(**arguments, use_cache=False).logits, nn.Identity()
-        else:
-            made_BTD, head = self._own.hidden(**arguments), self._own.head
+            taught_BTD, teach = _read(*self._teacher, arguments)
+        made_BTD, head = _read(self.model, self._own, arguments)
         real_BT = labels_BT != IGNORED
         made_ND, taught_ND, labels_N = made_BTD[real_BT], taught_BTD[real_BT], labels_BT[real_BT]
 
@@ -76,3 +69,12 @@ class DistillationLoss(nn.Module):
             next_token, divergence = next_token + parts[0], divergence + parts[1]
         loss, kl = self._weights
         return (loss * next_token + kl * divergence) / targets, next_token.detach() / targets
+
+
+def _read(
+    model: PreTrainedModel, parts: Parts | None, arguments: dict[str, Any]
+) -> tuple[Tensor, nn.Module]:
+    """What a model's head reads, and the head; its logits, and none, where it has no parts."""
+    if parts is None:
+        return model(**arguments, use_cache=False).logits, nn.Identity()
+    return parts.hidden(**arguments), parts.head
