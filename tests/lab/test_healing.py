@@ -18,7 +18,7 @@ from contextlm.lab.grid import Point
 from contextlm.lab.jobs import Planner
 from contextlm.lab.preparation import prepare
 from contextlm.lab.pretrained import rows_to_calibrate
-from contextlm.lab.running import extend, run
+from contextlm.lab.running import extend, resume, run
 from contextlm.recipe.loading import dump_recipe, load_recipe
 
 RECIPE = """
@@ -28,7 +28,7 @@ corpus: text:notes.txt
 tokenizer: model
 sequence_length: 16
 samples: {train: 16, validation: 4}
-training: {batch_size: 8, epochs: 1, precision: float32, learning_rate: 0.01}
+training: {batch_size: 8, epochs: 1, precision: float32, learning_rate: 0.0003}
 evaluation: {cache_lengths: [16], speed_tokens: 8}
 contenders:
   - name: original
@@ -50,7 +50,8 @@ def recipe(tmp_path: Path, saved: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    saved(tmp_path / "model", LlamaConfig(**sizes, **heads, eos_token_id=256, bos_token_id=256))
+    ends = {"eos_token_id": 256, "bos_token_id": 256}
+    saved(tmp_path / "model", LlamaConfig(**sizes, **heads, **ends, initializer_range=0.2))
     lines = (f"Line {n} has {n * n % 97} words, or {n % 7} letters." for n in range(200))
     Path("notes.txt").write_text("\n".join(lines), "utf-8")
     Path("healed.yaml").write_text(RECIPE, "utf-8")
@@ -64,11 +65,11 @@ def test_a_recipe_compares_what_is_healed(recipe: str, tmp_path: Path) -> None:
     Path("again.yaml").write_text(dump_recipe(read), "utf-8")
     assert load_recipe("again.yaml") == read
     counted = {each.name: each for each in count_parameters(read)}
-    added = 2 * (16 * 8 + 8 + 8 * 16 + 16)  # down and up with their biases, of both layers
+    added = 2 * (16 * 4 + 4 + 4 * 16 + 16)  # down and up with their biases, of both layers
     assert counted["latent"].total == counted["original"].total + added
-    cost = dry_run(read, device="cpu").contenders[1]
+    plain, cost, _ = dry_run(read, device="cpu").contenders
     assert cost.seconds_estimate is not None
-    assert cost.flops == dry_run(read, device="cpu").contenders[0].flops
+    assert cost.flops == plain.flops
 
     folder = run(read, tmp_path / "runs", device="cpu", progress=SilentProgress())
     results = {
@@ -97,14 +98,30 @@ def test_a_recipe_compares_what_is_healed(recipe: str, tmp_path: Path) -> None:
         extend([Point({}, read, "")], folder, device="cpu", progress=SilentProgress())
 
 
-def test_the_same_seed_ends_the_same_and_resumes_to_it(recipe: str, tmp_path: Path) -> None:
-    only = ["contenders.fresh=null", "contenders.original=null", "contenders.latent.baseline=true"]
-    read = load_recipe(recipe, overrides=only)
-    found = []
-    for out in ("one", "two"):
-        folder = run(read, tmp_path / out, device="cpu", progress=SilentProgress())
-        found.append((folder / "latent" / "seed-0" / "result.json").read_bytes())
-    assert found[0] == found[1]
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [
+        "contenders.fresh=null",
+        "contenders.original=null",
+        "contenders.latent.baseline=true",
+    ]
+    changes.append("contenders.latent.healing.train=lora")
+    read = load_recipe(recipe, overrides=changes)
+    folder = run(read, tmp_path / "one", device="cpu", progress=SilentProgress())
+    whole = folder / "latent" / "seed-0"
+
+    def stopped(*_: object) -> None:
+        raise RunError("the power failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("contextlm.lab.pretrained.Start.facts", stopped)
+        with pytest.raises(RunError, match="the power failed"):
+            run(read, tmp_path / "two", device="cpu", progress=SilentProgress())
+    again = tmp_path / "two" / "healed-001"
+    resume(again, device="cpu", progress=SilentProgress())
+    for name in ("result.json", "checkpoint/model.safetensors"):
+        assert (again / "latent" / "seed-0" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +133,7 @@ def test_the_same_seed_ends_the_same_and_resumes_to_it(recipe: str, tmp_path: Pa
         (["contenders.fresh.policy=window:8"], "policy: is for a model that is trained already"),
         (["contenders.latent.healing={loss: 0.0, kl: 0.0}"], "loss and kl are both 0"),
         (["contenders.latent.healing={train: most}"], "contenders.latent.healing.train"),
-        (["tokenizer=bpe:300"], "contenders.original.from: its tokenizer is another than"),
+        (["tokenizer=word:99"], "contenders.original.from: its tokenizer is another than"),
         (["embedding=learned"], "contenders.original: embedding: a model `from` somewhere brings"),
         (["contenders.other={form: model}"], "unknown contender of healed.yaml: 'other'"),
     ],
