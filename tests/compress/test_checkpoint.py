@@ -137,7 +137,7 @@ def test_a_policy_that_training_could_not_see_is_refused(spec: str) -> None:
 
 def test_latents_read_no_adapter() -> None:
     """Absorbing would read the queries' projection past its adapter."""
-    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'contextlm[lora]'")
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'peft>=0.19'")
     model, ids = kept("gpt_neox", "window:20+latent:4", torch.float32), tokens(1, 30)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     for name, parameter in model.named_parameters():
