@@ -83,6 +83,12 @@ class ContextHybridModel(ContextDecoder):
         """An empty cache: what each layer's mixer keeps."""
         return Cache(layers=[each.new_state(self.config) for each in self.config.layer_mixers])
 
+    @property
+    def traces_borders(self) -> bool:
+        """Not with a pooled G, which counts blocks from a document's beginning."""
+        pools = self.config.pool > 1 and "G" in self.config.pattern.upper()
+        return self.sees_borders and not pools
+
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, D]``. Positions are counted; those given are only checked."""
         x_BTD = embeds_BTD
