@@ -77,7 +77,7 @@ def test_what_breaks_the_contract_is_told(checked):
     ("text", "options", "code", "message"),
     [
         ("", (), 2, "nothing to check: no architecture and no mixer was registered"),
-        (MIXER, ("--only", "nonsense"), 1, "--only nonsense: no test of that name"),
+        (MIXER, ("--only", "nonsense"), 2, "--only nonsense: no test of that name"),
         (MIXER, ("--only", "a and and b"), 2, "Wrong expression passed to '-k': a and and b"),
         ("import", (), 2, "--import mine.py: line 1: SyntaxError"),
     ],

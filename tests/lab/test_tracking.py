@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 
 from contextlm.base.errors import InputError
 from contextlm.base.progress import SilentProgress
@@ -64,6 +65,19 @@ def test_trackio_gets_the_same_in_the_database_of_this_machine(quick, tmp_path, 
     logs = SQLiteStorage.get_logs(run.name, "ours/seed-0")
     told = [row["train/loss"] for row in logs if "train/loss" in row]
     assert told == pytest.approx([row.loss for row in rows_of(run, StepRow)])
+
+
+@pytest.mark.parametrize("fails", ["start", "log", "finish"])
+def test_a_tracker_that_fails_costs_no_training(quick, tmp_path, monkeypatch, capsys, fails):
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is away\nand more")
+
+    monkeypatch.setattr(TensorBoardTracker, fails, away)
+    run = tracked(quick, tmp_path, "tensorboard")
+    assert not is_unfinished(run)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--track" in line]
+    told = "--track tensorboard: failed and is left out: ConnectionError: the server is away"
+    assert lines == [told] * 2  # one for each job
 
 
 def test_a_tracker_that_is_not_there_is_one_line(quick, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import pytest
 from contextlm.base.progress import SilentProgress
 from contextlm.lab import watch
 from contextlm.lab.watch import HOST, watched
+from contextlm.report.live import live_page
 
 RECIPE = {"name": "made-up", "question": "?", "contenders": [{"name": "a"}, {"name": "b"}]}
 
@@ -43,6 +44,23 @@ def test_the_page_tells_how_far_it_is_and_the_loss_by_step(address: str) -> None
     drawn = json.loads(text.partition('id="drawn">')[2].partition("</script>")[0])
     (rows,) = drawn["charts"]["live"]["datasets"].values()
     assert rows == [{"x": 7, "y": 5.25, "label": "a/seed-0", "baseline": False}]
+
+
+def test_trials_of_a_learning_rate_are_drawn_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    (tmp_path / "a" / "seed-0").mkdir(parents=True)
+    (tmp_path / "a" / "seed-0" / "job.json").write_text("{}")
+    step = {"phase": 2, "step": 3, "epoch": 1, "loss": 6.5, "learning_rate": 0.1}
+    for rate in ("0.001", "0.002"):
+        trial = tmp_path / "a" / "tuning" / rate
+        trial.mkdir(parents=True)
+        (trial / "history.jsonl").write_text(json.dumps(step) + "\n")
+    (tmp_path / "a" / "tuning" / "0.001" / "result.json").write_text("{}")
+    text = live_page(tmp_path, [tmp_path])
+    assert "Contender 1 of 1: a/tuning/0.002" in text
+    drawn = json.loads(text.partition('id="drawn">')[2].partition("</script>")[0])
+    (rows,) = drawn["charts"]["live"]["datasets"].values()
+    assert [row["label"] for row in rows] == ["a/tuning/0.001", "a/tuning/0.002"]
 
 
 def test_its_links_lead_to_the_run_folder(address: str) -> None:

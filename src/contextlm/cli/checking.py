@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from contextlm.base.errors import RunError
+from contextlm.base.errors import InputError, RunError
 from contextlm.cli.options import optional
 
 
@@ -43,6 +43,6 @@ def check(
     options = [*(["-k", only] if only else []), *(["-x"] if first else [])]
     code = run(lambda: import_outside(files), options)
     if code == 5:
-        raise RunError(f"--only {only}: no test of that name")
+        raise InputError(f"--only {only}: no test of that name")
     if code:
         raise RunError(f"{', '.join(files)}: not all of the contract is kept")

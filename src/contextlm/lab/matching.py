@@ -81,7 +81,11 @@ def _match(contender: Contender, vocab_size: int, wanted: int) -> Match:
     @cache
     def count(units: int) -> int:
         model = {**contender.model, field: units * unit}
-        return parameters(meta_model(build_config(model, vocab_size)))
+        try:
+            return parameters(meta_model(build_config(model, vocab_size)))
+        except InputError as error:
+            hint = f" (`multiple_of` makes {field} a multiple of a number)"
+            raise InputError(f"{field} {units * unit:,}: {error}{hint}") from None
 
     def other(units: int, further: int) -> int:
         if count(further) == count(units):

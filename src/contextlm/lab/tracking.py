@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Tracking:
     """The trackers of one job; takes the rows of its history."""
 
     def __init__(self, trackers: Sequence[GeneralTracker] = ()):
-        self.trackers = trackers
+        self.trackers = list(trackers)
 
     def log(self, row: HistoryRow, step: int) -> None:
         """Pass a row on.
@@ -75,9 +75,20 @@ class Tracking:
                 "validation/ppl": row.validation_ppl,
                 "validation/accuracy": row.accuracy,
             }
-        for tracker in self.trackers:
+        for tracker in list(self.trackers):
             # wandb drops steps lower than earlier ones, and phase 2 begins to count anew.
-            tracker.log(values, step=None if tracker.name == "wandb" else step)
+            with self.spared(tracker):
+                tracker.log(values, step=None if tracker.name == "wandb" else step)
+
+    @contextmanager
+    def spared(self, tracker: GeneralTracker) -> Iterator[None]:
+        """A tracker that fails is told on stderr and gets nothing more: training goes on."""
+        try:
+            yield
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"--track {tracker.name}: failed and is left out: {told}", file=sys.stderr)
+            self.trackers.remove(tracker)
 
 
 @contextmanager
@@ -100,18 +111,17 @@ def tracking(
     place = (run / _FOLDER).absolute()
     place.mkdir(exist_ok=True)
     trackers = [_tracker(name, run.absolute().name, title, place) for name in names]
-    with ExitStack() as begun:
-        for tracker in trackers:
-            with redirect_stdout(sys.stderr):  # stdout is for the table
-                tracker.start()
-                begun.callback(_finish, tracker)
-                tracker.store_init_configuration(dict(_flat(configuration)))
-        yield Tracking(trackers)
-
-
-def _finish(tracker: GeneralTracker) -> None:
-    with redirect_stdout(sys.stderr):
-        tracker.finish()
+    told = Tracking(trackers)
+    for tracker in trackers:
+        with redirect_stdout(sys.stderr), told.spared(tracker):  # stdout is for the table
+            tracker.start()
+            tracker.store_init_configuration(dict(_flat(configuration)))
+    try:
+        yield told
+    finally:
+        for tracker in list(told.trackers):
+            with redirect_stdout(sys.stderr), told.spared(tracker):
+                tracker.finish()
 
 
 def _tracker(name: str, project: str, title: str, place: Path) -> GeneralTracker:

@@ -24,7 +24,6 @@ from contextlm.evaluation.checkpoint import TrainingNote, write_trained
 from contextlm.evaluation.long_texts import score_positions
 from contextlm.evaluation.memory import PeakMemory, measure_cache
 from contextlm.evaluation.quality import (
-    Quality,
     bits_per_byte,
     evaluate_quality,
     evaluator,
@@ -127,9 +126,8 @@ def _write_divergence(
         trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=None)
         write_json(folder / "result.json", trial.model_dump())
         return
-    nothing = Quality(loss=math.inf, accuracy=0.0, tokens=0)
     told = {"diverged": reason, "tuning": tuning}
-    result = _result(job, prepared, entry, entry.meta, nothing).model_copy(update=told)
+    result = _result(job, prepared, entry, entry.meta, math.inf, 0.0).model_copy(update=told)
     timings = Timings(
         phase1_seconds=None,
         epoch_seconds=[],
@@ -148,9 +146,14 @@ def _write_divergence(
 
 
 def _result(
-    job: Job, prepared: Prepared, entry: Entry, model: PreTrainedModel, validation: Quality
+    job: Job,
+    prepared: Prepared,
+    entry: Entry,
+    model: PreTrainedModel,
+    validation_loss: float,
+    accuracy: float,
 ) -> Result:
-    """What a result says of any training, with nothing measured but the validation loss."""
+    """What a result says of any training, with nothing else measured."""
     recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
     seen = {} if budget is None else {"train_tokens": budget.tokens, "train_windows": entry.samples}
     return Result(
@@ -168,10 +171,10 @@ def _result(
         corpus=prepared.facts.model_copy(update=seen),
         parameters_total=sum(p.numel() for p in model.parameters()),
         parameters_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        validation_loss=validation.loss,
-        validation_ppl=math.inf if math.isinf(validation.loss) else validation.ppl,
+        validation_loss=validation_loss,
+        validation_ppl=math.inf if math.isinf(validation_loss) else perplexity(validation_loss),
         bits_per_byte=None,
-        accuracy=validation.accuracy,
+        accuracy=accuracy,
         train_ppl_running=math.inf,
         train_ppl=math.inf,
         best_epoch=0,
@@ -250,7 +253,6 @@ def _run(
     progress.update("measuring quality, cache and speed")
     measured = time.perf_counter()
     size = recipe.evaluation.batch_size
-    validation = evaluate_quality(model, trained.contexts.validation, size, device)
     again = _first(trained.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
     task = find_task(recipe.corpus)
@@ -294,7 +296,7 @@ def _run(
     best = epochs[trained.phase2.best_epoch - 1]
     measured_too = {
         "learning_rate": _highest_rate(entry, len(trained.phase2.losses)),
-        "bits_per_byte": _bits_per_byte(validation, prepared, offset),
+        "bits_per_byte": _bits_per_byte(best.validation_loss, prepared, offset),
         "train_ppl_running": perplexity(best.train_loss),
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
@@ -310,7 +312,8 @@ def _run(
         "store": trained.contexts.store,
         "cache": cache,
     }
-    result = _result(job, prepared, entry, model, validation).model_copy(update=measured_too)
+    loss, accuracy = best.validation_loss, best.accuracy
+    result = _result(job, prepared, entry, model, loss, accuracy).model_copy(update=measured_too)
     write_text(folder / "checkpoint" / "README.md", model_card(result, recipe, entry))
     write_json(folder / "timings.json", timings.model_dump())
     write_json(folder / "result.json", result.model_dump())
@@ -392,11 +395,11 @@ def _highest_rate(entry: Entry, steps: int) -> float:
     return entry.training.learning_rate * max(map(share, range(steps)))
 
 
-def _bits_per_byte(validation: Quality, prepared: Prepared, target_offset: int) -> float | None:
+def _bits_per_byte(loss: float, prepared: Prepared, target_offset: int) -> float | None:
     if target_offset > 1 or prepared.validation_bytes is None:
         return None
     tokens = prepared.facts.validation_tokens
-    return bits_per_byte(validation.loss, tokens, prepared.validation_bytes)
+    return bits_per_byte(loss, tokens, prepared.validation_bytes)
 
 
 def _first(

@@ -28,13 +28,19 @@ def live_page(folder: Path, runs: Sequence[Path]) -> str:
     """
     jobs = [(run, job.parent) for run in runs for job in sorted(run.glob("*/**/seed-*/job.json"))]
     done = [place for _, place in jobs if (place / "result.json").is_file()]
+    # Trials of learning rates come before the job that waits for them.
+    trials = [(run, file.parent) for run in runs for file in run.glob("*/tuning/*/history.jsonl")]
+    places = [*sorted(trials), *jobs]
     losses = [
         {"label": str(place.relative_to(folder)), **step}
-        for run, place in jobs
+        for run, place in places
         for step in _steps(run, place)
     ]
     drawn = charts.figure("live", charts.live_chart(pd.DataFrame(losses)))
-    at_work = [str(p.relative_to(folder)) for _, p in jobs if p not in done and _begun(p)]
+    begun = [place for _, place in places if (place / "history.jsonl").is_file()]
+    at_work = [
+        str(place.relative_to(folder)) for place in begun if not (place / "result.json").is_file()
+    ]
     said = say(
         "Contender {number} of {all}: {name}",
         number=min(len(done) + 1, len(jobs)),
@@ -43,10 +49,6 @@ def live_page(folder: Path, runs: Sequence[Path]) -> str:
     )
     live = {"said": said, "done": len(done), "all": len(jobs), "figures": drawn}
     return render_page([read_run(run) for run in runs], folder, live=live)
-
-
-def _begun(place: Path) -> bool:
-    return (place / "history.jsonl").is_file()
 
 
 def _steps(run: Path, place: Path) -> Iterator[dict[str, Any]]:
