@@ -44,7 +44,7 @@ def _step(  # type: ignore[no-untyped-def]
         np.empty((heads, latent), out_BHE.dtype),
     )
     cos_P, sin_P = np.empty(rotary // 2, out_BHE.dtype), np.empty(rotary // 2, out_BHE.dtype)
-    none_SP, score_HS = np.empty((0, 0), out_BHE.dtype), np.empty((heads, kept + 1), out_BHE.dtype)
+    none_SP = np.empty((0, 0), out_BHE.dtype)
     for b in range(first_row, last_row):
         given_X[:asked] = query_BX[b]
         given_X[asked:] = compressed_BX[b]
@@ -69,8 +69,7 @@ def _step(  # type: ignore[no-untyped-def]
             turn(mixed_X[h * each + content : (h + 1) * each], cos_P, sin_P, query_HX[h, latent:])
         first = max(0, kept - count_B[b])
         attend(
-            query_HX, entry_SX, newest_X, first, kept, 1, 0, none_SP, none_SP, scale,
-            score_HS, given_X, read_HC,
+            query_HX, entry_SX, newest_X, first, kept, 1, 0, none_SP, none_SP, scale, read_HC
         )  # fmt: skip
         for h in range(heads):
             read_C, out_E = read_HC[h], out_BHE[b, h]

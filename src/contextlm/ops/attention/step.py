@@ -19,6 +19,8 @@ from contextlm.ops.step import array, convolve, normalise, take_step
 # Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
 # they are called, and one function serves several.
 
+_BLOCK = 32  # entries that are read at a time
+
 
 @compiled("contract", inlined=True)
 def turn(x_E, cos_P, sin_P, out_E):  # type: ignore[no-untyped-def]
@@ -31,56 +33,95 @@ def turn(x_E, cos_P, sin_P, out_E):  # type: ignore[no-untyped-def]
 
 
 @compiled("contract", "reassoc", inlined=True)
+def _score(query_HE, entry_X, groups, cos_SP, sin_SP, s, scale, turned_E, score_HS, column):  # type: ignore[no-untyped-def]
+    """Each head's score of one entry."""
+    heads, width = query_HE.shape
+    shared = heads // groups
+    for g in range(groups):
+        key_E = entry_X[g * width : (g + 1) * width]
+        if cos_SP.shape[0] > 0:
+            turn(key_E, cos_SP[s], sin_SP[s], turned_E)
+            key_E = turned_E
+        for h in range(g * shared, (g + 1) * shared):
+            query_E, score = query_HE[h], scale - scale
+            for e in range(width):
+                score += query_E[e] * key_E[e]
+            score_HS[h, column] = scale * score
+
+
+@compiled("contract", "reassoc", inlined=True)
 def attend(  # type: ignore[no-untyped-def]
-    query_HE, entry_SX, newest_X, first, kept, groups, values, cos_SP, sin_SP, scale,
-    score_HS, turned_E, out_HE,
-):  # fmt: skip
+    query_HE, entry_SX, newest_X, first, kept, groups, values, cos_SP, sin_SP, scale, out_HE
+):
     """What the heads read of the entries from `first` to `kept` and of the newest.
+
+    Some entries at a time, which all heads read for both products while they are at hand; what was
+    read before is scaled down where a score is larger than all before (Dao et al.,
+    arXiv:2205.14135).
 
     Args:
         query_HE: the queries, turned already.
         entry_SX: each with the keys of the groups in front; values begin at column `values`.
-        newest_X: the token's own entry.
+        newest_X: the token's own entry, in column `kept`.
         first, kept: entries that are seen.
         groups: of heads that share a key and a value.
         values: the first column of the values.
-        cos_SP, sin_SP: by which keys are turned; without entries: not at all.
+        cos_SP, sin_SP: by which keys are turned; without rows: not at all.
         scale: of the scores.
-        score_HS, turned_E: memory to work in.
         out_HE: to be filled; its width is that of the values.
     """
     heads, width = query_HE.shape
     kind, channels, shared = out_HE.dtype.type, out_HE.shape[1], heads // groups
-    for s in range(first, kept + 1):
-        entry_X = newest_X if s == kept else entry_SX[s]
-        for g in range(groups):
-            key_E = entry_X[g * width : (g + 1) * width]
-            if cos_SP.shape[0] > 0:
-                turn(key_E, cos_SP[s], sin_SP[s], turned_E)
-                key_E = turned_E
-            for h in range(g * shared, (g + 1) * shared):
-                query_E, score = query_HE[h], kind(0)
-                for e in range(width):
-                    score += query_E[e] * key_E[e]
-                score_HS[h, s] = scale * score
+    score_HS, turned_E = np.empty((heads, _BLOCK), out_HE.dtype), np.empty(width, out_HE.dtype)
+    largest_H, total_H = np.empty(heads, out_HE.dtype), np.ones(heads, out_HE.dtype)
+    _score(query_HE, newest_X, groups, cos_SP, sin_SP, kept, scale, turned_E, score_HS, 0)
     for h in range(heads):
-        score_S = score_HS[h]
-        largest, total = score_S[kept], kind(0)
-        for s in range(first, kept):
-            largest = max(largest, score_S[s])
-        for s in range(first, kept + 1):
-            weight = exp(score_S[s] - largest)
-            score_S[s] = weight
-            total += weight
-        out_E, over = out_HE[h], kind(1) / total
+        largest_H[h], out_E = score_HS[h, 0], out_HE[h]
         start = values + h // shared * channels
-        newest_E, weight = newest_X[start : start + channels], score_S[kept] * over
+        newest_E = newest_X[start : start + channels]
         for e in range(channels):
-            out_E[e] = weight * newest_E[e]
-        for s in range(first, kept):
-            value_E, weight = entry_SX[s, start : start + channels], score_S[s] * over
-            for e in range(channels):
-                out_E[e] += weight * value_E[e]
+            out_E[e] = newest_E[e]
+    for low in range(first, kept, _BLOCK):
+        many = min(_BLOCK, kept - low)
+        for s in range(many):
+            entry_X = entry_SX[low + s]
+            _score(query_HE, entry_X, groups, cos_SP, sin_SP, low + s, scale, turned_E, score_HS, s)
+        for h in range(heads):
+            score_S, out_E, before, total = score_HS[h], out_HE[h], largest_H[h], kind(0)
+            largest = before
+            for s in range(many):
+                largest = max(largest, score_S[s])
+            for s in range(many):
+                score_S[s] = exp(score_S[s] - largest)
+                total += score_S[s]
+            if largest > before:
+                less = exp(before - largest)
+                largest_H[h] = largest
+                total_H[h] *= less
+                for e in range(channels):
+                    out_E[e] *= less
+            total_H[h] += total
+        # Four at a time, since each time all of the output is read and written.
+        for s in range(0, many, 4):
+            for h in range(heads):
+                start = values + h // shared * channels
+                out_E, stop = out_HE[h], start + channels
+                a_E, a = entry_SX[low + s, start:stop], score_HS[h, s]
+                if s + 4 <= many:
+                    b_E, b = entry_SX[low + s + 1, start:stop], score_HS[h, s + 1]
+                    c_E, c = entry_SX[low + s + 2, start:stop], score_HS[h, s + 2]
+                    d_E, d = entry_SX[low + s + 3, start:stop], score_HS[h, s + 3]
+                    for e in range(channels):
+                        out_E[e] += a * a_E[e] + b * b_E[e] + c * c_E[e] + d * d_E[e]
+                else:
+                    for other in range(s, many):
+                        a_E, a = entry_SX[low + other, start:stop], score_HS[h, other]
+                        for e in range(channels):
+                            out_E[e] += a * a_E[e]
+    for h in range(heads):
+        out_E, over = out_HE[h], kind(1) / total_H[h]
+        for e in range(channels):
+            out_E[e] *= over
 
 
 @compiled("contract", "reassoc")
@@ -102,8 +143,7 @@ def _step(  # type: ignore[no-untyped-def]
     sin_SP = array(sines, (columns, width // 2), eps)
     kind = out_BHE.dtype.type
     scale = kind(1 / math.sqrt(width))
-    mixed_X, turned_E = np.empty(inner, out_BHE.dtype), np.empty(width, out_BHE.dtype)
-    score_HS = np.empty((heads, kept + 1), out_BHE.dtype)
+    mixed_X = np.empty(inner, out_BHE.dtype)
     for b in range(first_row, last_row):
         if before >= 0:
             convolve(projected_BX[b], taps_BJX[b], weight_JX, bias_X, mixed_X)
@@ -123,7 +163,7 @@ def _step(  # type: ignore[no-untyped-def]
         first = max(0, kept - count_B[b])
         attend(
             query_HE, entry_SX, newest_X, first, kept, groups, values, cos_SP, sin_SP, scale,
-            score_HS, turned_E, out_BHE[b],
+            out_BHE[b],
         )  # fmt: skip
         if kept < room:
             entry_SX[kept] = newest_X
