@@ -27,7 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 from contextlm.models.cache import CACHE, NAMES, RowStateLayer, given_cache
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, OwnStart, start_update
+from contextlm.models.stepping import product
 from contextlm.models.stub import auto_map
+from contextlm.ops.backends import takes_steps
 
 
 @dataclass(frozen=True)
@@ -488,7 +490,9 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         # The last n of what is n long already are all of it.
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        hidden_BTD = outputs.last_hidden_state[:, keep, :]
+        step = hidden_BTD.shape[1] == 1 and takes_steps(hidden_BTD.device)
+        logits_BTV = product(self.lm_head, hidden_BTD, step=step)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -128,9 +128,13 @@ class NewTokens:
         """What each of so many layers of the cache keeps; None where nothing is kept."""
         return [None] * count if self.cache is None else self.cache.layers
 
-    @cached_property
+    @property
     def is_step(self) -> bool:
         """Whether this is one more real token of each row, which compiled steps may do."""
+        return not torch.compiler.is_compiling() and self._is_step
+
+    @cached_property  # looked at often, and unknown to torch.compile
+    def _is_step(self) -> bool:
         return (
             self.tokens == 1
             and self.seen_B is not None

@@ -27,7 +27,7 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import OwnStart, RMSNorm
-from contextlm.models.stepping import Stepping, StepWeights
+from contextlm.models.stepping import Stepping, StepWeights, product
 from contextlm.ops.selective_state import selective_state
 
 _FASTEST = 16.0  # r starts evenly in [1, 16]
@@ -148,10 +148,10 @@ class SelectiveState(Stepping, OwnStart):
             state: what decoding keeps; moved on. None to keep nothing.
             new: the tokens.
         """
-        projected_BTX = self.inner(x_BTD)
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
         mixed_B1E = self.step(new, state, projected_BTX)
         if mixed_B1E is not None:
-            return self.output(mixed_B1E)
+            return product(self.output, mixed_B1E, step=True)
         gate_BTE, inner, step_BTH = projected_BTX.split(self.widths, dim=-1)
         kind = torch.promote_types(inner.dtype, torch.float32)
         if self.convolution is None:

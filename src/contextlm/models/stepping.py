@@ -14,8 +14,37 @@ from torch import Tensor, nn
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import is_bare
+from contextlm.ops.linear import is_small
 
 _TYPES = (torch.float32, torch.float64)
+
+
+def product(layer: nn.Module, x: Tensor, *, step: bool) -> Tensor:
+    """``layer(x)``, for a token in a compiled loop if that is a small linear layer and no more.
+
+    Args:
+        layer: linear, or what has taken the place of a linear layer.
+        x: ``[..., I]``.
+        step: whether this is a token that may be done so (`NewTokens.is_step`).
+    """
+    weight = layer._parameters.get("weight") if step and type(layer) is nn.Linear else None
+    if (
+        weight is None
+        or type(weight) is not nn.Parameter
+        or weight.dtype not in _TYPES
+        or weight.dtype is not x.dtype
+        or weight.device.type != "cpu"
+        or not (weight.is_contiguous() and x.is_contiguous() and is_small(x, weight))
+        or layer._parameters.get("bias") is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in layer.__dict__
+    ):
+        outputs: Tensor = layer(x)
+        return outputs
+    from contextlm.ops.linear.step import linear_step
+
+    return linear_step(x, weight)
 
 
 class Stepping(nn.Module):
@@ -39,8 +68,6 @@ class Stepping(nn.Module):
             state: what decoding keeps, moved on; or None.
             *projected_B1X: what the first projections gave.
         """
-        if torch.compiler.is_compiling():  # which knows no remembered property
-            return None
         if not new.is_step or state is None or self.step_weights is None:
             return None
         weights = self.step_weights.of(self, state, projected_B1X)

@@ -108,7 +108,8 @@ def takes_steps(device: torch.device) -> bool:
     Not where the environment variable chooses anything but ``numba`` for any op.
     """
     return (
-        not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and device.type == "cpu"
         and not is_observed(())
         and _names_only_numba(os.environ.get(VARIABLE, ""))

@@ -28,7 +28,7 @@ from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
 from contextlm.models.selective_state import Decay, MatrixStateLayer
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 from contextlm.ops.delta_rule import LEAST, delta_rule
 
 
@@ -71,10 +71,10 @@ class DeltaMixer(Mixer):
 
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        projected_BTX = self.inner(x_BTD)
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
         mixed_B1E = self.step(new, state, projected_BTX)
         if mixed_B1E is not None:
-            return self.output(mixed_B1E)
+            return product(self.output, mixed_B1E, step=True)
         gate, inner, decay, rate_BTH = projected_BTX.split(self.widths, dim=-1)
         kind = torch.promote_types(inner.dtype, torch.float32)
         if self.convolution is None:

@@ -17,7 +17,7 @@ from contextlm.models.cache import RowStateLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 
 
 class TapsLayer(Taps, RowStateLayer):
@@ -53,14 +53,14 @@ class GatedConvolution(Mixer):
 
     def forward(self, x_BTD: Tensor, state: TapsLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        projected_BTX = self.inner(x_BTD)
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
         mixed_BTD = self.step(new, state, projected_BTX)
         if mixed_BTD is None:
             before_BTD, behind_BTD, inner_BTD = projected_BTX.chunk(3, dim=-1)
             mixed_BTD = behind_BTD * self.convolution(before_BTD * inner_BTD, state, new)
             if state is not None:
                 state.advance(new)
-        return self.output(mixed_BTD.to(x_BTD.dtype))
+        return product(self.output, mixed_BTD.to(x_BTD.dtype), step=new.is_step)
 
     def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
         """As in `Stepping`."""

@@ -32,7 +32,7 @@ from contextlm.models.hybrid.latent import LatentLayer
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens, take
 from contextlm.models.layers import RMSNorm
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 
 _QUERIES = 1024  # that are computed at once behind a window: masks grow with their square
 
@@ -101,10 +101,10 @@ class GlobalLatents(Mixer):
             apart = new.apart()
             rows = self(apart.rows(new.as_given(x_BTD)), None, apart.new)
             return new.real_first(apart.packed(rows))
-        inner = self.inner(x_BTD)
+        inner = product(self.inner, x_BTD, step=new.is_step)
         mixed_B1X = self.step(new, state, inner) if attends_plainly(self) else None
         if mixed_B1X is not None:
-            return self.output(mixed_B1X)
+            return product(self.output, mixed_B1X, step=True)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
         query, latent_BTC = inner.split((self.heads * self.latent, self.latent), dim=-1)

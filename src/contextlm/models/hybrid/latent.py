@@ -32,7 +32,7 @@ from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, linear_weight
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 
 # Entries that memory is made longer by, so that not every token copies what is kept.
 _ROOM = 32
@@ -116,10 +116,12 @@ class LatentAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        query, latent = self.query(x_BTD), self.compress(x_BTD)
+        query, latent = (
+            product(layer, x_BTD, step=new.is_step) for layer in (self.query, self.compress)
+        )
         mixed_B1X = self.step(new, state, query, latent) if attends_plainly(self) else None
         if mixed_B1X is not None:
-            return self.output(mixed_B1X)
+            return product(self.output, mixed_B1X, step=True)
         positions_BT, theta = new.real_first_positions(), self.config.rope_theta
         if self.convolution is not None:
             inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)

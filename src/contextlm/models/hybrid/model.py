@@ -35,7 +35,8 @@ from contextlm.models.cache import RowStateLayer
 from contextlm.models.hybrid.config import ContextHybridConfig
 from contextlm.models.hybrid.mixer import Mixer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import RMSNorm
+from contextlm.models.layers import RMSNorm, is_bare
+from contextlm.models.stepping import product
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -56,7 +57,14 @@ class HybridLayer(GradientCheckpointingLayer):
         x_BTD = x_BTD + new.as_given(mixed_BTD)
         if self.feed_forward is None or self.feed_forward_norm is None:
             return x_BTD
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self._fed_forward(self.feed_forward, self.feed_forward_norm(x_BTD), new)
+
+    def _fed_forward(self, part: LlamaMLP, x_BTD: Tensor, new: NewTokens) -> Tensor:
+        if not new.is_step or not is_bare(part, LlamaMLP):
+            fed_BTD: Tensor = part(x_BTD)
+            return fed_BTD
+        gate, up = (product(each, x_BTD, step=True) for each in (part.gate_proj, part.up_proj))
+        return product(part.down_proj, part.act_fn(gate) * up, step=True)
 
 
 class ContextHybridModel(ContextDecoder):

@@ -22,7 +22,7 @@ from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.gated_recurrence import SHARPNESS, GatedRecurrence, gated_states
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 
 
 class RecurrenceLayer(Taps, ContextStateLayer):
@@ -66,10 +66,12 @@ class RecurrentMixer(Mixer):
 
     def forward(self, x_BTD: Tensor, state: RecurrenceLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        inner_BTD, gate_BTD = self.inner(x_BTD), self.gate(x_BTD)
+        inner_BTD, gate_BTD = (
+            product(layer, x_BTD, step=new.is_step) for layer in (self.inner, self.gate)
+        )
         mixed_B1D = self.step(new, state, inner_BTD, gate_BTD)
         if mixed_B1D is not None:
-            return self.output(mixed_B1D)
+            return product(self.output, mixed_B1D, step=True)
         if self.convolution is not None:
             inner_BTD = self.convolution(inner_BTD, state, new)
         states_BTD = gated_states(self.recurrence, inner_BTD, state, new).to(x_BTD.dtype)

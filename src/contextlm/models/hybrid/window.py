@@ -24,7 +24,7 @@ from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
-from contextlm.models.stepping import StepWeights
+from contextlm.models.stepping import StepWeights, product
 
 
 class WindowLayer(Taps, RecentLayer):
@@ -71,10 +71,10 @@ class WindowedAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: WindowLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        inner = self.inner(x_BTD)
+        inner = product(self.inner, x_BTD, step=new.is_step)
         mixed_B1X = self.step(new, state, inner) if attends_plainly(self) else None
         if mixed_B1X is not None:
-            return self.output(mixed_B1X)
+            return product(self.output, mixed_B1X, step=True)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
         inner = inner.unflatten(-1, (-1, self.head_dim))
