@@ -685,6 +685,26 @@ def test_what_the_compiled_form_of_a_token_does_not_know(letter, monkeypatch):
     token(compiled=False)
 
 
+def test_every_module_is_called_at_every_token_where_somebody_listens():
+    """And nothing else changes by it: compiled forms read weights only of modules without hooks."""
+    sizes = {"state_head_dim": 6, "state_size": 5, "latent_dim": 7, "rope_dim": 6}
+    fields = {"attention_convolution": 2, "tie_word_embeddings": False}
+    model = ContextHybridForCausalLM(config(pattern="SrkcwGL", **sizes, **fields)).eval()
+    randomise(model)
+    ids, cache = torch.randint(0, 53, (2, 6)), model.new_cache()
+    expected = model(ids).logits[:, 5:]
+    with torch.no_grad():
+        for piece in ids[:, :5].split([4, 1], dim=1):
+            model(piece, use_cache=True, **{CACHE: cache})
+        for name, module in model.named_modules():
+            heard = []
+            hook = module.register_forward_hook(lambda *_, heard=heard: heard.append(1))
+            again = {CACHE: copy.deepcopy(cache)}
+            assert_close(model(ids[:, 5:], use_cache=True, **again).logits, expected)
+            assert heard or isinstance(module, torch.nn.ModuleList), name
+            hook.remove()
+
+
 def test_tokens_taken_back_leave_room_for_others():
     model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
     ids, cache = torch.randint(0, 53, (2, 30)), model.new_cache()

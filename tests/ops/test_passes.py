@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contextlm.ops.rms_norm import rms_norm
+from contextlm.ops.rms_norm.step import norm_step
 from contextlm.ops.short_convolution import short_convolution
 
 
@@ -116,6 +117,15 @@ def test_the_sigmoid_of_every_size_of_number() -> None:
     out = 1e6 * rms_norm(ones, torch.ones(1), gate, eps=1e12, backend="numba")
     torch.testing.assert_close(out, F.silu(gate), rtol=2e-6, atol=1e-12)
     assert rms_norm(ones, torch.ones(1), gate * torch.nan, backend="numba").isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_norm_of_tokens_in_one_call(dtype: torch.dtype) -> None:
+    x, weight = normal(3, 1, 11, dtype=dtype).detach(), normal(11, dtype=dtype).detach()
+    expected = weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    out = norm_step(x, weight, eps=1e-3)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_choice() -> None:

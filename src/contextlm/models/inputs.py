@@ -252,12 +252,14 @@ class NewTokens:
         Raises:
             ValueError: the borders do not fit the tokens.
         """
+        if self.tokens == 1:
+            return self
         steps = [self._steps(self._numbers(ends)) != 0 for ends in cu_seq_lens]
         if seq_idx is not None:
             steps.append(self._steps(seq_idx) != 0)
         if self.position_ids is not None:
             steps.append(self._steps(self.position_ids) <= 0)
-        if not steps or self.tokens == 1:
+        if not steps:
             return self
         begins_BT = F.pad(torch.stack(steps).any(0), (1, 0), value=True)
         real_BT = self.real_first_mask

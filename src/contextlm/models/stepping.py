@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import is_bare
+from contextlm.models.layers import RMSNorm, is_bare
 from contextlm.ops.linear import is_small
 
 _TYPES = (torch.float32, torch.float64)
@@ -27,24 +27,49 @@ def product(layer: nn.Module, x: Tensor, *, step: bool) -> Tensor:
         x: ``[..., I]``.
         step: whether this is a token that may be done so (`NewTokens.is_step`).
     """
-    weight = layer._parameters.get("weight") if step and type(layer) is nn.Linear else None
-    if (
-        weight is None
-        or type(weight) is not nn.Parameter
-        or weight.dtype not in _TYPES
-        or weight.dtype is not x.dtype
-        or weight.device.type != "cpu"
-        or not (weight.is_contiguous() and x.is_contiguous() and is_small(x, weight))
-        or layer._parameters.get("bias") is not None
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or "forward" in layer.__dict__
-    ):
+    weight = _weight(layer, nn.Linear, x) if step else None
+    if weight is None or layer._parameters.get("bias") is not None or not is_small(x, weight):
         outputs: Tensor = layer(x)
         return outputs
     from contextlm.ops.linear.step import linear_step
 
     return linear_step(x, weight)
+
+
+def normed(layer: Any, x: Tensor, *, step: bool) -> Tensor:
+    """``layer(x)``, for a token in one compiled call if that is an `RMSNorm` and no more.
+
+    Args:
+        layer: the norm, or what has taken its place.
+        x: ``[..., C]``.
+        step: as for `product`.
+    """
+    weight = _weight(layer, RMSNorm, x) if step else None
+    if weight is None:
+        outputs: Tensor = layer(x)
+        return outputs
+    from contextlm.ops.rms_norm.step import norm_step
+
+    return norm_step(x, weight, eps=layer.eps)
+
+
+def _weight(layer: Any, kind: type[nn.Module], x: Tensor) -> Tensor | None:
+    """The weight of what is a layer of a kind and no more, if a step can take it and the input."""
+    weight: Tensor | None = layer._parameters.get("weight") if type(layer) is kind else None
+    if (
+        weight is None
+        or type(weight) is not nn.Parameter
+        or type(x) is not Tensor
+        or weight.dtype not in _TYPES
+        or weight.dtype is not x.dtype
+        or weight.device.type != "cpu"
+        or not (weight.is_contiguous() and x.is_contiguous())
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in layer.__dict__
+    ):
+        return None
+    return weight
 
 
 class Stepping(nn.Module):

@@ -36,7 +36,7 @@ from contextlm.models.hybrid.config import ContextHybridConfig
 from contextlm.models.hybrid.mixer import Mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, is_bare
-from contextlm.models.stepping import product
+from contextlm.models.stepping import normed, product
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -53,11 +53,13 @@ class HybridLayer(GradientCheckpointingLayer):
     def forward(self, x_BTD: Tensor, state: RowStateLayer | None, new: NewTokens) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``; see `Mixer.forward`."""
         new = new.to(x_BTD.device)
-        mixed_BTD = self.mixer(new.real_first(self.mixer_norm(x_BTD)), state, new)
+        normed_BTD = normed(self.mixer_norm, x_BTD, step=new.is_step)
+        mixed_BTD = self.mixer(new.real_first(normed_BTD), state, new)
         x_BTD = x_BTD + new.as_given(mixed_BTD)
         if self.feed_forward is None or self.feed_forward_norm is None:
             return x_BTD
-        return x_BTD + self._fed_forward(self.feed_forward, self.feed_forward_norm(x_BTD), new)
+        normed_BTD = normed(self.feed_forward_norm, x_BTD, step=new.is_step)
+        return x_BTD + self._fed_forward(self.feed_forward, normed_BTD, new)
 
     def _fed_forward(self, part: LlamaMLP, x_BTD: Tensor, new: NewTokens) -> Tensor:
         if not new.is_step or not is_bare(part, LlamaMLP):
@@ -102,7 +104,7 @@ class ContextHybridModel(ContextDecoder):
         x_BTD = embeds_BTD
         for layer, state in zip(self.layers, new.states(len(self.layers)), strict=True):
             x_BTD = layer(x_BTD, state, new)
-        return self.norm(x_BTD)
+        return normed(self.norm, x_BTD, step=new.is_step)
 
 
 _TINY = {
