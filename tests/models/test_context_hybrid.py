@@ -856,3 +856,12 @@ def test_a_graph_of_pooled_latents_is_for_one_document_a_row():
     assert_close(logits, model(ids).logits)
     with pytest.raises(RuntimeError, match="for one document a row"):
         compiled(ids, position_ids=positions % 6, use_cache=False)
+
+
+def test_autocast_is_heeded_at_a_token_too():
+    model = ContextHybridForCausalLM(config(pattern="SwG", state_head_dim=6)).float().eval()
+    ids, cache = torch.randint(0, 53, (1, 6)), model.new_cache()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for piece in ids.split([5, 1], dim=1):
+            logits = model(piece, use_cache=True, **{CACHE: cache}).logits
+            assert logits.dtype == torch.bfloat16

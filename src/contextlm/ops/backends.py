@@ -111,6 +111,7 @@ def takes_steps(device: torch.device) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and not is_observed(())
         and _names_only_numba(os.environ.get(VARIABLE, ""))
     )
