@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contextlm.ops.backends import is_installed
-
 # Logits of a block: as many as a processor's caches hold; where the weight's gradient is summed up,
 # so many that reading and writing the sum does not count.
 BLOCK, BLOCK_TRAINED = 2**23, 2**26
@@ -101,7 +99,7 @@ def _rows(rows: int, entries: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _softmax_loss(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """Each row's loss, in float32 at least; turns its logits into their gradient, in place."""
-    if logits_RV.device.type == "cpu" and is_installed("numba"):
+    if logits_RV.device.type == "cpu":
         from contextlm.ops.linear_cross_entropy.numba import softmax_loss_numba
 
         return softmax_loss_numba(logits_RV, targets_R)
