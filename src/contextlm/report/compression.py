@@ -70,8 +70,8 @@ def answers(found: Compression) -> list[str]:
             f"At {_share(budget)} of the cache, {best.spec} costs "
             f"{numbers.signed_percent(change(best, full))} of perplexity "
             f"(KL {numbers.significant(best.kl)} nats, {numbers.percent(best.same_tokens)} of the "
-            f"likeliest tokens the same, {numbers.percent(digits_found(best))} of passkey digits found "
-            f"where the full cache finds {numbers.percent(digits_found(full))})"
+            f"likeliest tokens the same, {numbers.percent(digits_found(best))} of passkey digits "
+            f"found where the full cache finds {numbers.percent(digits_found(full))})"
         )
         if keeper is not best and digits_found(keeper) > digits_found(best):
             sentence += f"; {keeper.spec} finds most: {numbers.percent(digits_found(keeper))}"
