@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from contextlm.ops.backends import is_installed
 
-# Logits of a block: so many that arranging the weight for a product, and reading and writing the sum
-# of its gradients, which each block does anew, do not count.
+# Logits of a block: so many that arranging the weight for a product, and reading and writing the
+# sum of its gradients, which each block does anew, do not count.
 BLOCK = 2**26
 _FULL = 64  # products of a multiple of so many tokens leave no incomplete tile
 _FEWEST_TO_TURN = 2048  # tokens
