@@ -6,7 +6,8 @@
 `runs.csv` has a row for each contender, seed and budget (`contextlm.report.frame`), and in
 `question` the words that tables ask for; a run that serves two questions is one row with two.
 `epochs.csv` has a row for each of their epochs, and for those that a document tells, which have no
-seed. `benchmarks.csv` has the ratios that ``contextlm bench`` printed. In a page, what stands
+seed. `benchmarks.csv` has the ratios that ``contextlm bench`` printed, ``compress-*.json`` what
+``contextlm compress`` found (its `result.json`). In a page, what stands
 between ``<!-- make KIND ARGUMENTS -->`` and ``<!-- made -->`` is made by the function `KIND` below.
 """
 
@@ -21,12 +22,13 @@ from typing import Any
 
 import pandas as pd
 
-from contextlm.report import charts, numbers, tables
+from contextlm.report import charts, compression, numbers, tables
 from contextlm.report.contenders import CACHE, Contender, cache_length
 from contextlm.report.frame import csv_frame, seed_frame
 from contextlm.report.language import ENGLISH, speaking
 from contextlm.report.sheet import Column, make_table, markdown_table
 from contextlm.report.statistics import corrected, difference
+from contextlm.results.compression import Compression
 from contextlm.results.result import PhaseTwoRow, Run, read_run
 
 NOT_FIGURES = ["run", "question", "scale"]
@@ -60,6 +62,10 @@ class Results:
         )
         self.epochs = pd.read_csv(folder / "epochs.csv")
         self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
+        self.compressions = {
+            file.stem: Compression.model_validate_json(file.read_text("utf-8"))
+            for file in sorted(folder.glob("compress-*.json"))
+        }
         self.rows = cache(self._rows)
 
     def _rows(self, question: str) -> list[Contender]:
@@ -181,6 +187,30 @@ class Results:
         pairs = dict.fromkeys((model, baseline) for model, baseline, _ in cells)
         return markdown_table(make_table("", columns, pairs))
 
+    def compression(self, name: str) -> str:
+        """Of one compressed model what costs least at each budget, and every table."""
+        found = self._compression(name)
+        said = "".join(f"- {answer}\n" for answer in compression.answers(found))
+        parts = [f"### {t.caption}\n\n{markdown_table(t)}" for t in compression.tables(found)]
+        return "\n".join([said, *parts])
+
+    def compressed(self, what: str, name: str, spec: str) -> str:
+        """One figure of a policy: share, change (of perplexity), kl, same or passkey."""
+        full, *others = self._compression(name).policies
+        one = next(policy for policy in others if policy.spec == spec)
+        return {
+            "share": lambda: numbers.percent(one.share),
+            "change": lambda: numbers.signed_percent(compression.change(one, full)),
+            "kl": lambda: numbers.significant(one.kl),
+            "same": lambda: numbers.percent(one.same_tokens),
+            "passkey": lambda: numbers.percent(compression.digits_found(one)),
+        }[what]()
+
+    def _compression(self, name: str) -> Compression:
+        if name not in self.compressions:
+            raise LookupError(name)
+        return self.compressions[name]
+
 
 def _share_of_unigram(row: Contender) -> str:
     """Perplexity as a share of what the words' frequencies alone reach, on the same text."""
@@ -229,6 +259,8 @@ def plots(results: Results, folder: Path) -> None:
         for row in (results.row(question, name) for question in questions)
     ]
     drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
+    for name, found in results.compressions.items():
+        drawn += charts.figure(name, compression.frontier(found))
     for question, epochs in results.epochs.groupby("question"):
         drawn += charts.figure(f"course-{question}", course_chart(epochs))
     for figure in drawn:

@@ -36,6 +36,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
+    "initializer_range": 0.1,  # far from a uniform guess
     "eos_token_id": 256,
     "bos_token_id": 256,
 }
@@ -43,6 +44,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
     "neox": GPTNeoXConfig(**SIZES),
+}
+# What the walk heals: by which policy, and which parameters.
+HEALED = {
+    "llama": ("latent:25%", "all"),
+    "qwen3": ("window:20,sinks:2", "lora"),
+    "neox": ("window:40+latent:25%", "policy"),
 }
 Command = Callable[..., tuple[int, str, str]]
 
@@ -114,6 +121,40 @@ def test_a_users_walk(
     assert made.shape[1] > ids.shape[1]
     assert cache_bytes(cache).logical == policies[chosen]["cache"][-1]["logical"]
 
+    # It is healed, and what comes of it decodes by its policy wherever it is opened.
+    policy, train = HEALED[name]
+    options = ["--tokens", 2000, "--sequence-length", 64, "--batch-size", 4, "--out", out]
+    options += ["--learning-rate", 3e-4, "--loss", 0, "--train", train, "--text", text]
+    code, stdout, stderr = command("heal", model, "--policy", policy, *options, "--json")
+    assert (code, stderr) == (0, "")
+    done = json.loads(stdout)
+    result, checkpoint = done["result"], done["checkpoint"]
+    healing = result["healing"]
+    assert (healing["policy"], healing["train"]) == (policy, train)
+    assert healing["full"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < healing["after"]["kl"] < healing["before"]["kl"]
+    assert healing["share"] < 0.6
+    assert (result["parameters_trainable"] < result["parameters_total"]) == (train != "all")
+    assert "KL after" in Path(done["report"]["report.md"]).read_text()
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    opened = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert (opened.config.cache_policy, opened.dtype) == (policy, loaded.dtype)
+    assert not any("lora" in key for key in opened.state_dict())
+    made = opened.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    held = cache_bytes(made.past_key_values).logical
+    plain = loaded.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert held < 0.6 * cache_bytes(plain.past_key_values).logical
+    prompt = "7 of 1. " * 5
+    code, stdout, _ = command("generate", checkpoint, prompt, "--max-new-tokens", 4, "--json")
+    assert (code, json.loads(stdout)["tokens"]) == (0, 4)
+    told = ["--corpus", text, "--samples", 2, "--cache-lengths", "64", "--json"]
+    code, stdout, _ = command("eval", checkpoint, *told)
+    assert code == 0
+    assert json.loads(stdout)["architecture"] == "compressed"
+    code, _, stderr = command("compress", checkpoint, "--text", text)
+    assert code == 2
+    assert f"keeps a policy of its own, {policy}" in stderr.splitlines()[-1]
+
 
 def test_asked_for_policies_are_measured_and_printed(
     tmp_path: Path, saved: Callable[..., Path], text: str, command: Command
@@ -153,6 +194,36 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     out = tmp_path / "runs"
     given = options if "--text" in options else [*options, "--text", text]
     code, _, stderr = command("compress", model, *given, "--out", out)
+    assert code == 2
+    assert message in stderr.splitlines()[-1]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "evict:20"], "policy evict:20 cannot be healed: it drops or rounds tokens"),
+        (["--policy", "latent:9999"], "policy latent:9999: 9999 numbers a token"),
+        (["--policy", "window:9", "--train", "policy"], "window:9 has nothing of its own to train"),
+        (["--policy", "window:9", "--tokens", "9000000"], "tokens to train on, fewer than"),
+        (
+            ["--policy", "window:9", "--sequence-length", "999", "--tokens", "2000"],
+            "more than the model's 256 positions",
+        ),
+        (["--policy", "window:9", "--kl", "0", "--loss", "0"], "nothing would be minimised"),
+        (["--policy", "window:9", "--learning-rate", "0"], "--learning-rate 0.0: expected"),
+    ],
+)
+def test_what_cannot_be_healed_is_refused_before_anything_is(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    saved: Callable[..., Path],
+    text: str,
+    command: Command,
+) -> None:
+    model, out = saved(tmp_path / "llama", CONFIGS["llama"]), tmp_path / "runs"
+    code, _, stderr = command("heal", model, "--text", text, "--out", out, *options)
     assert code == 2
     assert message in stderr.splitlines()[-1]
     assert not out.exists()

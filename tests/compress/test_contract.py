@@ -430,3 +430,10 @@ def test_masks_and_attention_functions_that_cannot_be_read_are_refused() -> None
                 model(ids, attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool))
         finally:
             model.config._attn_implementation = "sdpa"
+    with CompressedCache(model, "representatives:8"), torch.no_grad():
+        model.config._attn_implementation = "flash_attention_2"  # it would take biases for lengths
+        try:
+            with pytest.raises(InputError, match="attention 'flash_attention_2' cannot"):
+                model(ids)
+        finally:
+            model.config._attn_implementation = "sdpa"

@@ -31,7 +31,7 @@ class Mean(Mixer):
         return ContextStateLayer()
 
     def forward(self, x_BTD, state, new):
-        keep_BTD = torch.sigmoid(self.decay) * (new.places() > 0).unsqueeze(-1)
+        keep_BTD = torch.sigmoid(self.decay) * (new.real_first_positions() > 0).unsqueeze(-1)
         keep_BTD = keep_BTD.expand_as(x_BTD)
         start_BD = torch.zeros_like(x_BTD[:, 0])
         if state is not None:

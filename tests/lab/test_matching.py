@@ -75,10 +75,7 @@ def test_what_was_chosen_is_said_and_decides_the_job(quick):
             r"contenders\.ours: match: not within 0\.01%: ours: intermediate_size \d+ gives",
         ),
         ("{field: num_attention_heads}", "match: .*num_attention_heads"),
-        (
-            "{field: hidden_size}",
-            r"match: hidden_size \d+: .*\(`multiple_of` makes hidden_size a mu",
-        ),
+        ("{field: hidden_size}", r"match: hidden_size \d+: .*\(`multiple_of` makes hidden_size a"),
         ("{field: intermediate_size, width: 3}", "unknown key 'contenders.ours.match.width'"),
     ],
 )

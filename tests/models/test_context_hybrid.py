@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -28,6 +29,7 @@ from contextlm.models.hybrid.selective import SelectiveMixer
 from contextlm.models.hybrid.window import WindowedAttention, WindowLayer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.selective_state import Decay
+from contextlm.models.stepping import Stepping
 
 
 @pytest.fixture(autouse=True)
@@ -419,24 +421,6 @@ def test_s_is_its_equations(fields):
         assert_close(mixer(x, None, NewTokens.of(x))[0], naive_selective(mixer, x[0]))
 
 
-@pytest.mark.parametrize("backend", ["eager", "numba", "chunked"])
-def test_s_decodes_in_one_compiled_call_or_in_plain_torch(backend, monkeypatch):
-    """Tokens one at a time, with gradients switched off and on."""
-    monkeypatch.setenv("CONTEXTLM_BACKEND", f"selective_state={backend}")
-    mixer = SelectiveMixer(config(pattern="S", state_head_dim=6, state_size=5))
-    randomise(mixer)
-    x = torch.randn(2, 9, 12)
-    expected = torch.stack([naive_selective(mixer, row) for row in x])
-    state, pieces = mixer.new_state(mixer.config), []
-    for t in range(9):
-        with torch.set_grad_enabled(t in (0, 4)):
-            seen = torch.full((2,), t) if t else None
-            piece = x[:, t : t + 1]
-            pieces.append(mixer(piece, state, NewTokens.of(piece, past=t, seen_B=seen)))
-    assert_close(torch.cat(pieces, dim=1), expected)
-    assert state.counts.tolist() == [9, 9]
-
-
 def test_s_starts_as_mamba_2_does():
     decay = Decay(6000)
     rates, steps = torch.exp(decay.rate), F.softplus(decay.step)
@@ -504,14 +488,19 @@ def test_k_is_its_equations(decay, taps):
 # C -------------------------------------------------------------------------------------------
 
 
+def naive_gated_convolution(mixer: GatedConvolution, x_TD: Tensor) -> Tensor:
+    parts = [(mixer.inner.weight @ token).chunk(3) for token in x_TD]
+    inner = convolved(mixer.convolution, [before * u for before, _, u in parts])
+    return torch.stack(
+        [mixer.output.weight @ (p[1] * c) for p, c in zip(parts, inner, strict=True)]
+    )
+
+
 def test_c_is_its_equations():
     mixer = GatedConvolution(config(pattern="C", convolution=3))
     randomise(mixer)
     x = torch.randn(1, 11, 12)
-    parts = [(mixer.inner.weight @ token).chunk(3) for token in x[0]]
-    inner = convolved(mixer.convolution, [before * u for before, _, u in parts])
-    expected = [mixer.output.weight @ (p[1] * c) for p, c in zip(parts, inner, strict=True)]
-    assert_close(mixer(x, None, NewTokens.of(x))[0], torch.stack(expected))
+    assert_close(mixer(x, None, NewTokens.of(x))[0], naive_gated_convolution(mixer, x[0]))
 
 
 # G -------------------------------------------------------------------------------------------
@@ -566,6 +555,168 @@ def test_a_pooled_g_keeps_its_window_and_one_latent_a_block(monkeypatch):
         assert state.entries.shape == (1, min(5, seen), 7 + 1)
         assert state.pooled.shape == (1, max(0, -(-(seen - 5) // 3)), 7)
     assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
+
+
+# One token ------------------------------------------------------------------------------------
+
+STEPS = [
+    ("S", naive_selective, {}),
+    ("S", naive_selective, {"convolution": 1}),
+    ("R", naive_recurrence, {}),
+    ("R", naive_recurrence, {"convolution": 1, "gates": "dense"}),
+    ("R", naive_recurrence, {"convolution": 0, "gates": "none"}),
+    ("K", naive_delta, {}),
+    ("K", naive_delta, {"convolution": 0, "delta_decay": "head"}),
+    ("C", naive_gated_convolution, {"convolution": 3}),
+    ("C", naive_gated_convolution, {"convolution": 1}),
+    ("W", naive_window, {"window": 5}),
+    ("W", naive_window, {"window": 1, "qk_norm": False}),
+    ("W", naive_window, {"window": 8, "num_key_value_heads": 3, "attention_convolution": 3}),
+    ("G", naive_global, {}),
+    ("G", naive_global, {"attention_convolution": 3}),
+    ("L", naive_latent, {}),
+    ("L", naive_latent, {"attention_convolution": 3}),
+]
+"""Letters that have a compiled form of a token, their equations, and settings."""
+
+
+def stepping(letter: str, **fields) -> tuple[Mixer, Stepping]:
+    """A mixer, and the part of it that has the compiled form."""
+    made = config(
+        pattern=letter, state_head_dim=6, state_size=5, latent_dim=7, rope_dim=6, **fields
+    )
+    mixer = made.layer_mixers[0](made)
+    randomise(mixer)
+    return mixer, mixer.recurrence if isinstance(mixer, SelectiveMixer) else mixer
+
+
+def counted(part: Stepping, monkeypatch) -> list[int]:
+    """Grows with every token that the compiled form does."""
+    calls, run = [], part.compiled_step
+    monkeypatch.setattr(part, "compiled_step", lambda *given: calls.append(1) or run(*given))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("letter", "naive", "fields"), STEPS, ids=[f"{letter}-{fields}" for letter, _, fields in STEPS]
+)
+def test_a_token_in_one_compiled_call(letter, naive, fields, monkeypatch):
+    """Between chunks and tokens of the plain form; in threads; rows are chosen anew in between."""
+    monkeypatch.setattr("contextlm.ops.step.NUMBERS_PER_THREAD", 1)
+    monkeypatch.setattr("contextlm.models.hybrid.latent._ROOM", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    mixer, part = stepping(letter, **fields)
+    calls = counted(part, monkeypatch)
+    before, order = torch.randn(3, 7, 12), torch.tensor([2, 0, 0])
+    x = torch.cat([before[order], torch.randn(3, 11, 12)], dim=1)
+    state, pieces, seen = mixer.new_state(mixer.config), [], 0
+    for size in (2, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1):
+        if seen == 7:
+            state.reorder_cache(order)
+        piece = (before if seen < 7 else x)[:, seen : seen + size].contiguous()
+        with torch.set_grad_enabled(seen == 12):
+            pieces.append(mixer(piece, state, NewTokens.of(piece, past=seen, seen_B=state.counts)))
+        seen += size
+    # One has gradients, and the one behind it where the state has them.
+    assert len(calls) == (11 if part.step_weights._kept else 12)
+    assert state.counts.tolist() == [18] * 3
+    outputs = torch.cat(pieces, dim=1)
+    assert_close(outputs[:, 7:], torch.stack([naive(mixer, row) for row in x])[:, 7:])
+    assert_close(outputs[:, :7], torch.stack([naive(mixer, row) for row in before]))
+
+
+PARTS = {
+    "S": ("convolution", "decay", "norm"),
+    "R": ("convolution", "recurrence", "recurrence.decay_gate"),
+    "K": ("convolution", "decay", "norm"),
+    "C": ("convolution",),
+    "W": ("query_norm", "key_norm"),
+    "G": ("query_norm", "latent_norm"),
+    "L": ("norm", "key", "value"),
+}
+
+
+@pytest.mark.parametrize("letter", PARTS)
+def test_what_the_compiled_form_of_a_token_does_not_know(letter, monkeypatch):
+    """Hooks, choices, functions of attention; weights that are moved or replaced it sees."""
+    mixer, part = stepping(letter, attention_convolution=2)
+    calls, state = counted(part, monkeypatch), mixer.new_state(mixer.config)
+
+    def token(*, compiled: bool, tolerance: float = 1e-9) -> None:
+        x = torch.randn(2, 1, 12, dtype=next(mixer.parameters()).dtype)
+        fields = {"past": state.get_seq_length(), "seen_B": state.counts}
+        plain = mixer(x, copy.deepcopy(state), NewTokens.of(x, **fields))
+        before = len(calls)
+        with torch.no_grad():
+            out = mixer(x, state, NewTokens.of(x, **fields))
+        assert len(calls) == before + compiled
+        torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
+
+    token(compiled=False)  # there is no state yet
+    token(compiled=True)
+    for name in PARTS[letter]:
+        hook = part.get_submodule(name).register_forward_hook(lambda *_: None)
+        token(compiled=False)
+        hook.remove()
+        token(compiled=True)
+    for name in part.step_names:
+        path, _, last = name.rpartition(".")
+        owner = part.get_submodule(path)
+        setattr(owner, last, torch.nn.Parameter(getattr(owner, last) + 0.1))
+        token(compiled=True)
+        getattr(owner, last).data = getattr(owner, last).data - 0.2
+        token(compiled=True)
+    monkeypatch.setenv("CONTEXTLM_BACKEND", "context_scan=eager")
+    token(compiled=False)
+    monkeypatch.setenv("CONTEXTLM_BACKEND", "context_scan=numba")
+    token(compiled=True)
+    if letter in "WGL":
+        mixer.config._attn_implementation = "eager"
+        token(compiled=False)
+        mixer.config._attn_implementation = "sdpa"
+    mixer.float()
+    state.reset()
+    token(compiled=False, tolerance=1e-5)
+    for _ in range(3):
+        token(compiled=True, tolerance=1e-5)
+    mixer.bfloat16()
+    state.reset()
+    token(compiled=False)
+    token(compiled=False)
+
+
+def test_every_module_is_called_at_every_token_where_somebody_listens():
+    """And nothing else changes by it: compiled forms read weights only of modules without hooks."""
+    sizes = {"state_head_dim": 6, "state_size": 5, "latent_dim": 7, "rope_dim": 6}
+    fields = {"attention_convolution": 2, "tie_word_embeddings": False}
+    model = ContextHybridForCausalLM(config(pattern="SrkcwGL", **sizes, **fields)).eval()
+    randomise(model)
+    ids, cache = torch.randint(0, 53, (2, 6)), model.new_cache()
+    expected = model(ids).logits[:, 5:]
+    with torch.no_grad():
+        for piece in ids[:, :5].split([4, 1], dim=1):
+            model(piece, use_cache=True, **{CACHE: cache})
+        for name, module in model.named_modules():
+            heard = []
+            hook = module.register_forward_hook(lambda *_, heard=heard: heard.append(1))
+            again = {CACHE: copy.deepcopy(cache)}
+            assert_close(model(ids[:, 5:], use_cache=True, **again).logits, expected)
+            assert heard or isinstance(module, torch.nn.ModuleList), name
+            hook.remove()
+
+
+def test_tokens_taken_back_leave_room_for_others():
+    model = ContextHybridForCausalLM(config(pattern="LL", latent_dim=7, rope_dim=6)).eval()
+    ids, cache = torch.randint(0, 53, (2, 30)), model.new_cache()
+    with torch.no_grad():
+        for start, stop, back in ((0, 20, 0), (20, 21, 0), (21, 22, -5), (17, 18, 0), (18, 29, -2)):
+            piece = ids[:, start:stop]
+            logits = model(piece, use_cache=True, **{CACHE: cache}).logits
+            assert_close(logits, model(ids[:, :stop]).logits[:, start:])
+            cache.crop(back)
+        logits = model(ids[:, 27:28], use_cache=True, **{CACHE: cache}).logits
+        assert_close(logits, model(ids[:, :28]).logits[:, 27:])
+    assert cache.layers[0].entries.shape[1] == cache.get_seq_length() == 28
 
 
 # Letters -------------------------------------------------------------------------------------
@@ -695,13 +846,22 @@ def test_settings_that_do_not_fit_are_named(fields, culprit):
         config(**fields)
 
 
-@pytest.mark.parametrize("part", ["convolution", "decay", "norm"])
-def test_a_hook_on_a_part_of_s_is_called_at_every_token(part: str) -> None:
-    model, calls = ContextHybridForCausalLM(config(pattern="S", state_head_dim=12)).eval(), []
-    module = getattr(model.model.layers[0].mixer.recurrence, part)
-    module.register_forward_hook(lambda *call: calls.append(1))
-    cache = model.new_cache()
-    with torch.no_grad():
-        for token in range(3):
-            model(torch.tensor([[token]]), use_cache=True, **{CACHE: cache})
-    assert len(calls) == 3
+def test_a_graph_of_pooled_latents_is_for_one_document_a_row():
+    """Clients give positions also where they only count up."""
+    model = ContextHybridForCausalLM(config(pattern="g", latent_dim=7, pool=3, window=5)).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids, positions = torch.randint(0, 53, (2, 11)), torch.arange(11).unsqueeze(0)
+    logits = compiled(ids, position_ids=positions, use_cache=False).logits
+    assert_close(logits, model(ids).logits)
+    with pytest.raises(RuntimeError, match="for one document a row"):
+        compiled(ids, position_ids=positions % 6, use_cache=False)
+
+
+def test_autocast_is_heeded_at_a_token_too():
+    model = ContextHybridForCausalLM(config(pattern="SwG", state_head_dim=6)).float().eval()
+    ids, cache = torch.randint(0, 53, (1, 6)), model.new_cache()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for piece in ids.split([5, 1], dim=1):
+            logits = model(piece, use_cache=True, **{CACHE: cache}).logits
+            assert logits.dtype == torch.bfloat16

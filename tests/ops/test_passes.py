@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contextlm.ops import backends
 from contextlm.ops.rms_norm import rms_norm
+from contextlm.ops.rms_norm.step import norm_step
 from contextlm.ops.short_convolution import short_convolution
 
 
@@ -30,16 +30,16 @@ def compare(function, leaves: list[Tensor], tolerance: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
 
 
-def places(rows: list[list[int]]) -> Tensor:
+def positions(rows: list[list[int]]) -> Tensor:
     return torch.tensor([[n for length in row for n in range(length)] for row in rows])
 
 
 @pytest.mark.parametrize("silu", [False, True])
 def test_the_convolution_is_its_equation(silu: bool) -> None:
     x, weight, bias, before = normal(2, 9, 3), normal(4, 3), normal(3), normal(2, 3, 3)
-    begins = places([[9], [5, 1, 3]])
+    begins = positions([[9], [5, 1, 3]])
     for place_BT, first in ((None, before), (begins, None), (None, None)):
-        out = short_convolution(x, weight, bias, first, silu=silu, places_BT=place_BT)
+        out = short_convolution(x, weight, bias, first, silu=silu, positions_BT=place_BT)
         for b in range(2):
             for t in range(9):
                 expected = bias.clone()
@@ -58,18 +58,17 @@ def test_the_convolution_is_its_equation(silu: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_convolution_in_one_pass(taps: int, silu: bool, dtype: torch.dtype) -> None:
     """With its inputs as columns of wider rows, which are not copied."""
-    pytest.importorskip("numba")
     rows, weight, bias = (normal(*s, dtype=dtype) for s in ((3, 37, 30), (taps, 11), (11,)))
     before = normal(3, taps - 1, 11, dtype=dtype)
     for first, place_BT in (
         (None, None),
         (before, None),
-        (None, places([[37], [20, 17], [1] * 37])),
+        (None, positions([[37], [20, 17], [1] * 37])),
     ):
         leaves = [rows, weight, bias, *([before] if first is not None and taps > 1 else [])]
         compare(
             lambda name, first=first, place_BT=place_BT: short_convolution(
-                rows[..., 5:16], weight, bias, first, silu=silu, places_BT=place_BT, backend=name
+                rows[..., 5:16], weight, bias, first, silu=silu, positions_BT=place_BT, backend=name
             ),
             leaves,
             1e-11 if dtype == torch.float64 else 3e-5,
@@ -79,7 +78,6 @@ def test_the_convolution_in_one_pass(taps: int, silu: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_norm_in_one_pass(gated: bool, dtype: torch.dtype) -> None:
-    pytest.importorskip("numba")
     x, weight, rows = (normal(*s, dtype=dtype) for s in ((2, 37, 11), (11,), (2, 37, 30)))
     compare(
         lambda name: rms_norm(x, weight, rows[..., 5:16] if gated else None, backend=name),
@@ -94,7 +92,6 @@ def test_the_norm_in_one_pass(gated: bool, dtype: torch.dtype) -> None:
 
 def test_bfloat16_is_read_and_written_without_another_copy() -> None:
     """Rounded to the nearest as torch rounds; also weights in bfloat16."""
-    pytest.importorskip("numba")
     kind = torch.bfloat16
     rows, weight, bias = (normal(*s, dtype=kind) for s in ((3, 37, 30), (4, 11), (11,)))
     x, norm = normal(3, 37, 11, dtype=torch.float32), normal(11, dtype=torch.float32)
@@ -114,7 +111,6 @@ def test_bfloat16_is_read_and_written_without_another_copy() -> None:
 
 def test_the_sigmoid_of_every_size_of_number() -> None:
     """Through the norm's gate, whose other factors are 1: from -200 to 200, and a NaN stays one."""
-    pytest.importorskip("numba")
     gate = torch.linspace(-200, 200, 4001).view(1, -1, 1)
     ones = torch.ones_like(gate)
     # With eps this large the norm hardly changes what it divides.
@@ -123,12 +119,19 @@ def test_the_sigmoid_of_every_size_of_number() -> None:
     assert rms_norm(ones, torch.ones(1), gate * torch.nan, backend="numba").isnan().all()
 
 
-def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "is_installed", lambda package: False)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_norm_of_tokens_in_one_call(dtype: torch.dtype) -> None:
+    x, weight = normal(3, 1, 11, dtype=dtype).detach(), normal(11, dtype=dtype).detach()
+    expected = weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    out = norm_step(x, weight, eps=1e-3)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_choice() -> None:
     x, weight = torch.ones(2, 100, 64), torch.ones(64)
-    torch.testing.assert_close(rms_norm(x, weight), x, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="'numba' needs the package numba"):
-        rms_norm(x, weight, backend="numba")
+    with pytest.raises(ValueError, match="'numba' is for CPU only"):
+        rms_norm(x.to("meta"), weight.to("meta"), backend="numba")
     with pytest.raises(ValueError, match="unknown short_convolution backend 'fast'"):
         short_convolution(x, torch.ones(2, 64), weight, backend="fast")
 

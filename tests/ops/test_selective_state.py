@@ -19,6 +19,7 @@ from recurrences import (
 from torch import Tensor
 
 from contextlm.ops import backends
+from contextlm.ops.selective_state import numba as compiled_form
 from contextlm.ops.selective_state import selective_state, selective_state_backend
 
 # B, T, H, N, P
@@ -28,8 +29,6 @@ NAMES = ("outputs", "final", "inputs", "steps", "rates", "write", "read", "skip"
 
 @pytest.fixture(params=["eager", "numba", "chunked"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "numba":
-        pytest.importorskip("numba")
     return request.param
 
 
@@ -118,16 +117,15 @@ def test_all_is_computed_in_float32_at_least(backend: str, dtype: torch.dtype) -
 
 
 def test_without_gradients_no_state_is_kept_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("contextlm.ops.selective_state.numba")
     tensors, sizes = [tensor.detach() for tensor in make(1, 100, 2, 3, 7)], []
     tensors[5].requires_grad_()  # as the parameter that it is
-    run = module.over_rows
+    run = compiled_form.over_rows
 
     def over_rows(loop, along, *shared) -> None:
         sizes.append(along[-1].numel())
         run(loop, along, *shared)
 
-    monkeypatch.setattr(module, "over_rows", over_rows)
+    monkeypatch.setattr(compiled_form, "over_rows", over_rows)
     with torch.no_grad():
         selective_state(*tensors, backend="numba")
     assert sizes == [0]
@@ -195,8 +193,6 @@ def test_published_kernels_are_called_with_what_they_expect(monkeypatch) -> None
 
 
 def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"numba"}
-    monkeypatch.setattr(backends, "is_installed", lambda package: package in installed)
     long, short = torch.ones(2, 9, 3, 1), torch.ones(2, 1, 3, 1)
     meta = long.to("meta")
     assert selective_state_backend(long) == "numba"
@@ -206,10 +202,7 @@ def test_the_choice_is_visible_and_can_be_made(monkeypatch: pytest.MonkeyPatch) 
     assert selective_state_backend(long) == "chunked"
     assert selective_state_backend(long, backend="eager") == "eager"
     monkeypatch.delenv("CONTEXTLM_BACKEND")
-    installed.clear()
-    assert selective_state_backend(long) == "chunked"
     for name, tensor, message in (
-        ("numba", long, "needs the package numba"),
         ("numba", meta, "is for CPU only"),
         ("fla", long, "is for CUDA only"),
     ):

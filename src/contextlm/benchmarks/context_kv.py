@@ -106,7 +106,7 @@ def _step(
     model.model.layer.attention = attention
     try:
         given = {"position_ids": positions_BT, "contexts": entries_BSC}
-        loss = loss_of(labels_BT, labels_BT.numel(), input_ids=ids_BT[:, :-1], **given)
+        loss, _ = loss_of(labels_BT, labels_BT.numel(), input_ids=ids_BT[:, :-1], **given)
     finally:
         model.model.layer.attention = own
     loss.backward()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from contextlm.benchmarks.harness import Answer, Curve, Options, Target, Timing
-from contextlm.benchmarks.subjects import SUBJECTS, Subject, build
+from contextlm.benchmarks.subjects import SMALL, SUBJECTS, Subject, build
 from contextlm.evaluation.memory import CHUNK, cache_bytes, feed
 from contextlm.models.cache import CACHE
 
@@ -70,8 +70,9 @@ def measure(options: Options) -> Answer:
     short, compared, long = (8, 32, 64) if options.smoke else (SHORT, COMPARED, LONG)
     rounds, window = options.repeats or 7, 2 if options.smoke else WINDOW
     answer = Answer(settings={"window": window, "B": 1, "dtype": "float32"})
-    for head in [each for each in SUBJECTS if each.baseline is None]:
-        family = [head, *(each for each in SUBJECTS if each.baseline == head.name)]
+    subjects = (*SUBJECTS, *SMALL)
+    for head in [each for each in subjects if each.baseline is None]:
+        family = [head, *(each for each in subjects if each.baseline == head.name)]
         texts = []
         for subject in family:
             model = build(subject, narrow=options.smoke)
@@ -112,7 +113,7 @@ def _compare(
         answer.compare(f"decode_{name}_vs_{baseline}_at_{short}", ratio, target)
         own, other = rows[name, compared], rows[baseline, compared]
         ratio = other["median ms"] / own["median ms"]
-        target = Target(3.0 if hybrid else 2.0) if subject.constant else None
+        target = Target(3.0) if hybrid else Target(2.0) if subject.constant else None
         answer.compare(f"decode_{name}_vs_{baseline}_at_{compared}", ratio, target)
         ratio = other["without head ms"] / own["without head ms"]
         answer.compare(f"decode_without_head_{name}_vs_{baseline}_at_{compared}", ratio)

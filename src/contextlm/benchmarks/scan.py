@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from contextlm.benchmarks.harness import Answer, Options, Target, interleaved
-from contextlm.ops.backends import is_installed
 from contextlm.ops.context_scan import context_scan, context_scan_backend
 from contextlm.ops.linear_scan import linear_scan, linear_scan_backend
 
@@ -34,8 +33,7 @@ def _context_scan(answer: Answer, batch: int, tokens: int, rounds: int) -> None:
     flat = [*(tensor for kind in inputs[:-1] for tensor in kind), inputs[-1]]
     chosen = context_scan_backend(flat, batch, tokens)
     answer.settings[f"context_scan auto, B={batch}"] = chosen
-    others = {"numba"} if is_installed("numba") else set()
-    names = ["eager", *sorted(others | {chosen} - {"eager"})]
+    names = ["eager", *sorted({"numba", chosen} - {"eager"})]
     cases = {name: partial(_forward, inputs, name) for name in names}
     times = interleaved(cases, rounds)
     for name, time in times.items():

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from contextlm.models.build import build_config, create_model
+from contextlm.recipe.loading import load_recipe
 
 # Positions of those that have a limit.
 POSITIONS = 32_768 + 1024
@@ -47,7 +48,11 @@ _SELECTIVE = {
     "hidden_size": 512,
     "pattern": "ssssssssssss",
     "num_attention_heads": 8,
+    "attention_convolution": 4,
 }
+_WINDOW = {**_SELECTIVE, "pattern": "sssssswsssss"}
+_GLOBAL = {**_SELECTIVE, "pattern": "sssssssssssg", "latent_dim": 128}
+_DELTA = {**_SELECTIVE, "pattern": "sskssksskss"}
 _PYTHIA = {"type": "context_pythia", "max_position_embeddings": POSITIONS}
 _KV = {"type": "context_kv"}
 _DUAL = {"type": "dual_context", "num_positions": 512}
@@ -83,14 +88,25 @@ SUBJECTS = (
     Subject("llama-70m", _LLAMA, 50_304),
     Subject("hybrid", _HYBRID, 50_304, "llama-70m", constant=True),
     Subject("selective", _SELECTIVE, 50_304, "llama-70m", constant=True),
-    Subject(
-        "selective-window",
-        {**_SELECTIVE, "pattern": "sssssswsssss", "attention_convolution": 4},
-        50_304,
-        "llama-70m",
-        constant=True,
-    ),
+    Subject("selective-window", _WINDOW, 50_304, "llama-70m", constant=True),
+    Subject("selective-global", _GLOBAL, 50_304, "llama-70m"),
+    Subject("delta", _DELTA, 50_304, "llama-70m", constant=True),
 )
+
+
+def _small() -> tuple[Subject, ...]:
+    recipe = load_recipe("frontier", scale="small")
+    baseline = f"{recipe.baseline.name}-small"
+    found = [Subject(baseline, recipe.baseline.model, 4096)]
+    for each in recipe.contenders:
+        if each.model["type"] == "context_hybrid" and each.name != "mha-conv-norm":
+            constant = not set(str(each.model["pattern"]).upper()) & {"L", "G"}
+            found.append(Subject(f"{each.name}-small", each.model, 4096, baseline, constant))
+    return tuple(found)
+
+
+SMALL = _small()
+"""The hybrids of the recipe frontier at its small scale, where little of a token is arithmetic."""
 
 # Widths for `stream`, where only memory is asked about, and for a smoke test.
 _NARROW: dict[str, dict[str, Any]] = {

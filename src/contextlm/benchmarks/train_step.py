@@ -138,7 +138,7 @@ def _step(
     precision: str,
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = loss_of(ids_BT[:, 1:], ids_BT[:, 1:].numel(), input_ids=ids_BT[:, :-1])
+        loss, _ = loss_of(ids_BT[:, 1:], ids_BT[:, 1:].numel(), input_ids=ids_BT[:, :-1])
     loss.backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(loss_of.parameters(), training.clip)

@@ -19,6 +19,7 @@ from contextlm.cli import (
     checkpoints,
     comparisons,
     compressing,
+    healing,
     listing,
     reports,
 )
@@ -79,6 +80,7 @@ app.command("eval", cls=PlainCommand)(checkpoints.evaluate)
 app.command("generate", cls=PlainCommand)(checkpoints.generate)
 app.command("check", cls=PlainCommand)(checking.check)
 app.command("compress", cls=PlainCommand)(compressing.compress)
+app.command("heal", cls=PlainCommand)(healing.heal)
 app.command("bench", cls=PlainCommand)(benchmarking.bench)
 app.command("list", cls=PlainCommand)(listing.list_known)
 

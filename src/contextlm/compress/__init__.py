@@ -1,5 +1,6 @@
 """Smaller caches for models that are trained already: a policy a file, known by its import here."""
 
+from contextlm.compress import checkpoint as checkpoint
 from contextlm.compress import evict as evict
 from contextlm.compress import full as full
 from contextlm.compress import inputs as inputs

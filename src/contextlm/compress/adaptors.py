@@ -151,6 +151,11 @@ class Attention:
         """The attention function in use."""
         return self.module.config._attn_implementation
 
+    def is_readable(self, part: int) -> bool:
+        """Whether `projection` can read it: not while it has an adapter, say."""
+        module, kind = self._projecting(part)
+        return type(module) is kind
+
     def projection(self, part: int) -> Projection:
         """The projection of inputs to `QUERY`, `KEY` or `VALUE`, as views of the weights.
 
@@ -158,8 +163,7 @@ class Attention:
             InputError: it is not the architecture's plain module.
         """
         names = self.names.projections
-        module = getattr(self.module, names[part if len(names) > 1 else 0])
-        kind = Conv1D if self.names.projections == ("c_attn",) else nn.Linear
+        module, kind = self._projecting(part)
         if type(module) is not kind:
             raise InputError(
                 f"a projection that is a {type(module).__name__} cannot be read, only a plain "
@@ -177,6 +181,12 @@ class Attention:
         sizes = [self.heads * self.head_width, *2 * [self.groups * self.head_width]]
         weight_FD, bias_F = weight_FD.split(sizes)[part], bias_F.split(sizes)[part]
         return Projection(weight_FD.unflatten(0, shape), bias_F.unflatten(0, shape))
+
+    def _projecting(self, part: int) -> tuple[Any, Any]:
+        """The module that makes queries, keys or values, and of what type it has to be."""
+        names = self.names.projections
+        module = getattr(self.module, names[part if len(names) > 1 else 0])
+        return module, Conv1D if names == ("c_attn",) else nn.Linear
 
     def normed(self, part: int, heads_BXTE: Tensor) -> Tensor:
         """Queries or keys behind their norm, where the architecture has one."""
@@ -245,7 +255,10 @@ def attentions_of(model: PreTrainedModel) -> list[Attention]:
     """
     base: Any = getattr(model, "base_model", model)
     config: Any = getattr(base, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
+    # A model that keeps a policy says what it would be without.
+    kind = getattr(config, "plain_type", None) or getattr(
+        config, "model_type", type(model).__name__
+    )
     if kind in architectures():
         raise InputError(f"{kind} has a cache of its own, which keeps little already")
     if kind not in ARCHITECTURES:

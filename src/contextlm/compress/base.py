@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from contextlm.base.errors import InputError, unknown_name
 from contextlm.base.visible import shown
 from contextlm.compress.adaptors import Attention
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 from contextlm.compress.kept import EVERYTHING, Group, Rule
 from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
@@ -51,11 +51,13 @@ class Policy(BaseModel, ABC):
     Attributes:
         name: what specs call it.
         needs_calibration: whether it must be calibrated.
+        can_train: whether a pass without a cache computes what decoding would, with gradients.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
+    can_train: ClassVar[bool] = True
 
     @property
     def spec(self) -> str:
@@ -75,15 +77,33 @@ class Policy(BaseModel, ABC):
             InputError: it gives the figures, and names what would help.
         """
 
+    def check_training(self) -> None:
+        """Refuse to train a model under a policy that training could not see.
+
+        Raises:
+            InputError: it names policies that can be trained under.
+        """
+        if not self.can_train:
+            others = ", ".join(name for name, policy in policies().items() if policy.can_train)
+            raise InputError(
+                f"policy {self.spec} cannot be healed: it drops or rounds tokens only behind a "
+                f"pass, in which training would still see them; {others} can"
+            )
+
+    def sizes(self, attentions: Sequence[Attention]) -> Sizes:
+        """How large the policy's own weights are, as far as can be told before they are fitted."""
+        return Sizes(None)
+
     @abstractmethod
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         """What reads each attention module's cache, one for each, once `check` has passed.
 
         Args:
             attentions: the model's, in order.
-            calibration: the text to fit to, where `needs_calibration`.
+            calibration: the text to fit to, where `needs_calibration`, or the sizes of weights
+                that are to come from elsewhere.
         """
 
     @classmethod
@@ -99,7 +119,7 @@ class Form(Policy):
     def readers(
         self,
         attentions: Sequence[Attention],
-        calibration: Calibration | None,
+        calibration: Calibration | Sizes | None,
         rule: Rule = EVERYTHING,
     ) -> list[Reader]:
         """As in `Policy`, of the tokens that `rule` does not hide."""
@@ -109,7 +129,7 @@ class Selection(Policy, Rule):
     """A policy that says which tokens are kept."""
 
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         groups = groups_of(attentions, self, Group)
         return [KeyValueReader(*pair) for pair in zip(attentions, groups, strict=True)]
@@ -130,11 +150,18 @@ class Stack(Policy):
     def needs_calibration(self) -> bool:  # type: ignore[override]  # here it is its part's
         return self.form.needs_calibration
 
+    @property
+    def can_train(self) -> bool:  # type: ignore[override]
+        return self.form.can_train
+
     def check(self, attentions: Sequence[Attention]) -> None:
         self.form.check(attentions)
 
+    def sizes(self, attentions: Sequence[Attention]) -> Sizes:
+        return self.form.sizes(attentions)
+
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         return self.form.readers(attentions, calibration, self.selection)
 

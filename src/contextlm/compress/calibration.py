@@ -32,6 +32,16 @@ class Moments(NamedTuple):
     stream: float
 
 
+class Sizes(NamedTuple):
+    """In the place of a calibration: weights of these sizes are made, to be loaded or replaced.
+
+    Attributes:
+        ranks: numbers a token that each module keeps; None: the policy has no weights.
+    """
+
+    ranks: Sequence[int] | None
+
+
 class Calibration:
     """A text, and the moments of a model on it, computed when they are first asked for.
 

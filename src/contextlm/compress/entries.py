@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from contextlm.compress.adaptors import KEY, VALUE, Projection, Turns, rotated
+from contextlm.compress.adaptors import KEY, QUERY, VALUE, Projection, Turns, rotated
 from contextlm.compress.kept import KeptLayer, Plan
 from contextlm.compress.reading import Forward, Reader
 
@@ -102,6 +102,8 @@ class EntryReader(Reader):
         attention = self.attention
         if attention.implementation not in ("eager", "sdpa") or attention.module.training:
             return False
+        if not self.exact and not attention.is_readable(QUERY):
+            return False  # an adapter is in training; the module itself heeds it
         if getattr(attention.module.config, "reorder_and_upcast_attn", False):
             return False
         if plan.mask is None and new > 1:

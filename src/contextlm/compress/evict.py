@@ -3,10 +3,11 @@
 The score of a token is the attention that it got, as SnapKV counts it (Li et al.,
 arXiv:2404.14469): summed over the queries of a group of heads, averaged over neighbours. Where
 SnapKV looks at a prompt's last queries once, here each query counts half as much as one
-`HALF_LIFE` later, so that the choice goes on while decoding. After each forward pass at most
-`budget` tokens are left in each layer, each head having chosen its own; the newest `RECENT` are
-safe. A pass still attends to all of its own tokens: a prompt that is read at once is only then
-cut.
+`HALF_LIFE` later, so that the choice goes on while decoding. Of one pass the last 2 x `HALF_LIFE`
+queries count, which have three quarters of all weight: attention of earlier ones is not computed
+anew. After each forward pass at most `budget` tokens are left in each layer, each head having
+chosen its own; the newest `RECENT` are safe. A pass still attends to all of its own tokens: a
+prompt that is read at once is only then cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from contextlm.compress.adaptors import Attention, rotated
 from contextlm.compress.base import Costs, Policy, register_policy
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 from contextlm.compress.kept import (
     EVERYTHING,
     NOTHING,
@@ -97,7 +98,7 @@ class ScoredReader(Reader):
     def count(
         self, layer: ScoredLayer, hidden_BTD: Tensor, seen_BHTS: Tensor, real_BT: Tensor, turns: Any
     ) -> None:
-        """Add the attention that the new tokens give."""
+        """Add the attention that the last new tokens give."""
         attention, new = self.attention, hidden_BTD.shape[1]
         last = min(new, 2 * HALF_LIFE)
         query_BHTE = attention.queries(hidden_BTD[:, -last:])
@@ -146,10 +147,11 @@ def _pooled(counts_BGS: Tensor) -> Tensor:
 class Evict(Policy):
     """At most `budget` tokens a layer, those that each head's newest queries attend to."""
 
+    can_train: ClassVar[bool] = False
     budget: int = Field(gt=RECENT)
 
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         return [
             ScoredReader(

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Policy, register_policy
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 from contextlm.compress.kept import EVERYTHING, Group
 from contextlm.compress.reading import Forward, Reader, groups_of
 
@@ -33,7 +33,7 @@ class Full(Policy):
     """The model's own cache."""
 
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         return [
             PlainReader(attention, group)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import KEY, VALUE, Attention, Projection
 from contextlm.compress.base import Costs, Form, register_policy
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 from contextlm.compress.entries import EntryReader
 from contextlm.compress.installed import CompressedCache
 from contextlm.compress.kept import EVERYTHING, Group, Rule
@@ -48,7 +48,7 @@ class Input(Form):
     def readers(
         self,
         attentions: Sequence[Attention],
-        calibration: Calibration | None,
+        calibration: Calibration | Sizes | None,
         rule: Rule = EVERYTHING,
     ) -> list[Reader]:
         groups = groups_of(attentions, rule, Group, turns=True)

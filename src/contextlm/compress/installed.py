@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention, attentions_of
 from contextlm.compress.base import Policy, parse_policy
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 
 _keys = itertools.count()
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -36,7 +36,8 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
         model: a decoder of transformers with an adaptor, with or without a head, in any data type.
         policy: or its spec, as `parse_policy` takes it.
         calibration: a text to fit to, for policies that are fitted (`latent`): ``[N, T]`` token
-            ids, or a `Calibration` that several policies share.
+            ids, or a `Calibration` that several policies share; `Sizes` where the policy's own
+            weights are to be loaded.
 
     Raises:
         InputError: the policy is unknown or cannot serve the model; the message says why, and what
@@ -48,9 +49,15 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
         model: PreTrainedModel,
         policy: Policy | str,
         *,
-        calibration: Calibration | Tensor | None = None,
+        calibration: Calibration | Sizes | Tensor | None = None,
     ):
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
+        kept = getattr(getattr(model, "config", None), "cache_policy", None)
+        if kept is not None and not isinstance(calibration, Sizes):
+            raise InputError(
+                f"this model keeps a policy of its own, {kept}, and decodes by it without further "
+                "words: put another onto the model that it was made of"
+            )
         if self.policy.needs_calibration and calibration is None:
             raise InputError(
                 f"policy {self.policy.spec} is fitted to a text: pass its token ids as calibration="

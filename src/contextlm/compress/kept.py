@@ -301,15 +301,24 @@ def attention_mask(seen_BHTS: Tensor, implementation: str, dtype: torch.dtype) -
     Raises:
         InputError: another attention function is in use.
     """
+    check_takes_masks(implementation)
     if implementation == "sdpa":
         return seen_BHTS
-    if implementation == "eager":
-        lowest = torch.finfo(dtype).min
-        return torch.zeros_like(seen_BHTS, dtype=dtype).masked_fill_(~seen_BHTS, lowest)
-    raise InputError(
-        f"attention {implementation!r} cannot read a compressed cache: "
-        'load the model with attn_implementation="sdpa" or "eager"'
-    )
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(seen_BHTS, dtype=dtype).masked_fill_(~seen_BHTS, lowest)
+
+
+def check_takes_masks(implementation: str) -> None:
+    """Refuse an attention function that takes no mask.
+
+    Raises:
+        InputError: it is neither sdpa nor eager.
+    """
+    if implementation not in ("sdpa", "eager"):
+        raise InputError(
+            f"attention {implementation!r} cannot read a compressed cache: "
+            'load the model with attn_implementation="sdpa" or "eager"'
+        )
 
 
 def columns(keep_BS: Tensor) -> Tensor | None:

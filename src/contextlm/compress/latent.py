@@ -21,17 +21,16 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import field_validator
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import KEY, VALUE, Attention, Projection
 from contextlm.compress.base import Costs, Form, register_policy
-from contextlm.compress.calibration import Calibration, Moments
+from contextlm.compress.calibration import Calibration, Moments, Sizes
 from contextlm.compress.entries import EntryReader
 from contextlm.compress.inputs import check_readable
 from contextlm.compress.kept import EVERYTHING, Group, Rule
-from contextlm.compress.reading import Reader, groups_of
+from contextlm.compress.reading import Reader, Weights, groups_of
 
 # Shares of the largest variance or weight: directions that the text does not show are not free.
 _FLOOR = 1e-8
@@ -112,36 +111,55 @@ def spread(found: Sequence[Factors], moments: Sequence[Moments], total: int) -> 
     return (torch.bincount(layer[best], minlength=len(found)) + least).tolist()
 
 
-class LatentReader(EntryReader):
-    """Keeps latents; all keys and values are rebuilt from them, the newest too.
+class Latents(Weights):
+    """The weights of one attention module's latents.
 
     Attributes:
-        down: from inputs to latents, ``[Z, D]`` and ``[Z]``.
-        up: from latents to keys and to values.
+        rank: r.
+        down: from inputs to the r numbers that are kept.
+        up, bias: from these to keys, then values, of all groups; no module, whose adapters nobody
+            would read.
     """
 
-    exact: ClassVar[bool] = False
+    def __init__(self, attention: Attention, rank: int):
+        super().__init__()
+        self.rank = rank
+        like = next(attention.module.parameters())
+        made = 2 * attention.groups * attention.head_width
+        self.down = nn.Linear(attention.width, rank, dtype=like.dtype, device=like.device)
+        self.up = nn.Parameter(like.new_zeros(made, rank))
+        self.bias = nn.Parameter(like.new_zeros(made))
 
-    def __init__(self, attention: Attention, group: Group, found: Factors, rank: int):
-        super().__init__(attention, group)
-        weight = attention.projection(KEY).weight_XED
+    @classmethod
+    @torch.no_grad()
+    def of(cls, attention: Attention, found: Factors, rank: int) -> Latents:
+        """The first `rank` of the best maps, which nothing trains."""
+        made = cls(attention, rank)
         down_ZD = found.down_ZD[:rank]
-        self.down = down_ZD.to(weight), -(down_ZD @ found.mean_D).to(weight)
-        shape = (2, attention.groups, attention.head_width)
-        self.up = [
-            Projection(*pair)
-            for pair in zip(
-                found.up_FZ[:, :rank].to(weight).unflatten(0, shape),
-                found.bias_F.to(weight).unflatten(0, shape),
-                strict=True,
-            )
-        ]
+        made.down.weight.copy_(down_ZD)
+        made.down.bias.copy_(-(down_ZD @ found.mean_D))
+        made.up.copy_(found.up_FZ[:, :rank])
+        made.bias.copy_(found.bias_F)
+        return made.requires_grad_(False)
+
+
+class LatentReader(EntryReader):
+    """Keeps latents; all keys and values are rebuilt from them, the newest too."""
+
+    exact: ClassVar[bool] = False
+    weights: Latents
+
+    def __init__(self, attention: Attention, group: Group, weights: Latents):
+        super().__init__(attention, group)
+        self.weights = weights
 
     def entries(self, inputs_BTD: Tensor) -> Tensor:
-        return F.linear(inputs_BTD, *self.down)
+        return self.weights.down(inputs_BTD)
 
     def projection(self, part: int) -> Projection:
-        return self.up[part - KEY]
+        shape = (2, self.attention.groups, self.attention.head_width)
+        both = self.weights.up.unflatten(0, shape), self.weights.bias.unflatten(0, shape)
+        return Projection(*(made[part - KEY] for made in both))
 
 
 @register_policy("latent")
@@ -187,21 +205,32 @@ class Latent(Form):
         for attention in attentions:
             check_readable(attention)
 
+    def sizes(self, attentions: Sequence[Attention]) -> Sizes:
+        return Sizes([self.mean_rank(attentions)] * len(attentions))
+
     def readers(
         self,
         attentions: Sequence[Attention],
-        calibration: Calibration | None,
+        calibration: Calibration | Sizes | None,
         rule: Rule = EVERYTHING,
     ) -> list[Reader]:
-        rank = self.mean_rank(attentions)
         assert calibration is not None
+        groups = groups_of(attentions, rule, Group, turns=True)
+        if isinstance(calibration, Sizes):
+            assert calibration.ranks is not None
+            made = [Latents(*pair) for pair in zip(attentions, calibration.ranks, strict=True)]
+        else:
+            made = self._fitted(attentions, calibration)
+        return [LatentReader(*each) for each in zip(attentions, groups, made, strict=True)]
+
+    def _fitted(self, attentions: Sequence[Attention], calibration: Calibration) -> list[Latents]:
+        rank = self.mean_rank(attentions)
         moments = calibration.moments(attentions)
         found = [factors(*pair) for pair in zip(attentions, moments, strict=True)]
         ranks = [rank] * len(found)
         if self.spread:
             ranks = spread(found, moments, rank * len(found))
-        groups = groups_of(attentions, rule, Group, turns=True)
-        return [LatentReader(*each) for each in zip(attentions, groups, found, ranks, strict=True)]
+        return [Latents.of(*each) for each in zip(attentions, found, ranks, strict=True)]
 
     @classmethod
     def proposed(cls, share: float, costs: Costs) -> Latent | None:

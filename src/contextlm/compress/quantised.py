@@ -22,7 +22,7 @@ from torch import Tensor
 from contextlm.base.errors import InputError
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Costs, Form, register_policy
-from contextlm.compress.calibration import Calibration
+from contextlm.compress.calibration import Calibration, Sizes
 from contextlm.compress.kept import EVERYTHING, Group, KeyValueLayer, Rule, columns, taken
 from contextlm.compress.reading import KeyValueReader, Reader, groups_of
 
@@ -186,6 +186,7 @@ class QuantisedReader(KeyValueReader):
 class Quantised(Form):
     """Keys and values in fewer bits."""
 
+    can_train: ClassVar[bool] = False
     bits: ClassVar[int]
 
     def check(self, attentions: Sequence[Attention]) -> None:
@@ -197,7 +198,7 @@ class Quantised(Form):
     def readers(
         self,
         attentions: Sequence[Attention],
-        calibration: Calibration | None,
+        calibration: Calibration | Sizes | None,
         rule: Rule = EVERYTHING,
     ) -> list[Reader]:
         groups = groups_of(attentions, rule, QuantisedGroup)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from contextlm.compress.adaptors import Attention
@@ -17,13 +17,26 @@ G = TypeVar("G", bound=Group)
 Update = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
+class Weights(nn.Module):
+    """What a policy itself has for one attention module, fitted or trained.
+
+    Attributes:
+        rank: numbers a token that it keeps.
+    """
+
+    rank: int
+
+
 class Reader(ABC):
     """Lets one attention module read, and move on, what one policy keeps for it.
 
     Attributes:
         attention: the module.
         group: which modules plan together with it.
+        weights: those of the policy itself, if it has any.
     """
+
+    weights: Weights | None = None
 
     def __init__(self, attention: Attention, group: Group):
         self.attention, self.group = attention, group

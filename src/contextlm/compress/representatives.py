@@ -21,8 +21,15 @@ from torch import Tensor
 
 from contextlm.compress.adaptors import Attention
 from contextlm.compress.base import Costs, Policy, register_policy
-from contextlm.compress.calibration import Calibration
-from contextlm.compress.kept import NOTHING, Group, KeyValueLayer, Plan, Rule
+from contextlm.compress.calibration import Calibration, Sizes
+from contextlm.compress.kept import (
+    NOTHING,
+    Group,
+    KeyValueLayer,
+    Plan,
+    Rule,
+    check_takes_masks,
+)
 from contextlm.compress.reading import Forward, Reader, groups_of
 from contextlm.compress.window import SINKS
 
@@ -59,6 +66,7 @@ class SpanGroup(Group):
         spans = int(self.rule.left(after_B).max())
         if spans == 0:
             return super().mask(seen_BTS, query_BT, after_B, dtype)
+        check_takes_masks(self.leader.implementation)
         number_R = torch.arange(spans, device=seen_BTS.device)
         seen_BTR = number_R < self.rule.left(query_BT)[..., None]
         bias_R = torch.tensor([math.log(size) for size in self.rule.sizes(spans)], dtype=dtype)
@@ -144,7 +152,7 @@ class Representatives(Policy):
         return self
 
     def readers(
-        self, attentions: Sequence[Attention], calibration: Calibration | None
+        self, attentions: Sequence[Attention], calibration: Calibration | Sizes | None
     ) -> list[Reader]:
         rule = Spans(self.window // 2, self.sinks)
         groups = groups_of(attentions, rule, SpanGroup)

@@ -31,6 +31,7 @@ from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError, is_out_of_memory
 from contextlm.base.files import is_file, write_json
 from contextlm.base.visible import shown
+from contextlm.compress.checkpoint import TYPE as COMPRESSED  # registers what keeps a policy
 from contextlm.data.hub import from_hub
 from contextlm.data.tokenizers import vocab_entries
 from contextlm.models.build import check_values, config_class, meta_model, reason
@@ -56,7 +57,7 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
     """
     place = resolve_device(device)
     _check_parts(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     tokenizer = _read_tokenizer(folder)
     weights = WEIGHTS if is_file(folder / WEIGHTS) else INDEX
     # Asked before anything is loaded: weights that a file lacks would be drawn at random, however
@@ -135,7 +136,12 @@ def _plain_generation(folder: Path, model: PreTrainedModel, entries: int) -> Gen
     return GenerationConfig(**tokens)
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint, of a model that can be built.
+
+    Raises:
+        InputError: there is none that can be used; the message names the file.
+    """
     file = folder / "config.json"
     given = _read_object(file)
     model_type = given.get("model_type")
@@ -143,7 +149,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise InputError(f"{file}: it names no model_type")
     _check_names_no_code(given, file)
     with _named(str(file)):
-        config_class(model_type)
+        if model_type != COMPRESSED:
+            config_class(model_type)
         check_values(given)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         meta_model(config)

@@ -99,9 +99,8 @@ class Measuring:
         )
         self._full: list[CacheBytes] | None = None
 
-    @torch.no_grad()
     def policy(self, policy: Policy, told: Callable[[str], object]) -> PolicyFigures:
-        """Measure one policy; the first must be `full`.
+        """Measure one policy on the model; the first must be `full`.
 
         Args:
             told: what is being done.
@@ -109,9 +108,25 @@ class Measuring:
         started = time.perf_counter()
         told("fitting" if policy.needs_calibration else "reading the text")
         with CompressedCache(self.model, policy, calibration=self.calibration):
-            losses_T, kl, same, held = self._read(told)
-            told("passkeys")
-            found, prefill, decode = self._retrieve()
+            return self._figures(self.model, policy, told, started)
+
+    def other(
+        self, model: PreTrainedModel, policy: Policy, told: Callable[[str], object]
+    ) -> PolicyFigures:
+        """Measure a model that keeps a policy of its own, against the first model's full cache."""
+        return self._figures(model, policy, told, time.perf_counter())
+
+    @torch.no_grad()
+    def _figures(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        told: Callable[[str], object],
+        started: float,
+    ) -> PolicyFigures:
+        losses_T, kl, same, held = self._read(model, told)
+        told("passkeys")
+        found, prefill, decode = self._retrieve(model)
         self._full = self._full or held
         return PolicyFigures(
             spec=policy.spec,
@@ -131,7 +146,9 @@ class Measuring:
             seconds=time.perf_counter() - started,
         )
 
-    def _read(self, told: Callable[[str], object]) -> tuple[Tensor, float, float, list[CacheBytes]]:
+    def _read(
+        self, model: PreTrainedModel, told: Callable[[str], object]
+    ) -> tuple[Tensor, float, float, list[CacheBytes]]:
         """Loss of each token, divergence, share of equal tokens, and bytes held."""
         first = self._full is None
         length = self.tokens[-1]
@@ -140,7 +157,7 @@ class Measuring:
         cache = None
         ends = sorted({*range(PIECE, length, PIECE), *self.tokens})
         for start, stop in pairwise([0, *ends]):
-            logits_BTV, cache = feed_all(self.model, self.text_1T[:, start:stop], cache)
+            logits_BTV, cache = feed_all(model, self.text_1T[:, start:stop], cache)
             log_TV = logits_BTV[0].float().log_softmax(-1)
             losses.append(
                 F.nll_loss(log_TV, self.text_1T[0, start + 1 : stop + 1], reduction="none")
@@ -155,24 +172,24 @@ class Measuring:
             told(f"reading the text: {stop:,} of {length:,} tokens")
         return torch.cat(losses).cpu(), divergence / length, equal / length, held
 
-    def _retrieve(self) -> tuple[dict[str, float], float, float]:
+    def _retrieve(self, model: PreTrainedModel) -> tuple[dict[str, float], float, float]:
         """Shares of digits found by depth, and tokens a second of prefill and of decoding."""
         found, reading, writing = {}, [], []
-        place = self.model.device
+        place = model.device
         for prompt in self.prompts:
             begun = now(place)
-            logits_BV, cache = feed(self.model, prompt.prompt_1T.to(place), None)
+            logits_BV, cache = feed(model, prompt.prompt_1T.to(place), None)
             read = now(place)
             reading.append(prompt.prompt_1T.shape[1] / (read - begun))
             right = 0
             for token in prompt.answer_T.tolist():
                 right += int(logits_BV[0].argmax()) == token
-                logits_BV, cache = feed(self.model, torch.tensor([[token]], device=place), cache)
+                logits_BV, cache = feed(model, torch.tensor([[token]], device=place), cache)
             found[f"{prompt.depth:g}"] = right / len(prompt.answer_T)
             if prompt is self.prompts[-1]:
                 for _ in range(DECODED):
                     begun = now(place)
-                    logits_BV, cache = feed(self.model, logits_BV.argmax(-1)[:, None], cache)
+                    logits_BV, cache = feed(model, logits_BV.argmax(-1)[:, None], cache)
                     writing.append(now(place) - begun)
         return found, statistics.median(reading), 1 / statistics.median(writing)
 

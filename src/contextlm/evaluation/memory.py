@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,12 @@ def cache_argument(model: PreTrainedModel) -> str:
 
     Before 5.24 state-space models of transformers had a name of their own for it.
     """
-    known = inspect.signature(model.forward).parameters
+    return _cache_argument(type(model))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _cache_argument(kind: type[PreTrainedModel]) -> str:
+    known = inspect.signature(kind.forward).parameters
     return "cache_params" if "cache_params" in known else CACHE
 
 

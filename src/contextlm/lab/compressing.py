@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import psutil
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +23,7 @@ from contextlm.evaluation.checkpoint import WEIGHTS, load_checkpoint
 from contextlm.evaluation.compression import Measuring, reference_file
 from contextlm.evaluation.memory import position_limit
 from contextlm.lab.environment import describe_environment
+from contextlm.lab.pretrained import rows_to_calibrate, text_to_read
 from contextlm.lab.run_folder import new_folder
 from contextlm.report.compression import write_compression
 from contextlm.report.numbers import human_bytes
@@ -33,8 +31,6 @@ from contextlm.results.compression import Compression, PolicyFigures
 
 LENGTHS = (512, 2048)
 BUDGETS = (0.25,)
-CALIBRATION = 8192  # tokens
-CALIBRATION_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -180,15 +176,9 @@ def texts(name: str, tokenizer: PreTrainedTokenizerFast, tokens: int) -> tuple[T
     cache = cache_folder()
     corpus = load_corpus(name)
     held_out = build_token_store(corpus, "validation", tokenizer, cache)
-    documents = (held_out.tokens[a:b] for a, b in pairwise(held_out.document_offsets))
-    text = next((doc for doc in documents if len(doc) > tokens), held_out.tokens)
+    text_T = text_to_read(held_out.documents, held_out.tokens, tokens)
     other = build_token_store(corpus, "train", tokenizer, cache).tokens
-    row = min(CALIBRATION_ROW, len(other))
-    rows = min(CALIBRATION, len(other)) // row
-    starts = np.linspace(0, len(other) - row, rows, dtype=int)
-    other_NT = torch.from_numpy(np.stack([other[a : a + row] for a in starts]).astype(np.int64))
-    text_T = torch.from_numpy(np.asarray(text[: 2 * tokens + 1], dtype=np.int64))
-    return text_T, other_NT, corpus.name
+    return text_T, rows_to_calibrate(other), corpus.name
 
 
 def memory_text(folder: Path) -> str:

@@ -15,8 +15,9 @@ from contextlm.base.errors import InputError
 from contextlm.data.tokenizers import known_vocab_size
 from contextlm.lab.matching import Match, matched, parameters
 from contextlm.lab.preparation import Entry, Prepared, on_first_part, prepare
+from contextlm.lab.pretrained import Start, config_of
 from contextlm.models.base import ReadsStoredContexts
-from contextlm.models.build import build_config, create_model, meta_model
+from contextlm.models.build import create_model, meta_model
 from contextlm.recipe.schema import Contender, Recipe
 from contextlm.training.next_token import seconds_a_step
 
@@ -84,7 +85,7 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
 
 def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
     try:
-        return meta_model(build_config(contender.model, vocab_size))
+        return meta_model(config_of(contender, vocab_size))
     except InputError as error:
         raise InputError(f"contenders.{contender.name}: {error}") from None
 
@@ -152,7 +153,7 @@ def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
         tuning_trials=trials,
         steps=steps,
         # A backward pass costs about two forward passes.
-        flops=3.0 * _forward_flops(model, length) * length * windows,
+        flops=3.0 * _forward_flops(_plain(entry), length) * length * windows,
         seconds_estimate=_seconds(prepared, entry, steps, memory),
         memory_bytes_estimate=memory,
     )
@@ -173,12 +174,32 @@ def _seconds(prepared: Prepared, entry: Entry, steps: int, memory: int) -> float
         free = torch.cuda.mem_get_info(device)[0]
     if memory > free:
         return None
-    model = create_model(entry.config, 0).to(device)
+    make_loss = None
+    if entry.contender.from_ is not None:
+        start = Start.of(entry.contender, prepared.stream, device, 0)
+        model, make_loss = start.model, start.make_loss
+    else:
+        model = create_model(entry.config, 0).to(device)
     windows: Dataset[dict[str, Tensor]] = entry.train
     if entry.reads_store:
         windows = _WithContexts(entry, model.base_model)
-    each = seconds_a_step(model, windows, entry.training, device=device, precision=entry.precision)
+    each = seconds_a_step(
+        model,
+        windows,
+        entry.training,
+        device=device,
+        precision=entry.precision,
+        make_loss=make_loss,
+    )
     return each * steps
+
+
+def _plain(entry: Entry) -> PreTrainedModel:
+    """The model that operations are counted on: without a policy, which reads values of tensors."""
+    if entry.contender.policy is None:
+        return entry.meta
+    plain = entry.contender.model_copy(update={"policy": None})
+    return meta_model(config_of(plain, entry.config.vocab_size))
 
 
 class _WithContexts(Dataset[dict[str, Tensor]]):

@@ -251,6 +251,13 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
         decides["budget"] = {"block": budget.block, "text": budget.text}
     if code := sources(entry.meta):
         decides["code"] = code
+    if entry.trained is not None:
+        healing = contender.healing and contender.healing.model_dump(mode="json")
+        decides["trained"] = {
+            "files": entry.trained,
+            "policy": contender.policy,
+            "healing": healing,
+        }
     return {
         **decides,
         "seed": seed,

@@ -12,6 +12,7 @@ from functools import cache
 from transformers import PreTrainedModel
 
 from contextlm.base.errors import InputError
+from contextlm.lab.pretrained import config_of
 from contextlm.models.build import build_config, meta_model
 from contextlm.recipe.schema import Contender, Recipe
 
@@ -63,7 +64,7 @@ def matched(recipe: Recipe, vocab_size: int) -> tuple[list[Contender], dict[str,
 
 def _of_baseline(recipe: Recipe, vocab_size: int) -> int:
     try:
-        return parameters(meta_model(build_config(recipe.baseline.model, vocab_size)))
+        return parameters(meta_model(config_of(recipe.baseline, vocab_size)))
     except InputError as error:
         raise InputError(f"contenders.{recipe.baseline.name}: {error}") from None
 

@@ -21,8 +21,15 @@ def model_card(result: Result, recipe: Recipe, entry: Entry) -> str:
     """The card as Markdown; it holds no times, like the result."""
     kind = result.architecture
     known = registry()
-    origin = "contextlm" if kind in known else "transformers"
+    ours = kind in known or result.healing is not None
+    origin = "contextlm" if ours else "transformers"
     about = known[kind].description if kind in known else baseline_types().get(kind, kind)
+    worth = "These weights are for comparing architectures; they know no more than the text below."
+    if result.healing is not None:
+        about = f"{entry.contender.from_} decoding by the cache policy {result.healing.policy}."
+        worth = (
+            "It was trained further under its policy, with the text below, towards the original."
+        )
     lines = [
         "---",
         "library_name: transformers",
@@ -35,13 +42,12 @@ def model_card(result: Result, recipe: Recipe, entry: Entry) -> str:
         f"`{kind}` of {origin}: {escape_markdown(about)}",
         "",
         f"A contender of the recipe `{result.recipe}` (scale {result.scale}, seed {result.seed}), "
-        f"which asks: {escape_markdown(recipe.question)} These weights are for comparing "
-        "architectures; they know no more than the text below.",
+        f"which asks: {escape_markdown(recipe.question)} {worth}",
         "",
         "## Load it",
         "",
         "```python",
-        *_loading(entry, ours=kind in known),
+        *_loading(entry, ours=ours),
         "```",
         "",
         "## Data and training",
@@ -104,6 +110,10 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     if result.bits_per_byte is not None:
         yield "bits per byte", numbers.decimal(result.bits_per_byte, 3)
     yield "accuracy", numbers.percent(result.accuracy)
+    if result.healing is not None:
+        before, after = result.healing.before, result.healing.after
+        yield "KL from the original, before training", numbers.significant(before.kl)
+        yield "KL from the original", numbers.significant(after.kl)
     yield "train PPL", numbers.perplexity(result.train_ppl)
     for level in result.retrieval:
         yield f"right answers, {escape_markdown(level.level)}", numbers.percent(level.accuracy)

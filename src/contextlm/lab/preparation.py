@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
 from contextlm.base.files import cache_folder
-from contextlm.data.corpora import load_corpus
+from contextlm.data.corpora import Corpus, load_corpus
 from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
 from contextlm.data.token_store import TokenStore, build_token_store, repeated_documents
@@ -32,8 +32,9 @@ from contextlm.evaluation.tasks import load_tasks
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
 from contextlm.lab.matching import Match, matched
+from contextlm.lab.pretrained import config_of, files_hash, folder_of, healing_of
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
-from contextlm.models.build import build_config, check_forward, meta_model
+from contextlm.models.build import check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
 from contextlm.recipe.settings import TrainingSettings, TuningSettings
 from contextlm.results.facts import CorpusFacts
@@ -51,6 +52,7 @@ class Entry:
         precision: the type that training computes in.
         config: with the tokenizer's ids.
         meta: its model on the meta device, to count and to ask.
+        trained: hash of the trained model that it starts from, if it does.
         reads_store: whether phase 2 gives it the contexts of a store.
         train, validation: its samples, over the same text as all other contenders'.
         pool: `train`, and the samples behind it that budgets reach.
@@ -67,6 +69,7 @@ class Entry:
     validation: Samples
     pool: Samples
     budget: Budget | None = None
+    trained: str | None = None
 
     def at(self, budget: Budget | None) -> Entry:
         """The contender, trained on this budget."""
@@ -187,12 +190,13 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             contender=contender,
             training=training,
             precision=resolve_precision(training.precision, device),
-            config=build_config(contender.model, vocab_size, **ids),
+            config=config_of(contender, vocab_size, **ids),
             meta=fits.meta,
             reads_store=reads_store(recipe, contender, fits.meta),
             train=train[name],
             validation=validation[name],
             pool=pools[name],
+            trained=_trained_hash(contender, tokenizer, corpus),
         )
         _check_steps(entries[name], recipe.tuning, budgets)
     first = entries[recipe.contenders[0].name]
@@ -385,7 +389,7 @@ def _check_contenders(
 
 
 def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _Checked:
-    config = build_config(contender.model, vocab_size)
+    config = config_of(contender, vocab_size)
     if config.vocab_size < vocab_size:
         raise InputError(
             f"model.vocab_size {config.vocab_size} is less than the recipe's {vocab_size} entries"
@@ -403,9 +407,13 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
             f"sequence_length {recipe.sequence_length} is more than the model's "
             f"{positions} positions"
         )
-    check_forward(model)
+    if contender.from_ is None:
+        check_forward(model)
+    elif recipe.embedding.source != "random":
+        raise InputError("embedding: a model `from` somewhere brings its own")
     training = recipe.training_of(contender)
-    parameter_groups(model, training)
+    if contender.from_ is None or healing_of(contender).train == "all":
+        parameter_groups(model, training)
     if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
         raise InputError(
             f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"
@@ -413,6 +421,22 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if reads_store(recipe, contender, model):
         _check_frozen(model)
     return _Checked(contender, config, model, training)
+
+
+def _trained_hash(
+    contender: Contender, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> str | None:
+    """Of the trained model that a contender starts from, whose tokenizer must be the recipe's."""
+    if contender.from_ is None:
+        return None
+    folder = folder_of(contender.from_)
+    own = load_tokenizer(str(folder), corpus, cache_folder())
+    if tokenizer_hash(own) != tokenizer_hash(tokenizer):
+        raise InputError(
+            f"contenders.{contender.name}.from: its tokenizer is another than the recipe's: set "
+            f"tokenizer: {folder}"
+        )
+    return files_hash(folder)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:

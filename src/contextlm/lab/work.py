@@ -38,6 +38,7 @@ from contextlm.lab.jobs import Job, Planner, write_job
 from contextlm.lab.live import EpochWatcher, History
 from contextlm.lab.model_card import model_card
 from contextlm.lab.preparation import Entry, Prepared, on_first_part
+from contextlm.lab.pretrained import MEASURED, Start, text_to_read
 from contextlm.lab.tracking import tracking
 from contextlm.models.build import create_model
 from contextlm.results.facts import EmbeddingFacts, TuningFacts
@@ -194,8 +195,8 @@ def _try(job: Job, prepared: Prepared, run: Path, history: History, progress: Pr
     part = first_part(prepared, job.contender)
     entry = _with_rate(part.entries[job.contender], job.rate)
     stages: list[StageMemory] = []
-    model, _ = _new_model(job, part, entry, run, progress)
-    trained = _train(job, part, entry, model, run, history, progress, stages)
+    model, _, start = _new_model(job, part, entry, run, progress)
+    trained = _train(job, part, entry, model, start, run, history, progress, stages)
     loss = min(epoch.validation_loss for epoch in trained.phase2.epochs)
     trial = TrialResult(job=job.identity, learning_rate=job.rate, validation_loss=loss)
     if distribution.is_main():
@@ -237,9 +238,12 @@ def _run(
     recipe, device, folder = prepared.recipe, prepared.device, run / job.folder
     peak = PeakMemory(device)
     stages = [stage_memory("data loaded", device)]
-    model, embedding = _new_model(job, prepared, entry, run, progress)
+    model, embedding, start = _new_model(job, prepared, entry, run, progress)
     stages.append(stage_memory("model initialised", device))
-    trained = _train(job, prepared, entry, model, run, history, progress, stages)
+    trained = _train(job, prepared, entry, model, start, run, history, progress, stages)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if start is not None:
+        model = start.finish()
     # Before anything is measured: a fault in a measurement must not cost the weights.
     offset = recipe.target_offset_of(entry.contender)
     if distribution.is_main():
@@ -272,6 +276,11 @@ def _run(
         long = score_positions(model, documents, recipe.sequence_length, ahead=offset)
         positions = long.positions
         lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
+    healing = None
+    if start is not None:
+        documents, stream = prepared.validation_documents, prepared.validation_stream
+        held_out_T = text_to_read(documents, stream, MEASURED)
+        healing = start.facts(prepared.tokenizer, held_out_T, progress.update)
     cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
     now = time.perf_counter()
@@ -306,6 +315,8 @@ def _run(
         "best_epoch": trained.phase2.best_epoch,
         "epochs": len(epochs),
         "trained_tokens": best.tokens,
+        "parameters_trainable": trainable,
+        "healing": healing,
         "tuning": tuning,
         "phase1": trained.contexts.phase1,
         "embedding": embedding,
@@ -321,8 +332,14 @@ def _run(
 
 def _new_model(
     job: Job, prepared: Prepared, entry: Entry, run: Path, progress: Progress
-) -> tuple[PreTrainedModel, EmbeddingFacts]:
-    """The contender's model with the recipe's embedding, and where that comes from."""
+) -> tuple[PreTrainedModel, EmbeddingFacts, Start | None]:
+    """The contender's model, where its embedding comes from, and what it starts from if trained."""
+    contender = entry.contender
+    if contender.from_ is not None:
+        progress.update(f"loading {contender.from_}")
+        start = Start.of(contender, prepared.stream, prepared.device, job.seed)
+        path = prepared.recipe.written.get(f"contenders.{contender.name}.from", contender.from_)
+        return start.model, EmbeddingFacts(source="pretrained", path=path), start
     model = create_model(entry.config, job.seed)
     embedding = prepared.embedding
     if prepared.learning_text is not None:
@@ -336,7 +353,7 @@ def _new_model(
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(embedding.weight_VD)
     frozen = not model.get_input_embeddings().weight.requires_grad
-    return model.to(prepared.device), facts.model_copy(update={"frozen": frozen})
+    return model.to(prepared.device), facts.model_copy(update={"frozen": frozen}), None
 
 
 def _train(
@@ -344,6 +361,7 @@ def _train(
     prepared: Prepared,
     entry: Entry,
     model: PreTrainedModel,
+    start: Start | None,
     run: Path,
     history: History,
     progress: Progress,
@@ -372,6 +390,7 @@ def _train(
         watcher=EpochWatcher(progress, history),
         tell=progress.line,
         trunk=trunk,
+        make_loss=None if start is None else start.make_loss,
     )
     stages.append(stage_memory("trained", prepared.device))
     return _Trained(phase2, contexts, train)

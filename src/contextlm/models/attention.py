@@ -55,9 +55,14 @@ def attend(
     return out_BTHE.flatten(2), weights
 
 
+def attends_plainly(module: Any) -> bool:
+    """Whether torch's own function is configured, in whose place a compiled step may come."""
+    return bool(module.config._attn_implementation == "sdpa")
+
+
 def same_document(new: NewTokens) -> Callable[..., Any] | None:
     """What `create_causal_mask` asks besides, so that packed documents do not see each other."""
-    if new.places_BT is None:
+    if new.packed_BT is None:
         return None
     return packed_sequence_mask_function((new.positions() == 0).cumsum(1))
 
@@ -127,7 +132,7 @@ def rotate_columns(x_BHTE: Tensor, first: int, theta: float) -> Tensor:
         columns_1S = torch.arange(last, dtype=kind, device=x_BHTE.device).unsqueeze(0)
         cos, sin = _turns(columns_1S, x_BHTE.shape[-1], theta)
     else:
-        cos, sin = _turns_of_columns(last, x_BHTE.shape[-1], theta, kind, x_BHTE.device)
+        cos, sin = turns_of_columns(last, x_BHTE.shape[-1], theta, kind, x_BHTE.device)
     cos, sin = (each[..., first:last, :].to(x_BHTE.dtype) for each in (cos, sin))
     return _turned(x_BHTE, cos, sin)
 
@@ -140,9 +145,10 @@ def _turns(positions_BT: Tensor, width: int, theta: float) -> tuple[Tensor, Tens
 
 
 @lru_cache(maxsize=8)
-def _turns_of_columns(
+def turns_of_columns(
     columns: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each pair's angle at columns 0, 1 ..., ``[1, 1, S, E / 2]``."""
     with torch.inference_mode(False):  # they may be part of a graph later
         positions_1S = torch.arange(columns, dtype=dtype, device=device).unsqueeze(0)
         return _turns(positions_1S, width, theta)

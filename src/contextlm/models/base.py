@@ -27,7 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 from contextlm.models.cache import CACHE, NAMES, RowStateLayer, given_cache
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, OwnStart, start_update
+from contextlm.models.stepping import product
 from contextlm.models.stub import auto_map
+from contextlm.ops.backends import takes_steps
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class ContextDecoder(ContextPreTrainedModel):
         embed_norm: the norm behind it, where a context block reads the embeddings.
         reads_only_last: whether `decode` heeds `NewTokens.last` and may return the hidden states
             of the last tokens only.
-        reads_packed: whether `decode` heeds `NewTokens.places`; otherwise it is given the documents
+        reads_packed: whether `decode` heeds `NewTokens.packed_BT`; otherwise it is given documents
             of a packed row with a row each, as many columns wide as the longest.
     """
 
@@ -207,6 +209,11 @@ class ContextDecoder(ContextPreTrainedModel):
     def sees_borders(self) -> bool:
         """Whether `decode` is given packed rows: they need a mask, which flash attention lacks."""
         return self.reads_packed and "flash" not in self.config._attn_implementation
+
+    @property
+    def traces_borders(self) -> bool:
+        """Whether a graph of it is right for packed rows too."""
+        return self.sees_borders
 
     @property
     def width(self) -> int:
@@ -302,9 +309,9 @@ class ContextDecoder(ContextPreTrainedModel):
         new = new.with_documents(
             [ends for ends in (cu_seq_lens_q, cu_seq_lens_k) if ends is not None],
             seq_idx,
-            in_graph=self.sees_borders,
+            in_graph=self.traces_borders,
         )
-        if new.places_BT is not None:
+        if new.packed_BT is not None:
             if given is not None or contexts is not None:
                 raise ValueError(
                     "packed documents go together neither with a cache nor with stored contexts"
@@ -312,7 +319,7 @@ class ContextDecoder(ContextPreTrainedModel):
             cache, new = None, replace(new, cache=None)
         if contexts is not None:
             self._check_contexts(contexts, new)
-        if new.places_BT is None or self.sees_borders:
+        if new.packed_BT is None or self.sees_borders:
             hidden_BTD = self.decode(inputs_embeds, new, **kwargs)
         else:
             self._refuse_recording_apart(kwargs)
@@ -483,7 +490,9 @@ class ContextForCausalLM(ContextPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         # The last n of what is n long already are all of it.
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        hidden_BTD = outputs.last_hidden_state[:, keep, :]
+        step = hidden_BTD.shape[1] == 1 and takes_steps(hidden_BTD.device)
+        logits_BTV = product(self.lm_head, hidden_BTD, step=step)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -67,7 +67,10 @@ class RowStateLayer(CacheLayerMixin):
 
     def advance(self, new: NewTokens) -> None:
         """Count the new tokens."""
-        self.counts = new.counts + (0 if self.counts is None else self.counts)
+        if self.counts is None:
+            self.counts = new.counts
+        else:
+            self.counts = self.counts + (new.tokens if new.mask_BT is None else new.counts)
         self._seen += new.tokens
         self.is_initialized = True
 

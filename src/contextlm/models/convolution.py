@@ -80,5 +80,5 @@ class CausalConvolution(OwnStart):
         if state is not None and self.taps > 1:
             before_BJC = state.swap_taps(inputs_BTC, self.taps - 1, new)
         return short_convolution(
-            inputs_BTC, self.weight, self.bias, before_BJC, silu=silu, places_BT=new.places_BT
+            inputs_BTC, self.weight, self.bias, before_BJC, silu=silu, positions_BT=new.packed_BT
         )

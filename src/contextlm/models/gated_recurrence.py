@@ -30,7 +30,7 @@ from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import ContextBlock, ContextStep, OwnStart
 from contextlm.ops.linear_scan import linear_scan
 
-_SHARPNESS = 8.0  # the 8 in a_t
+SHARPNESS = 8.0  # the 8 in a_t
 _SLOWEST, _FASTEST = 0.999, 0.9  # a at r = 1, at the start
 # Largest derivative of the root: at a = 1 it would be infinite.
 _STEEPEST = 1000.0
@@ -97,7 +97,7 @@ class GatedRecurrence(OwnStart):
         """Decays spread evenly in a^2 from 0.9^2 to 0.999^2."""
         a_C = torch.rand(self.width, device=self.decay.device)
         a_C = (a_C * (_SLOWEST**2 - _FASTEST**2) + _FASTEST**2).sqrt()
-        init.copy_(self.decay, (torch.expm1(-a_C.log() / _SHARPNESS)).log())
+        init.copy_(self.decay, (torch.expm1(-a_C.log() / SHARPNESS)).log())
 
     def forward(self, inputs_BTC: Tensor, first_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """a_t and what is added to ``a_t h_{t-1}``, in float32 at least, ``[B, T, C]`` each.
@@ -107,7 +107,7 @@ class GatedRecurrence(OwnStart):
             first_BT: True at the first token of a text; None: none is.
         """
         kind = torch.promote_types(inputs_BTC.dtype, torch.float32)
-        rate_C = -_SHARPNESS * F.softplus(self.decay.to(kind))
+        rate_C = -SHARPNESS * F.softplus(self.decay.to(kind))
         if self.decay_gate is None or self.input_gate is None:
             log_BTC, gated_BTC = rate_C.expand(inputs_BTC.shape), inputs_BTC.to(kind)
         else:
@@ -127,9 +127,9 @@ def gated_states(
     new: NewTokens,
 ) -> Tensor:
     """h of every new token, ``[B, T, C]``, in float32 at least; moves the state on."""
-    begins_BT = new.places() == 0
+    begins_BT = new.real_first_positions() == 0
     gates_BTC, added_BTC = recurrence(inputs_BTC, begins_BT)
-    if new.places_BT is not None:  # what another document left is forgotten
+    if new.packed_BT is not None:  # what another document left is forgotten
         gates_BTC = gates_BTC.masked_fill(begins_BT.unsqueeze(-1), 0)
     start_BC = torch.zeros_like(added_BTC[:, 0])
     if state is not None:

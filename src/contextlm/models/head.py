@@ -28,14 +28,14 @@ def split_head(model: PreTrainedModel) -> Parts | None:
     """The parts of a model whose logits are the decoder's last hidden states through the head.
 
     None for all others: those that scale or cap their logits, or whose head is no plain linear
-    layer. Two tokens are tried to find out.
+    layer. Two tokens are tried to find out, different ones: padding's embedding may be zero.
     """
     decoder, head = model.base_model, model.get_output_embeddings()
     if type(head) is not nn.Linear or decoder is model:
         return None
     parts, was_training = Parts(decoder, head), model.training
     model.eval()
-    ids_12 = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    ids_12 = torch.arange(2, device=head.weight.device).unsqueeze(0)
     logits_12V = model(input_ids=ids_12, use_cache=False).logits
     same = torch.equal(head(parts.hidden(input_ids=ids_12)), logits_12V)
     model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
+
+from contextlm.ops.backends import takes_steps
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class NewTokens:
     and what is behind them is later than all of them and, in a causal model, without effect.
 
     A row may hold several documents, packed one behind the other. A mixer must not let one see
-    another: what it needs to know is each token's `places`, 0 where a document begins. It may also
-    take the documents `apart`, a row each.
+    another: `real_first_positions` are 0 where a document begins. It may also take the documents
+    `apart`, a row each.
 
     Attributes:
         batch: B.
@@ -33,8 +36,8 @@ class NewTokens:
         seen_B: real tokens that each row has seen; None at the beginning of a text.
         mask_BT: False at padding, in the order of the input; None when all are real.
         order_BT: the columns of the input with each row's real tokens first; None when all are.
-        places_BT: each token's position in its document, real tokens first; None when no row holds
-            more than one. Packed documents go without a cache.
+        packed_BT: each token's position in its document, real tokens first; None when no row holds
+            more than one document. Packed ones go without a cache.
         cache: to be moved on, or None.
         attention_mask: as it was given, ``[B, past + T]``, or None.
         position_ids: as they were given, ``[B, T]`` or ``[1, T]``, or None.
@@ -49,7 +52,7 @@ class NewTokens:
     seen_B: Tensor | None = None
     mask_BT: Tensor | None = None
     order_BT: Tensor | None = None
-    places_BT: Tensor | None = None
+    packed_BT: Tensor | None = None
     cache: Cache | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
@@ -103,13 +106,19 @@ class NewTokens:
 
         def part(start: int, end: int, seen_B: Tensor | None) -> NewTokens:
             mask_BT = None if self.mask_BT is None else self.mask_BT[:, start:end]
+            order_BT, packed_BT, ids = _real_first(mask_BT), None, self.position_ids
+            if self.packed_BT is not None:
+                packed_BT = self.positions()[:, start:end]
+                packed_BT = packed_BT if order_BT is None else packed_BT.gather(1, order_BT)
             return replace(
                 self,
                 tokens=end - start,
                 past=self.past + start,
                 seen_B=seen_B,
                 mask_BT=mask_BT,
-                order_BT=_real_first(mask_BT),
+                order_BT=order_BT,
+                packed_BT=packed_BT,
+                position_ids=None if ids is None else ids[:, start:end],
             )
 
         before = part(0, first, self.seen_B)
@@ -118,6 +127,20 @@ class NewTokens:
     def states(self, count: int) -> list[Any]:
         """What each of so many layers of the cache keeps; None where nothing is kept."""
         return [None] * count if self.cache is None else self.cache.layers
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is one more real token of each row, which compiled steps may do."""
+        return not torch.compiler.is_compiling() and self._is_step
+
+    @cached_property  # looked at often, and unknown to torch.compile
+    def _is_step(self) -> bool:
+        return (
+            self.tokens == 1
+            and self.seen_B is not None
+            and self.mask_BT is None
+            and takes_steps(self.device)
+        )
 
     @property
     def counts(self) -> Tensor:
@@ -149,8 +172,8 @@ class NewTokens:
 
         ``[B, T]`` int64, or ``[1, T]`` where no row can differ; 0 at a text's leading padding.
         """
-        if self.places_BT is not None:
-            return self.as_given(self.places_BT.unsqueeze(-1)).squeeze(-1)
+        if self.packed_BT is not None:
+            return self.as_given(self.packed_BT.unsqueeze(-1)).squeeze(-1)
         if self.mask_BT is None:
             return self.starts + torch.arange(self.tokens, device=self.device)
         return self.starts + (self.mask_BT.long().cumsum(1) - 1).clamp(min=0)
@@ -195,9 +218,9 @@ class NewTokens:
             return values_BTE
         return take(values_BTE, torch.argsort(self.order_BT, dim=1))
 
-    def places(self) -> Tensor:
+    def real_first_positions(self) -> Tensor:
         """Position of each token in its document, real tokens first, ``[B, T]`` or ``[1, T]``."""
-        return self.columns(0) if self.places_BT is None else self.places_BT
+        return self.columns(0) if self.packed_BT is None else self.packed_BT
 
     def visible(self, kept: int, window: int | None = None) -> Tensor:
         """Which of K entries kept and the new ones each token may see, ``[B or 1, 1, T, S]``.
@@ -206,7 +229,7 @@ class NewTokens:
         """
         column_S = torch.arange(kept + self.tokens, device=self.device)
         query_T1 = column_S[kept:].unsqueeze(1)
-        reach_BT1 = self.places().unsqueeze(2)
+        reach_BT1 = self.real_first_positions().unsqueeze(2)
         if window is not None:
             reach_BT1 = reach_BT1.clamp(max=window - 1)
         return ((column_S <= query_T1) & (column_S >= query_T1 - reach_BT1)).unsqueeze(1)
@@ -214,7 +237,7 @@ class NewTokens:
     def with_documents(
         self, cu_seq_lens: Sequence[Tensor], seq_idx: Tensor | None, *, in_graph: bool
     ) -> NewTokens:
-        """The same with `places_BT`, if a row holds several documents by any of the three forms.
+        """The same with `packed_BT`, if a row holds several documents by any of the three forms.
 
         One of these are `position_ids` that begin anew. A border is one whichever form names it.
 
@@ -229,12 +252,14 @@ class NewTokens:
         Raises:
             ValueError: the borders do not fit the tokens.
         """
+        if self.tokens == 1:
+            return self
         steps = [self._steps(self._numbers(ends)) != 0 for ends in cu_seq_lens]
         if seq_idx is not None:
             steps.append(self._steps(seq_idx) != 0)
         if self.position_ids is not None:
             steps.append(self._steps(self.position_ids) <= 0)
-        if not steps or self.tokens == 1:
+        if not steps:
             return self
         begins_BT = F.pad(torch.stack(steps).any(0), (1, 0), value=True)
         real_BT = self.real_first_mask
@@ -250,7 +275,7 @@ class NewTokens:
             return self
         column_T = torch.arange(self.tokens, device=self.device)
         first_BT = torch.where(begins_BT, column_T, 0).cummax(1).values
-        return replace(self, places_BT=column_T - first_BT)
+        return replace(self, packed_BT=column_T - first_BT)
 
     def _numbers(self, cu_seq_lens: Tensor) -> Tensor:
         """The number of each token's document, ``[1, T]``."""

@@ -16,7 +16,7 @@ Without `selective` B and C are the same for all tokens: dt alone chooses.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import OwnStart, RMSNorm
-from contextlm.ops.selective_state import can_step, selective_state
+from contextlm.models.stepping import Stepping, StepWeights, product
+from contextlm.ops.selective_state import selective_state
 
 _FASTEST = 16.0  # r starts evenly in [1, 16]
 _STEPS = (1e-3, 1e-1)  # dt without a token's say starts between them
@@ -81,7 +82,7 @@ class Decay(OwnStart):
         return steps.unflatten(-1, self.shape), self.rate.to(kind).exp().unsqueeze(-1)
 
 
-class SelectiveState(OwnStart):
+class SelectiveState(Stepping, OwnStart):
     """All of it, from projection to projection.
 
     Args:
@@ -95,6 +96,12 @@ class SelectiveState(OwnStart):
         selective: B and C come from the token; if not, they are learned and the same for all.
         normed: whether a norm stands before the output.
     """
+
+    step_names = (
+        *("convolution.weight", "convolution.bias", "decay.step", "decay.rate"),
+        *("skip", "norm.weight"),
+    )
+    step_kept = ("taps", "state")
 
     def __init__(
         self,
@@ -123,6 +130,8 @@ class SelectiveState(OwnStart):
         self.skip = nn.Parameter(torch.empty(inner // head))
         self.norm = RMSNorm(inner, eps=eps) if normed else None
         self.output = nn.Linear(inner, output, bias=False)
+        if taps and selective and normed:  # as by default
+            self.step_weights = StepWeights(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -139,12 +148,10 @@ class SelectiveState(OwnStart):
             state: what decoding keeps; moved on. None to keep nothing.
             new: the tokens.
         """
-        projected_BTX = self.inner(x_BTD)
-        if state is not None and new.tokens == 1 and new.mask_BT is None:
-            mixed_BE = self._step(projected_BTX[:, 0], state)
-            if mixed_BE is not None:
-                state.advance(new)
-                return self.output(mixed_BE.unsqueeze(1))
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
+        mixed_B1E = self.step(new, state, projected_BTX)
+        if mixed_B1E is not None:
+            return product(self.output, mixed_B1E, step=True)
         gate_BTE, inner, step_BTH = projected_BTX.split(self.widths, dim=-1)
         kind = torch.promote_types(inner.dtype, torch.float32)
         if self.convolution is None:
@@ -165,7 +172,7 @@ class SelectiveState(OwnStart):
             self.skip,
             None if state is None else state.state,
             mask_BT=new.real_first_mask,
-            begins_BT=None if new.places_BT is None else new.places_BT == 0,
+            begins_BT=None if new.packed_BT is None else new.packed_BT == 0,
         )
         if state is not None:
             state.update_state(final_BHNP, new)
@@ -176,27 +183,9 @@ class SelectiveState(OwnStart):
             mixed_BTE = self.norm(mixed_BTE, gate_BTE)
         return self.output(mixed_BTE.to(gate_BTE.dtype))
 
-    def _step(self, projected_BX: Tensor, state: MatrixStateLayer) -> Tensor | None:
-        """What the output is made of, ``[B, E]``, by one compiled call; None where that cannot be.
-
-        Changes what `state` keeps, in place.
-        """
-        convolution, norm = self.convolution, self.norm
-        if convolution is None or norm is None or self.fixed is not None:
-            return None
-        if state.state is None or state.taps is None:
-            return None
-        if state.state.requires_grad or state.taps.requires_grad:
-            return None  # a graph that was made with them needs them as they are
-        # As `is_bare`, but for what cannot be here, since a token's time counts.
-        for part in (convolution, self.decay, norm):
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-                return None
-        state_tensors = (state.taps, state.state)
-        weights = (convolution.weight, convolution.bias, self.decay.step, self.decay.rate)
-        others = (self.skip, norm.weight)
-        if not can_step(projected_BX, *state_tensors, *weights, *others):
-            return None
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
         from contextlm.ops.selective_state.step import selective_step
 
-        return selective_step(projected_BX, *state_tensors, *weights, *others, self.eps)
+        given: list[Any] = [*projected_B1X, state.taps, state.state, *weights]
+        return selective_step(*given, eps=self.eps)

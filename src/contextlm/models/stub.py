@@ -15,21 +15,23 @@ NAME = "modeling_contextlm"
 _TEXT = '''\
 """Opens this {model_type} in any client of transformers: the classes are those of {package}."""
 
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 try:
     import {package}  # noqa: F401  registers its architectures
-    from contextlm.models.base import registry
 
-    _architecture = registry()["{model_type}"]
+    {AutoConfig} = CONFIG_MAPPING["{model_type}"]
 except (ImportError, KeyError) as error:
     raise ImportError(
         "this model is a {model_type}, an architecture of {package}, which is not installed here "
         "or too old: install it from its source folder, pip install FOLDER"
     ) from error
-
-{AutoConfig} = _architecture.config
-{AutoModel} = _architecture.model.decoder_class
-{AutoModelForCausalLM} = _architecture.model
 '''
+_MODELS = {
+    "AutoModel": "{AutoModel} = MODEL_MAPPING[{AutoConfig}]\n",
+    "AutoModelForCausalLM": "{AutoModelForCausalLM} = MODEL_FOR_CAUSAL_LM_MAPPING[{AutoConfig}]\n",
+}
 
 
 def auto_map(**classes: type) -> dict[str, str]:
@@ -41,5 +43,6 @@ def write_stub(folder: Path, config: type[PreTrainedConfig], names: dict[str, st
     """Put the module that `names`, an `auto_map`, speaks of into a folder."""
     package = config.__module__.partition(".")[0]
     classes = {auto: name.rpartition(".")[2] for auto, name in names.items()}
-    text = _TEXT.format(package=package, model_type=config.model_type, **classes)
+    template = "".join([_TEXT, *(line for auto, line in _MODELS.items() if auto in names)])
+    text = template.format(package=package, model_type=config.model_type, **classes)
     (folder / f"{NAME}.py").write_text(text, "utf-8")

@@ -102,9 +102,25 @@ def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:
     return "eager" if obstacle else "numba"
 
 
-def numba_fits(op: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether compiled loops can take these tensors, and the user chose nothing else for the op."""
-    return _from_environment(op) in (AUTO, "numba") and not obstacle_to("numba", tensors)
+def takes_steps(device: torch.device) -> bool:
+    """Whether a token may be done in compiled calls (`ops.step`), which have no gradient.
+
+    Not where the environment variable chooses anything but ``numba`` for any op.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not is_observed(())
+        and _names_only_numba(os.environ.get(VARIABLE, ""))
+    )
+
+
+@lru_cache
+def _names_only_numba(said: str) -> bool:
+    names = {part.rpartition("=")[2].strip() for part in said.split(",")}
+    return names <= {"", AUTO, "numba"}
 
 
 def is_traced(tensors: Sequence[Tensor]) -> bool:
@@ -133,8 +149,9 @@ def obstacle_to(package: str, tensors: Sequence[Tensor]) -> str:
     device = "cpu" if package == "numba" else "cuda"
     if any(tensor.device.type != device for tensor in tensors):
         return f"is for {device.upper()} only"
-    if package == "numba" and any(tensor.dtype == torch.float16 for tensor in tensors):
-        return "knows no float16"
+    if package == "numba":
+        unknown = any(tensor.dtype == torch.float16 for tensor in tensors)
+        return "knows no float16" if unknown else ""
     return "" if is_installed(package) else f"needs the package {package}"
 
 
@@ -160,9 +177,6 @@ def compiled(*flags: str, inlined: bool = False) -> Callable[[Callable[..., Any]
         inlined: for a function that another compiled one calls. Without it a process that compiles
             runs the callee's own code, one that loads from disk the copy within the caller's, and
             the two were optimised apart: sums differ in their last bits.
-
-    Raises:
-        ImportError: Numba is not installed.
     """
     from numba import njit
 

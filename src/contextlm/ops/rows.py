@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Fewer numbers than this are not worth handing to another thread.
-_NUMBERS_PER_THREAD = 2**16
+NUMBERS_PER_THREAD = 2**16
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +62,7 @@ def over_rows(loop: Callable[..., None], tensors: Sequence[Tensor], *shared: Any
     in_threads(
         lambda part: loop(*(array[part] for array in arrays), *others),
         len(arrays[0]),
-        arrays[0].size // _NUMBERS_PER_THREAD,
+        arrays[0].size // NUMBERS_PER_THREAD,
     )
 
 

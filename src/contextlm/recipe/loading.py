@@ -83,6 +83,20 @@ def load_recipe(
     return _with_absolute_paths(recipe, full).model_copy(update={"departs_from_full": departs})
 
 
+def check_recipe(raw: dict[str, Any]) -> Recipe:
+    """A recipe that a command has put together, resolved already, its paths made absolute.
+
+    Raises:
+        InputError: a value does not fit.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        names = [str(contender["name"]) for contender in raw["contenders"]]
+        raise InputError(first_problem(error, Recipe, names=names)) from None
+    return _with_absolute_paths(recipe, raw)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML. Loading it gives the same recipe.
 
@@ -108,17 +122,29 @@ def _with_absolute_paths(recipe: Recipe, full: Mapping[str, Any]) -> Recipe:
         values["validation"] = recipe.validation
     if recipe.embedding.source == "pretrained":
         values["embedding.path"] = recipe.embedding.path
+    trained = {f"contenders.{each.name}.from": each.from_ for each in recipe.contenders}
+    values |= {key: value for key, value in trained.items() if value is not None}
     absolute = {key: _absolute(key, value) for key, value in values.items()}
     written = {key: value for key, value in values.items() if absolute[key] != value}
     embedding = full.get("embedding")
     read = {**full, "embedding.path": embedding.get("path") if isinstance(embedding, dict) else ""}
+    read |= {f"contenders.{each['name']}.from": each.get("from") for each in full["contenders"]}
     for key, value in recipe.written.items():
         if values.get(key) == absolute.get(key) == read.get(key) is not None:
             written[key] = value
     path = absolute.pop("embedding.path", recipe.embedding.path)
+    contenders = [
+        each.model_copy(update={"from_": absolute.pop(f"contenders.{each.name}.from", None)})
+        for each in recipe.contenders
+    ]
     embedding_settings = recipe.embedding.model_copy(update={"path": path})
     return recipe.model_copy(
-        update={**absolute, "embedding": embedding_settings, "written": written}
+        update={
+            **absolute,
+            "embedding": embedding_settings,
+            "contenders": contenders,
+            "written": written,
+        }
     )
 
 
@@ -234,14 +260,17 @@ def _by_name(contenders: Any, where: str) -> dict[str, Any]:
 def _as_list(contenders: Any, known: list[str], where: str) -> list[dict[str, Any]]:
     """The contenders as a list again, without those that are null now.
 
-    A name not `known` is a new contender if it brings a model with a type, otherwise a slip.
+    A name not `known` is a new contender if it brings a model with a type, or one from somewhere;
+    otherwise it is a slip.
     """
     entries = []
     for name, entry in _mapping(contenders, f"{where}: contenders, by name").items():
         if entry is None and name in known:
             continue
         model = entry.get("model") if isinstance(entry, dict) else None
-        if name not in known and not (isinstance(model, dict) and "type" in model):
+        whole = isinstance(model, dict) and "type" in model
+        whole = whole or (isinstance(entry, dict) and "from" in entry)
+        if name not in known and not whole:
             raise unknown_name(f"contender of {where}:", name, known)
         entries.append({"name": name, **_mapping(entry, f"{where}: contenders.{name}")})
     return entries

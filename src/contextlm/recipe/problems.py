@@ -91,7 +91,7 @@ def _fields_at(root: type[Settings], location: list[str]) -> list[str]:
             continue  # a list index
         for candidate in _settings_in(field.annotation):
             current = candidate
-    return list(current.model_fields)
+    return [field.alias or name for name, field in current.model_fields.items()]
 
 
 def _settings_in(annotation: Any) -> list[type[Settings]]:

@@ -22,6 +22,7 @@ from contextlm.recipe.settings import (
     ContextStoreSettings,
     EmbeddingSettings,
     EvaluationSettings,
+    HealingSettings,
     MatchSettings,
     PhaseOneSettings,
     Settings,
@@ -51,7 +52,23 @@ class Contender(Settings):
     )
     baseline: bool = Field(False, description="the one that others are compared with")
     model: dict[str, JsonValue] = Field(
-        description="`type`, and fields of that type: contextlm list keys model.TYPE"
+        {}, description="`type`, and fields of that type: contextlm list keys model.TYPE"
+    )
+    from_: str | None = Field(
+        None,
+        alias="from",
+        min_length=1,
+        description="instead of `model`, a trained one: its folder, or its name on the hub; the "
+        "recipe's tokenizer must be its own",
+    )
+    policy: str | None = Field(
+        None,
+        description="the policy by which a model `from` somewhere is to decode (contextlm list "
+        "policies); it is trained under it, and keeps it",
+    )
+    healing: HealingSettings | None = Field(
+        None,
+        description="how it is trained then; null: as the defaults say, where there is a policy",
     )
     match: MatchSettings | None = Field(
         None, description="find the width at which it has as many parameters as the baseline"
@@ -71,8 +88,20 @@ class Contender(Settings):
 
     @model_validator(mode="after")
     def _model_has_a_type(self) -> Self:
-        if not isinstance(self.model.get("type"), str):
+        if self.from_ is None and not isinstance(self.model.get("type"), str):
             raise ValueError("model needs a 'type'")
+        return self
+
+    @model_validator(mode="after")
+    def _a_trained_model_is_what_it_is(self) -> Self:
+        for name in ("model", "match", "phase1", "target_offset"):
+            if self.from_ is not None and getattr(self, name):
+                raise ValueError(
+                    f"{name}: does not go with `from`, a model that is trained already"
+                )
+        for name in ("policy", "healing"):
+            if self.from_ is None and getattr(self, name):
+                raise ValueError(f"{name}: is for a model that is trained already, named by `from`")
         return self
 
 

@@ -29,7 +29,9 @@ class Settings(BaseModel):
     ``"3e-4"`` in quotes for a rate) or one that is not finite.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class PhaseOneSettings(Settings):
@@ -113,6 +115,27 @@ class MatchSettings(Settings):
     field: str = Field(description="a whole number of the model's configuration")
     within: float = Field(0.02, gt=0, lt=1, description="of the baseline's parameters")
     multiple_of: Count = Field(1, description="the field's value is a multiple of this")
+
+
+class HealingSettings(Settings):
+    """How a trained model learns to decode by a policy, see `training.distillation`."""
+
+    loss: NonNegativeFloat = Field(1.0, description="weight of the next-token loss")
+    kl: NonNegativeFloat = Field(
+        1.0, description="weight of the KL divergence from the original with its full cache"
+    )
+    train: Literal["all", "lora", "policy"] = Field(
+        "all",
+        description="all parameters; lora: low-rank adapters (PEFT), merged at the end, and what "
+        "the policy has of its own; policy: that alone, which only latent has",
+    )
+    rank: Count = Field(16, description="lora: of the adapters")
+
+    @model_validator(mode="after")
+    def _something_is_minimised(self) -> Self:
+        if not self.loss and not self.kl:
+            raise ValueError("loss and kl are both 0: nothing would be minimised")
+        return self
 
 
 class ParameterGroup(Settings):

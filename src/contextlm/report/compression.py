@@ -65,16 +65,16 @@ def answers(found: Compression) -> list[str]:
             )
             continue
         best = min(within, key=lambda one: one.kl)
-        keeper = max(within, key=lambda one: (_found(one), -one.kl))
+        keeper = max(within, key=lambda one: (digits_found(one), -one.kl))
         sentence = (
             f"At {_share(budget)} of the cache, {best.spec} costs "
-            f"{numbers.signed_percent(_change(best, full))} of perplexity "
+            f"{numbers.signed_percent(change(best, full))} of perplexity "
             f"(KL {numbers.significant(best.kl)} nats, {numbers.percent(best.same_tokens)} of the "
-            f"likeliest tokens the same, {numbers.percent(_found(best))} of passkey digits found "
-            f"where the full cache finds {numbers.percent(_found(full))})"
+            f"likeliest tokens the same, {numbers.percent(digits_found(best))} of passkey digits "
+            f"found where the full cache finds {numbers.percent(digits_found(full))})"
         )
-        if keeper is not best and _found(keeper) > _found(best):
-            sentence += f"; {keeper.spec} finds most: {numbers.percent(_found(keeper))}"
+        if keeper is not best and digits_found(keeper) > digits_found(best):
+            sentence += f"; {keeper.spec} finds most: {numbers.percent(digits_found(keeper))}"
         said.append(f"{sentence}.")
     return said
 
@@ -98,7 +98,7 @@ def tables(found: Compression) -> list[Table]:
                 Column("KL, nats", lambda one: numbers.significant(one.kl)),
                 Column("same likeliest token", lambda one: numbers.percent(one.same_tokens)),
                 Column("PPL", lambda one: numbers.perplexity(math.exp(one.loss))),
-                Column("PPL vs full", lambda one: numbers.signed_percent(_change(one, full))),
+                Column("PPL vs full", lambda one: numbers.signed_percent(change(one, full))),
             ],
             found.policies,
         ),
@@ -146,12 +146,13 @@ def frontier(found: Compression) -> tuple[str, alt.LayerChart] | None:
     return caption, alt.LayerChart(layer=[step, dots, names]).properties(width=640, height=360)
 
 
-def _change(one: PolicyFigures, full: PolicyFigures) -> float:
+def change(one: PolicyFigures, full: PolicyFigures) -> float:
     """Perplexity's change in percent."""
     return 100 * math.expm1(min(one.loss - full.loss, 200.0))
 
 
-def _found(one: PolicyFigures) -> float:
+def digits_found(one: PolicyFigures) -> float:
+    """Share of passkey digits, over all depths."""
     return sum(one.passkey.values()) / len(one.passkey)
 
 

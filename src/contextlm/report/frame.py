@@ -89,7 +89,7 @@ def reported_name(key: str) -> str:
 def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
     result, timings = outcome.result, outcome.timings
     data, phase1, store = result.corpus, result.phase1, result.store
-    embedding, seconds = result.embedding, timings.epoch_seconds
+    embedding, healing, seconds = result.embedding, result.healing, timings.epoch_seconds
     return {
         "recipe": result.recipe,
         "scale": result.scale,
@@ -131,6 +131,20 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         "context_dim": phase1.context_dim if phase1 else None,
         "rank_train": phase1.effective_rank_train if phase1 else None,
         "rank_validation": phase1.effective_rank_validation if phase1 else None,
+        "policy": healing.policy if healing else None,
+        "healed": healing.train if healing else None,
+        "policy_share": healing.share if healing else None,
+        "policy_tokens": healing.tokens if healing else None,
+        "kl_before": healing.before.kl if healing else None,
+        "kl_after": healing.after.kl if healing else None,
+        "same_before": healing.before.same_tokens if healing else None,
+        "same_after": healing.after.same_tokens if healing else None,
+        "ppl_original": perplexity(healing.full.loss) if healing else None,
+        "ppl_before": perplexity(healing.before.loss) if healing else None,
+        "ppl_after": perplexity(healing.after.loss) if healing else None,
+        "passkey_original": healing.full.found if healing else None,
+        "passkey_before": healing.before.found if healing else None,
+        "passkey_after": healing.after.found if healing else None,
         "store_fill": store.fill if store else None,
         "store_dtype": store.dtype if store else None,
         "store_train_bytes": store.train_bytes if store else None,
@@ -158,6 +172,11 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         **{f"host_bytes_{_plain(s.stage)}": s.host_bytes for s in timings.stages},
         **{f"accelerator_bytes_{_plain(s.stage)}": s.accelerator_bytes for s in timings.stages},
     }
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats, finite however large that is."""
+    return math.exp(min(loss, 200.0))
 
 
 def _figure(score: TaskScore) -> str:

@@ -17,9 +17,11 @@ from contextlm.report.contenders import (
     cache_length,
     comparable_groups,
 )
+from contextlm.report.frame import perplexity
 from contextlm.report.language import say
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
 from contextlm.report.sheet import Column, Kind, Table, make_table
+from contextlm.results.facts import Fidelity, HealingFacts
 
 Show = Callable[[float], str]
 
@@ -95,6 +97,23 @@ PHASE_ONE: list[Column[Contender]] = [
     shared("of dimensions", "context_dim", numbers.count),
     mean("seconds", "phase1_seconds", numbers.seconds),
 ]
+HEALING: list[Column[Contender]] = [
+    CONTENDER,
+    shared("policy", "policy"),
+    shared("cache, of the full one", "policy_share", numbers.percent),
+    shared("parameters trained", "healed"),
+    shared("tokens read", "policy_tokens", numbers.count),
+    mean("KL before, nats", "kl_before", numbers.significant),
+    mean("KL after, nats", "kl_after", numbers.significant),
+    mean("same likeliest token before", "same_before", numbers.percent),
+    mean("same likeliest token after", "same_after", numbers.percent),
+    mean("PPL, original", "ppl_original", numbers.perplexity),
+    mean("PPL before", "ppl_before", numbers.perplexity),
+    mean("PPL after", "ppl_after", numbers.perplexity),
+    mean("passkey digits, original", "passkey_original", numbers.percent),
+    mean("passkey digits before", "passkey_before", numbers.percent),
+    mean("passkey digits after", "passkey_after", numbers.percent),
+]
 STORES: list[Column[Contender]] = [
     CONTENDER,
     shared("fill", "store_fill"),
@@ -159,6 +178,7 @@ def measured_tables(rows: Sequence[Contender]) -> list[Table]:
         make_table("Size and training", TRAINING, rows),
         make_table("Phase 1, context training", PHASE_ONE, rows),
         make_table("Context stores", STORES, rows),
+        make_table("Healing", HEALING, rows),
         long_table(rows),
         cache_table(rows),
         make_table("Speed and memory", SPEED, rows),
@@ -185,6 +205,24 @@ def long_table(rows: Sequence[Contender]) -> Table:
     lengths = sorted({int(n.removeprefix(PPL_AT)) for row in rows for n in row.columns(PPL_AT)})
     columns = [mean(_at(length), f"{PPL_AT}{length}", numbers.perplexity) for length in lengths]
     return make_table("Perplexity of long texts", [CONTENDER, *columns], rows)
+
+
+def healing_table(facts: HealingFacts) -> Table:
+    """How near to its original a model decodes by a policy, before training and after."""
+    states = [
+        (say("full cache"), 1.0, facts.full),
+        (facts.policy, facts.share, facts.before),
+        (say("{policy}, healed", policy=facts.policy), facts.share, facts.after),
+    ]
+    columns: list[Column[tuple[str, float, Fidelity]]] = [
+        Column("policy", lambda one: one[0], "text"),
+        Column("of the full cache", lambda one: numbers.percent(one[1])),
+        Column("KL, nats", lambda one: numbers.significant(one[2].kl)),
+        Column("same likeliest token", lambda one: numbers.percent(one[2].same_tokens)),
+        Column("PPL", lambda one: numbers.perplexity(perplexity(one[2].loss))),
+        Column("passkey digits found", lambda one: numbers.percent(one[2].found)),
+    ]
+    return make_table("Healing", columns, states)
 
 
 def task_table(rows: Sequence[Contender]) -> Table | None:

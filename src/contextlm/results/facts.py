@@ -191,3 +191,40 @@ class TuningFacts(Record):
         """Whether no higher or no lower rate than the chosen one was tried."""
         rates = [trial.learning_rate for trial in self.trials]
         return self.chosen in (min(rates), max(rates))
+
+
+class Fidelity(Record):
+    """How near a model is to an original with its full cache, on one text.
+
+    `loss` and `kl`, the mean divergence KL(original || model), are in nats a token; `same_tokens`
+    is the share of positions with the same likeliest token, `passkey` the share of digits found by
+    depth.
+    """
+
+    loss: Figure
+    kl: Figure
+    same_tokens: Finite
+    passkey: dict[str, Finite]
+
+    @property
+    def found(self) -> float:
+        """The share of passkeys' digits found at all depths."""
+        return sum(self.passkey.values()) / len(self.passkey)
+
+
+class HealingFacts(Record):
+    """What training under a policy bought, read off `tokens` tokens that were held out.
+
+    `share` are the bytes of cache at their end, of the original's; `train` says which parameters
+    were trained. `full` is the original itself, `before` it with the policy, `after` the result.
+    """
+
+    policy: str
+    train: str
+    loss_weight: Finite
+    kl_weight: Finite
+    tokens: Positive
+    share: Finite
+    full: Fidelity
+    before: Fidelity
+    after: Fidelity

@@ -24,6 +24,7 @@ from contextlm.results.facts import (
     EmbeddingFacts,
     Figure,
     Finite,
+    HealingFacts,
     Perplexity,
     PhaseOneFacts,
     PositionLoss,
@@ -49,9 +50,10 @@ class Result(Record):
     repeats counted; `budget` is the share of the recipe's training samples that they come from,
     where the recipe names such, and `corpus` then counts that share.
     `train_ppl_windows` says on how many training windows `train_ppl` was measured. `retrieval` is
-    empty but for a synthetic task, `positions` but for `evaluation.long`. `job` is the identity of
-    the job that made it, `setting` the same without the seed: results of one setting are seeds of
-    one experiment, in whichever runs.
+    empty but for a synthetic task, `positions` but for `evaluation.long`, `healing` but for a
+    trained model that was trained under a policy. `job` is the identity of the job that made it,
+    `setting` the same without the seed: results of one setting are seeds of one experiment, in
+    whichever runs.
     `diverged` says what happened where training did not stay finite: then losses are infinite, and
     nothing was measured.
     """
@@ -86,6 +88,7 @@ class Result(Record):
     tuning: TuningFacts | None = None
     phase1: PhaseOneFacts | None
     embedding: EmbeddingFacts | None = None
+    healing: HealingFacts | None = None
     store: StoreFacts | None = None
     cache: list[CacheBytes]
     cache_dtype: str

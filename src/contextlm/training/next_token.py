@@ -57,6 +57,8 @@ from contextlm.training.phase_two_state import (
 Batch = dict[str, Tensor]
 # Returns the validation loss in nats per token and the accuracy in 0..1, as "loss" and "accuracy".
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+# Makes of a model a module that is called as `NextTokenLoss` is; `whole` as there.
+MakeLoss = Callable[..., nn.Module]
 
 _DDP = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
@@ -94,6 +96,7 @@ def train_next_token(
     watcher: Watcher,
     tell: Tell,
     trunk: Path | None = None,
+    make_loss: MakeLoss | None = None,
 ) -> PhaseTwo:
     """Train until the stopping rule or the last epoch, then restore the best epoch's weights.
 
@@ -115,6 +118,7 @@ def train_next_token(
         tell: takes a line about checkpoints.
         trunk: for the states that such trainings share, all of one model, seed and order of
             windows; they have one epoch, and several processes share nothing.
+        make_loss: what is minimised; by default `NextTokenLoss`.
 
     Raises:
         RunError: the loss is not finite (`NotFiniteError`), or a checkpoint cannot be written; the
@@ -126,7 +130,7 @@ def train_next_token(
     several = distribution.world() > 1
     steps = steps_per_epoch(settings, len(train))  # type: ignore[arg-type]  # ours have a length
     with nullcontext() if several else deferred() as asked, freed_memory_kept():
-        stepper = _Stepper(model, settings, steps, precision, device, seed)
+        stepper = _Stepper(model, settings, steps, precision, device, seed, make_loss)
         state = None if asked is None else PhaseTwoState(folder, device, asked, tell)
         branch = settings.stable_until(steps)
         done = PhaseTwo()
@@ -223,6 +227,7 @@ def seconds_a_step(
     *,
     device: torch.device,
     precision: str,
+    make_loss: MakeLoss | None = None,
 ) -> float:
     """Seconds of an optimiser step, measured on a few, which train the model.
 
@@ -230,7 +235,7 @@ def seconds_a_step(
     half a second, a batch is taken to need as much more time as it has more windows.
     """
     with freed_memory_kept():
-        stepper = _Stepper(model, settings, 1, precision, device, seed=0)
+        stepper = _Stepper(model, settings, 1, precision, device, 0, make_loss)
         stepper.parallel.train()
         most, windows = settings.batch_size // settings.accumulation, 1
 
@@ -285,11 +290,15 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self._parts = None if whole else split_head(model)
 
-    def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> Tensor:
-        """Arguments as of `next_token_loss`, and the model's own in place of logits."""
+    def forward(self, labels_BT: Tensor, targets: float, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """What is minimised, and what is told of it: here the same, but for its gradient.
+
+        Arguments are those of `next_token_loss`, and the model's own in place of logits.
+        """
         if self._parts is None:
             logits_BTV = self.model(**arguments, use_cache=False).logits
-            return next_token_loss(logits_BTV, labels_BT, targets)
+            loss = next_token_loss(logits_BTV, labels_BT, targets)
+            return loss, loss.detach()
         head, hidden_BTD = self._parts.head, self._parts.hidden(**arguments)
         summed = linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
@@ -298,7 +307,8 @@ class NextTokenLoss(nn.Module):
             labels_BT.flatten(),
             ignore_index=IGNORED,
         )
-        return summed / targets
+        loss = summed / targets
+        return loss, loss.detach()
 
 
 class _Stepper:
@@ -318,7 +328,9 @@ class _Stepper:
         precision: str,
         device: torch.device,
         seed: int,
+        make_loss: MakeLoss | None = None,
     ):
+        make_loss = make_loss or NextTokenLoss
         self.accelerator = Accelerator(
             device_placement=False,  # the model is placed already
             mixed_precision="no",  # autocast is around the loss only, see `take`
@@ -340,9 +352,9 @@ class _Stepper:
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._share = build_schedule(settings, steps)
         sharded = self.accelerator.is_fsdp2  # a head by itself would not have its weights gathered
-        trained = model if sharded else NextTokenLoss(model)
+        trained = model if sharded else make_loss(model)
         self.parallel, self._optimizer = self.accelerator.prepare(trained, self.optimizer)
-        self._loss = NextTokenLoss(self.parallel, whole=True) if sharded else self.parallel
+        self._loss = make_loss(self.parallel, whole=True) if sharded else self.parallel
 
     def learning_rate(self, step: int) -> float:
         """The recipe's rate at `step`, counted from 1."""
@@ -376,13 +388,13 @@ class _Stepper:
         return loss, int(targets)
 
     def _backward(self, batch: Batch, targets: float) -> Tensor:
-        """Add a micro-batch's gradients; its part of the loss."""
+        """Add a micro-batch's gradients; its part of the next-token loss."""
         arguments, labels_BT = model_inputs(send_to_device(batch, self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            loss = self._loss(labels_BT, targets, **arguments)
+            loss, told = self._loss(labels_BT, targets, **arguments)
         # Ranks' gradients are averaged, and are to be summed.
         self.accelerator.backward(loss * distribution.world())
-        return loss.detach()
+        return told
 
 
 def _micro_batches(

@@ -28,12 +28,19 @@ from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
 from contextlm.models.selective_state import Decay, MatrixStateLayer
+from contextlm.models.stepping import StepWeights, product
 from contextlm.ops.delta_rule import LEAST, delta_rule
 
 
 @register_mixer("K")
 class DeltaMixer(Mixer):
     """K as a layer's mixer."""
+
+    step_names = (
+        *("convolution.weight", "convolution.bias", "decay.step", "decay.rate"),
+        "norm.weight",
+    )
+    step_kept = ("taps", "state")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -50,6 +57,7 @@ class DeltaMixer(Mixer):
         self.decay = Decay(self.heads, decays // self.heads)
         self.norm = RMSNorm(config.state_head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.inner_size, width, bias=False)
+        self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> MatrixStateLayer:
@@ -63,7 +71,11 @@ class DeltaMixer(Mixer):
 
     def forward(self, x_BTD: Tensor, state: MatrixStateLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        gate, inner, decay, rate_BTH = self.inner(x_BTD).split(self.widths, dim=-1)
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
+        mixed_B1E = self.step(new, state, projected_BTX)
+        if mixed_B1E is not None:
+            return product(self.output, mixed_B1E, step=True)
+        gate, inner, decay, rate_BTH = projected_BTX.split(self.widths, dim=-1)
         kind = torch.promote_types(inner.dtype, torch.float32)
         if self.convolution is None:
             inner = F.silu(inner.to(kind))
@@ -86,9 +98,16 @@ class DeltaMixer(Mixer):
             torch.sigmoid(rate_BTH.to(kind)),
             None if state is None else state.state,
             mask_BT=new.real_first_mask,
-            begins_BT=None if new.places_BT is None else new.places_BT == 0,
+            begins_BT=None if new.packed_BT is None else new.packed_BT == 0,
         )
         if state is not None:
             state.update_state(final_BHNP, new)
         mixed_BTE = self.norm(outputs_BTHP).flatten(2) * F.silu(gate.to(kind))
         return self.output(mixed_BTE.to(x_BTD.dtype))
+
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.delta_rule.step import delta_step
+
+        given: list[Any] = [*projected_B1X, state.taps, state.state, *weights]
+        return delta_step(*given, eps=self.config.rms_norm_eps)

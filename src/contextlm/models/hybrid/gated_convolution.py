@@ -17,6 +17,7 @@ from contextlm.models.cache import RowStateLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
+from contextlm.models.stepping import StepWeights, product
 
 
 class TapsLayer(Taps, RowStateLayer):
@@ -29,12 +30,16 @@ class TapsLayer(Taps, RowStateLayer):
 class GatedConvolution(Mixer):
     """C as a layer's mixer."""
 
+    step_names = ("convolution.weight", "convolution.bias")
+    step_kept = ("taps",)
+
     def __init__(self, config: Any):
         super().__init__(config)
-        width = config.hidden_size
+        width, taps = config.hidden_size, config.convolution
         self.inner = nn.Linear(width, 3 * width, bias=False)
-        self.convolution = CausalConvolution(width, config.convolution, start="uniform")
+        self.convolution = CausalConvolution(width, taps, start="uniform")
         self.output = nn.Linear(width, width, bias=False)
+        self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> TapsLayer:
@@ -48,8 +53,18 @@ class GatedConvolution(Mixer):
 
     def forward(self, x_BTD: Tensor, state: TapsLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        before_BTD, behind_BTD, inner_BTD = self.inner(x_BTD).chunk(3, dim=-1)
-        mixed_BTD = self.convolution(before_BTD * inner_BTD, state, new)
-        if state is not None:
-            state.advance(new)
-        return self.output((behind_BTD * mixed_BTD).to(x_BTD.dtype))
+        projected_BTX = product(self.inner, x_BTD, step=new.is_step)
+        mixed_BTD = self.step(new, state, projected_BTX)
+        if mixed_BTD is None:
+            before_BTD, behind_BTD, inner_BTD = projected_BTX.chunk(3, dim=-1)
+            mixed_BTD = behind_BTD * self.convolution(before_BTD * inner_BTD, state, new)
+            if state is not None:
+                state.advance(new)
+        return product(self.output, mixed_BTD.to(x_BTD.dtype), step=new.is_step)
+
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.short_convolution.step import gated_convolution_step
+
+        given: list[Any] = [*projected_B1X, state.taps, *weights]
+        return gated_convolution_step(*given)

@@ -25,13 +25,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contextlm.models.attention import attend
+from contextlm.models.attention import attend, attends_plainly
 from contextlm.models.cache import RecentLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.latent import LatentLayer
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens, take
 from contextlm.models.layers import RMSNorm
+from contextlm.models.stepping import StepWeights, product
 
 _QUERIES = 1024  # that are computed at once behind a window: masks grow with their square
 
@@ -54,6 +55,12 @@ class PooledLayer(Taps, RecentLayer):
 class GlobalLatents(Mixer):
     """G as a layer's mixer."""
 
+    step_names = (
+        *("convolution.weight", "convolution.bias"),
+        *("query_norm.weight", "latent_norm.weight"),
+    )
+    step_kept = ("taps", "memory")
+
     def __init__(self, config: Any):
         super().__init__(config)
         width, latent = config.hidden_size, config.latent_dim
@@ -68,6 +75,8 @@ class GlobalLatents(Mixer):
         if self.pool > 1:
             self.score = nn.Linear(width, 1, bias=False)
             self.place = nn.Parameter(torch.zeros(self.pool))
+        else:
+            self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> LatentLayer | PooledLayer:
@@ -88,11 +97,14 @@ class GlobalLatents(Mixer):
         self, x_BTD: Tensor, state: LatentLayer | PooledLayer | None, new: NewTokens
     ) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        if self.pool > 1 and new.places_BT is not None:  # blocks are counted from a text's start
+        if self.pool > 1 and new.packed_BT is not None:  # blocks are counted from a text's start
             apart = new.apart()
             rows = self(apart.rows(new.as_given(x_BTD)), None, apart.new)
             return new.real_first(apart.packed(rows))
-        inner = self.inner(x_BTD)
+        inner = product(self.inner, x_BTD, step=new.is_step)
+        mixed_B1X = self.step(new, state, inner) if attends_plainly(self) else None
+        if mixed_B1X is not None:
+            return product(self.output, mixed_B1X, step=True)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
         query, latent_BTC = inner.split((self.heads * self.latent, self.latent), dim=-1)
@@ -105,8 +117,24 @@ class GlobalLatents(Mixer):
         if state is not None:
             entries_BSC = state.append(entries_BSC, new)
         kept = entries_BSC.shape[1] - new.tokens
-        mask = new.visible(kept) if kept or new.places_BT is not None else None
+        mask = new.visible(kept) if kept or new.packed_BT is not None else None
         return self.output(self._read(query_BHTC, entries_BSC, mask))
+
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.attention.step import attention_step
+
+        memory, kept = state.make_room(), state.get_seq_length()
+        given: list[Any] = [*projected_B1X, state.taps, memory, state.counts, *weights]
+        return attention_step(
+            *given,
+            turns=None,
+            eps=self.config.rms_norm_eps,
+            kept=kept,
+            heads=self.heads,
+            groups=1,
+            width=self.latent,
+        )
 
     def _read(self, query_BHTC: Tensor, entries_BSC: Tensor, mask: Tensor | None) -> Tensor:
         entries_B1SC = entries_BSC.unsqueeze(1)
@@ -161,8 +189,8 @@ class GlobalLatents(Mixer):
             return raw_BSX.new_zeros(batch, 0, self.latent)
         start_B1 = new.starts.expand(batch, 1)
         done_B1 = self._blocks(start_B1 - 1)
-        places = self.pool * (-(-new.tokens // self.pool) + 1)
-        position_BP = self.pool * done_B1 + torch.arange(places, device=new.device)
+        reach = self.pool * (-(-new.tokens // self.pool) + 1)
+        position_BP = self.pool * done_B1 + torch.arange(reach, device=new.device)
         columns_BP = (position_BP - start_B1 + kept).clamp(0, raw_BSX.shape[1] - 1)
         parts_BIPX = take(raw_BSX, columns_BP).unflatten(1, (-1, self.pool))
         latent, score = parts_BIPX.split((self.latent, 1), dim=-1)

@@ -26,37 +26,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.attention import attend, rotate
-from contextlm.models.cache import CroppableLayer, EntriesLayer
+from contextlm.models.attention import attend, attends_plainly, rotate
+from contextlm.models.cache import CroppableLayer, newest
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm, linear_weight
+from contextlm.models.stepping import StepWeights, product
+
+# Entries that memory is made longer by, so that not every token copies what is kept.
+_ROOM = 32
 
 
-class LatentLayer(Taps, CroppableLayer, EntriesLayer):
+class LatentLayer(Taps, CroppableLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets.
+
+    Attributes:
+        memory: ``[B, at least S, E]``, the entries and perhaps room behind them; None at first.
     """
 
-    kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
+    kept: ClassVar[tuple[str, ...]] = ("counts", "memory", "taps")
 
     def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
         self.is_croppable = is_croppable
+        self.memory: Tensor | None = None
 
-    def take_back(self, tokens: int) -> None:
-        """Their entries too."""
-        assert self.entries is not None
-        self.entries = self.entries[:, : self.entries.shape[1] - tokens].clone()
-        super().take_back(tokens)
+    @property
+    def entries(self) -> Tensor | None:
+        """``[B, S, E]``, the last column each row's newest."""
+        return None if self.memory is None else self.memory[:, : self._seen]
+
+    def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
+        """As `EntriesLayer.append`."""
+        old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
+        both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
+        self.memory = newest(both_BSE, new.ends(old_BKE.shape[1]), both_BSE.shape[1])
+        self.advance(new)
+        return both_BSE
+
+    def make_room(self) -> Tensor:
+        """`memory` with room for another entry of each row."""
+        assert self.memory is not None
+        if self.memory.shape[1] == self._seen:
+            self.memory = F.pad(self.memory, (0, 0, 0, _ROOM))
+        return self.memory
 
 
 @register_mixer("L")
 class LatentAttention(Mixer):
     """L as a layer's mixer."""
+
+    step_names = (
+        *("convolution.weight", "convolution.bias", "norm.weight"),
+        *("key.weight", "value.weight"),
+    )
+    step_kept = ("taps", "memory")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -72,6 +100,7 @@ class LatentAttention(Mixer):
         self.key = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.value = nn.Linear(self.latent, self.heads * self.content, bias=False)
         self.output = nn.Linear(self.heads * self.content, width, bias=False)
+        self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> LatentLayer:
@@ -87,8 +116,13 @@ class LatentAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: LatentLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        positions_BT, theta = new.places(), self.config.rope_theta
-        query, latent = self.query(x_BTD), self.compress(x_BTD)
+        query, latent = (
+            product(layer, x_BTD, step=new.is_step) for layer in (self.query, self.compress)
+        )
+        mixed_B1X = self.step(new, state, query, latent) if attends_plainly(self) else None
+        if mixed_B1X is not None:
+            return product(self.output, mixed_B1X, step=True)
+        positions_BT, theta = new.real_first_positions(), self.config.rope_theta
         if self.convolution is not None:
             inner = self.convolution(torch.cat([query, latent], dim=-1), state, new)
             query, latent = inner.to(query.dtype).split((query.shape[-1], latent.shape[-1]), dim=-1)
@@ -104,6 +138,15 @@ class LatentAttention(Mixer):
             return self.output(self._rebuilt(plain_BHTE, turned_BHTR, entries_BSX, new))
         return self.output(self._absorbed(plain_BHTE, turned_BHTR, entries_BSX, new))
 
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.attention.latent import latent_step
+
+        memory, kept = state.make_room(), state.get_seq_length()
+        given: list[Any] = [*projected_B1X, state.taps, memory, state.counts, *weights]
+        theta, eps = self.config.rope_theta, self.config.rms_norm_eps
+        return latent_step(*given, theta=theta, eps=eps, kept=kept, heads=self.heads)
+
     def _rebuilt(
         self, plain_BHTE: Tensor, turned_BHTR: Tensor, entries_BSX: Tensor, new: NewTokens
     ) -> Tensor:
@@ -118,7 +161,7 @@ class LatentAttention(Mixer):
         # As wide as the keys, which fast attention asks for.
         value_BHSX = F.pad(value_BHSE, (0, self.rotary))
         query_BHTX = torch.cat([plain_BHTE, turned_BHTR.to(plain_BHTE.dtype)], dim=-1)
-        mask = None if new.places_BT is None else new.visible(0)
+        mask = None if new.packed_BT is None else new.visible(0)
         mixed, _ = attend(self, query_BHTX, key_BHSX, value_BHSX, mask)
         return mixed.unflatten(-1, (self.heads, -1))[..., : self.content].flatten(2)
 

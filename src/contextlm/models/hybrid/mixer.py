@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from contextlm.models.cache import RowStateLayer
 from contextlm.models.inputs import NewTokens
+from contextlm.models.stepping import Stepping
 
 
-class Mixer(nn.Module):
+class Mixer(Stepping):
     """How tokens learn of earlier ones. Subclasses are registered under a capital letter.
 
     `config` is the hybrid's; what a mixer from outside wants to know besides it finds in

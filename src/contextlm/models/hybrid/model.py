@@ -35,7 +35,8 @@ from contextlm.models.cache import RowStateLayer
 from contextlm.models.hybrid.config import ContextHybridConfig
 from contextlm.models.hybrid.mixer import Mixer
 from contextlm.models.inputs import NewTokens
-from contextlm.models.layers import RMSNorm
+from contextlm.models.layers import RMSNorm, is_bare
+from contextlm.models.stepping import normed, product
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -52,11 +53,20 @@ class HybridLayer(GradientCheckpointingLayer):
     def forward(self, x_BTD: Tensor, state: RowStateLayer | None, new: NewTokens) -> Tensor:
         """The stream behind the layer, ``[B, T, D]``; see `Mixer.forward`."""
         new = new.to(x_BTD.device)
-        mixed_BTD = self.mixer(new.real_first(self.mixer_norm(x_BTD)), state, new)
+        normed_BTD = normed(self.mixer_norm, x_BTD, step=new.is_step)
+        mixed_BTD = self.mixer(new.real_first(normed_BTD), state, new)
         x_BTD = x_BTD + new.as_given(mixed_BTD)
         if self.feed_forward is None or self.feed_forward_norm is None:
             return x_BTD
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        normed_BTD = normed(self.feed_forward_norm, x_BTD, step=new.is_step)
+        return x_BTD + self._fed_forward(self.feed_forward, normed_BTD, new)
+
+    def _fed_forward(self, part: LlamaMLP, x_BTD: Tensor, new: NewTokens) -> Tensor:
+        if not new.is_step or not is_bare(part, LlamaMLP):
+            fed_BTD: Tensor = part(x_BTD)
+            return fed_BTD
+        gate, up = (product(each, x_BTD, step=True) for each in (part.gate_proj, part.up_proj))
+        return product(part.down_proj, part.act_fn(gate) * up, step=True)
 
 
 class ContextHybridModel(ContextDecoder):
@@ -83,12 +93,18 @@ class ContextHybridModel(ContextDecoder):
         """An empty cache: what each layer's mixer keeps."""
         return Cache(layers=[each.new_state(self.config) for each in self.config.layer_mixers])
 
+    @property
+    def traces_borders(self) -> bool:
+        """Not with a pooled G, which counts blocks from a document's beginning."""
+        pools = self.config.pool > 1 and "G" in self.config.pattern.upper()
+        return self.sees_borders and not pools
+
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, D]``. Positions are counted; those given are only checked."""
         x_BTD = embeds_BTD
         for layer, state in zip(self.layers, new.states(len(self.layers)), strict=True):
             x_BTD = layer(x_BTD, state, new)
-        return self.norm(x_BTD)
+        return normed(self.norm, x_BTD, step=new.is_step)
 
 
 _TINY = {

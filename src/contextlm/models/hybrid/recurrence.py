@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from contextlm.models.cache import ContextStateLayer
 from contextlm.models.convolution import CausalConvolution, Taps
-from contextlm.models.gated_recurrence import GatedRecurrence, gated_states
+from contextlm.models.gated_recurrence import SHARPNESS, GatedRecurrence, gated_states
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
+from contextlm.models.stepping import StepWeights, product
 
 
 class RecurrenceLayer(Taps, ContextStateLayer):
@@ -34,6 +35,13 @@ class RecurrenceLayer(Taps, ContextStateLayer):
 class RecurrentMixer(Mixer):
     """R as a layer's mixer: two projections in, one of them through the recurrence, one out."""
 
+    step_names = (
+        *("convolution.weight", "convolution.bias", "recurrence.decay"),
+        *("recurrence.decay_gate.weight", "recurrence.decay_gate.bias"),
+        *("recurrence.input_gate.weight", "recurrence.input_gate.bias"),
+    )
+    step_kept = ("taps", "state")
+
     def __init__(self, config: Any):
         super().__init__(config)
         width, taps = config.hidden_size, config.convolution
@@ -44,6 +52,7 @@ class RecurrentMixer(Mixer):
         self.convolution = CausalConvolution(width, taps) if taps else None
         self.recurrence = GatedRecurrence(width, blocks)
         self.output = nn.Linear(width, width, bias=False)
+        self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> RecurrenceLayer:
@@ -57,8 +66,21 @@ class RecurrentMixer(Mixer):
 
     def forward(self, x_BTD: Tensor, state: RecurrenceLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        inner_BTD = self.inner(x_BTD)
+        inner_BTD, gate_BTD = (
+            product(layer, x_BTD, step=new.is_step) for layer in (self.inner, self.gate)
+        )
+        mixed_B1D = self.step(new, state, inner_BTD, gate_BTD)
+        if mixed_B1D is not None:
+            return product(self.output, mixed_B1D, step=True)
         if self.convolution is not None:
             inner_BTD = self.convolution(inner_BTD, state, new)
         states_BTD = gated_states(self.recurrence, inner_BTD, state, new).to(x_BTD.dtype)
-        return self.output(F.gelu(self.gate(x_BTD)) * states_BTD)
+        return self.output(F.gelu(gate_BTD) * states_BTD)
+
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.linear_scan.step import gated_step
+
+        kept = (state.taps, state.state, state.counts)
+        given: list[Any] = [*projected_B1X, *kept, *weights]
+        return gated_step(*given, sharpness=SHARPNESS)

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextlm.models.attention import attend, rotate_columns
+from contextlm.models.attention import attend, attends_plainly, rotate_columns, turns_of_columns
 from contextlm.models.cache import RecentLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
 from contextlm.models.layers import RMSNorm
+from contextlm.models.stepping import StepWeights, product
 
 
 class WindowLayer(Taps, RecentLayer):
@@ -35,6 +36,12 @@ class WindowLayer(Taps, RecentLayer):
 @register_mixer("W")
 class WindowedAttention(Mixer):
     """W as a layer's mixer."""
+
+    step_names = (
+        *("convolution.weight", "convolution.bias"),
+        *("query_norm.weight", "key_norm.weight"),
+    )
+    step_kept = ("taps", "entries")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -49,6 +56,7 @@ class WindowedAttention(Mixer):
         self.query_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.key_norm = norm(self.head_dim, eps=config.rms_norm_eps)
         self.output = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.step_weights = StepWeights(self)
 
     @classmethod
     def new_state(cls, config: Any) -> WindowLayer:
@@ -63,7 +71,10 @@ class WindowedAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: WindowLayer | None, new: NewTokens) -> Tensor:
         """What the mixer adds, ``[B, T, D]``; see `Mixer.forward`."""
-        inner = self.inner(x_BTD)
+        inner = product(self.inner, x_BTD, step=new.is_step)
+        mixed_B1X = self.step(new, state, inner) if attends_plainly(self) else None
+        if mixed_B1X is not None:
+            return product(self.output, mixed_B1X, step=True)
         if self.convolution is not None:
             inner = self.convolution(inner, state, new).to(inner.dtype)
         inner = inner.unflatten(-1, (-1, self.head_dim))
@@ -77,6 +88,26 @@ class WindowedAttention(Mixer):
         key_BGSE = rotate_columns(key.transpose(1, 2), 0, theta)
         return self.output(self._read(query_BHTE, key_BGSE, value.transpose(1, 2), new))
 
+    def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
+        """As in `Stepping`."""
+        from contextlm.ops.attention.step import attention_step
+
+        kept = state.entries.shape[1]
+        if kept < state.limit:
+            state.entries = F.pad(state.entries, (0, 0, 0, 1))
+        like, theta = state.entries, self.config.rope_theta
+        turns = turns_of_columns(self.window, self.head_dim, theta, like.dtype, like.device)
+        given: list[Any] = [*projected_B1X, state.taps, state.entries, state.counts, *weights]
+        return attention_step(
+            *given,
+            turns=turns,
+            eps=self.config.rms_norm_eps,
+            kept=kept,
+            heads=self.heads,
+            groups=self.shared,
+            width=self.head_dim,
+        )
+
     def _read(
         self, query_BHTE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, new: NewTokens
     ) -> Tensor:
@@ -87,7 +118,7 @@ class WindowedAttention(Mixer):
         if many:
             return self._in_blocks(query_BHTE, key_BGSE, value_BGSE, new)
         mask = None
-        if new.seen_B is not None or new.places_BT is not None or total > self.window:
+        if new.seen_B is not None or new.packed_BT is not None or total > self.window:
             mask = new.visible(total - tokens, self.window)
         return attend(self, query_BHTE, key_BGSE, value_BGSE, mask)[0]
 
@@ -112,7 +143,7 @@ class WindowedAttention(Mixer):
         )
         column_S = torch.arange(2 * window, device=device)
         own_W1 = column_S[window:].unsqueeze(1)
-        reach_BT = new.places().clamp(max=window - 1)
+        reach_BT = new.real_first_positions().clamp(max=window - 1)
         reach_BJW1 = F.pad(reach_BT, (0, behind)).unflatten(1, (-1, window)).unsqueeze(-1)
         mask = (column_S <= own_W1) & (column_S >= own_W1 - reach_BJW1)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)

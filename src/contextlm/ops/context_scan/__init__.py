@@ -63,7 +63,7 @@ def context_scan(
     tensors = [*(tensor for kind in per_layer for tensor in kind), initial_BC]
     batch, tokens, _ = projected_BTC[0].shape
     name = context_scan_backend(tensors, batch, tokens, backend=backend)
-    # Imported when chosen: a compiler takes a while to load, and may be absent.
+    # Imported when chosen: compilers and kernels take a while to load.
     if name == "numba":
         from contextlm.ops.context_scan.numba import context_scan_numba as run
     elif name == "triton":
@@ -106,11 +106,11 @@ def _obstacle(name: str, tensors: Sequence[Tensor]) -> str:
     device = "cpu" if name == "numba" else "cuda"
     if devices != {device}:
         return f"is for {device.upper()} only"
-    if not is_installed(name):
-        return f"needs the package {name}"
     if name == "numba":
         fits = len(types) == 1 and types <= {torch.float32, torch.float64}
         return "" if fits else "takes float32 or float64, all tensors alike"
+    if not is_installed(name):
+        return f"needs the package {name}"
     from contextlm.ops.context_scan.triton import is_supported
 
     layers, width = (len(tensors) - 1) // 4, tensors[-1].shape[-1]

@@ -91,7 +91,7 @@ def delta_rule(
         logs_BTHX = torch.where(mask_BT[..., None, None], given[3], 0)
         given = (*given[:3], logs_BTHX, torch.where(mask_BT.unsqueeze(-1), given[4], 0))
     name = delta_rule_backend(*given, packed=begins_BT is not None, backend=backend)
-    # Imported when chosen: a compiler takes a while to load, and may be absent.
+    # Imported when chosen: compilers and kernels take a while to load.
     if name == "numba":
         from contextlm.ops.delta_rule.numba import delta_rule_numba as run
     elif name == "chunked":

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contextlm.ops.backends import is_installed
-
 # Logits of a block: so many that arranging the weight for a product, and reading and writing the
 # sum of its gradients, which each block does anew, do not count.
 BLOCK = 2**26
@@ -103,7 +101,7 @@ def _rows(rows: int, entries: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _softmax_loss(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """Each row's loss, in float32 at least; turns its logits into their gradient, in place."""
-    if logits_RV.device.type == "cpu" and is_installed("numba"):
+    if logits_RV.device.type == "cpu":
         from contextlm.ops.linear_cross_entropy.numba import softmax_loss_numba
 
         return softmax_loss_numba(logits_RV, targets_R)

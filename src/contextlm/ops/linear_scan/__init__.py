@@ -80,7 +80,7 @@ def linear_scan(
         keep_BT1 = mask_BT.unsqueeze(-1)
         gates_BTC = torch.where(keep_BT1, gates_BTC, 1)
         inputs_BTC = torch.where(keep_BT1, inputs_BTC, 0)
-    # Imported when chosen: a compiler takes a while to load, and may be absent.
+    # Imported when chosen: compilers and kernels take a while to load.
     if name == "numba":
         from contextlm.ops.linear_scan.numba import linear_scan_numba as run
     elif name == "parallel":

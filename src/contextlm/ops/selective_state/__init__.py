@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from contextlm.ops.arguments import check_shapes, computing_type
-from contextlm.ops.backends import AUTO, numba_fits, recurrence_backend
+from contextlm.ops.backends import AUTO, recurrence_backend
 
 BACKENDS = ("eager", "numba", "chunked", "mamba_ssm", "fla")
 
@@ -86,7 +86,7 @@ def selective_state(
     if mask_BT is not None:
         given = (given[0], torch.where(mask_BT.unsqueeze(-1), given[1], 0), *given[2:])
     name = selective_state_backend(*given, packed=begins_BT is not None, backend=backend)
-    # Imported when chosen: a compiler takes a while to load, and may be absent.
+    # Imported when chosen: compilers and kernels take a while to load.
     if name == "numba":
         from contextlm.ops.selective_state.numba import selective_state_numba as run
     elif name == "chunked":
@@ -114,17 +114,6 @@ def selective_state_backend(*tensors: Tensor, packed: bool = False, backend: str
     """
     kernels = ("mamba_ssm",) if packed else ("mamba_ssm", "fla")
     return recurrence_backend("selective_state", backend, BACKENDS, tensors, kernels)
-
-
-def can_step(*tensors: Tensor) -> bool:
-    """Whether `selective_state.step` can take these tensors, and is not chosen against."""
-    kind = tensors[0].dtype
-    return (
-        not torch.is_grad_enabled()
-        and kind in (torch.float32, torch.float64)
-        and all(tensor.dtype == kind and tensor.is_contiguous() for tensor in tensors)
-        and numba_fits("selective_state", tensors)
-    )
 
 
 def _shape(inputs_BTHP: Tensor) -> torch.Size:

@@ -1,7 +1,4 @@
-"""All that S does for one token between its two projections, in one compiled call, on a CPU.
-
-While text is generated a mixer's arithmetic is little and its operations are many: in plain torch
-some forty, of which each costs more than its numbers. State and taps are changed in place.
+"""All that S does for one token between its two projections (see `ops.step`).
 
 X is the width of what the first projection gives: z, the convolution's inputs u, B and C, and d.
 """
@@ -14,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from contextlm.ops.backends import compiled
-from contextlm.ops.rows import over_rows
 from contextlm.ops.scalars import sigmoid
+from contextlm.ops.step import array, convolve, normalise, softplus, take_step
 
 # Compiled functions have no annotations, hence the silenced checks: Numba finds their types when
 # they are called, and one function serves several.
@@ -23,32 +20,29 @@ from contextlm.ops.scalars import sigmoid
 
 @compiled("contract", "reassoc")
 def _step(  # type: ignore[no-untyped-def]
-    projected_BX, taps_BJC, state_BHNP, out_BE,
-    weight_JC, bias_C, step_H, rate_H, skip_H, norm_E, eps,
+    first_row, last_row, eps, projected, taps, state, out,
+    weight, bias, steps, rates, skips, norm, before, heads, numbers, width,
 ):  # fmt: skip
-    batch, heads, numbers, width = state_BHNP.shape
+    inner = heads * width
+    convolved = inner + 2 * numbers
+    projected_BX = array(projected, (last_row, inner + convolved + heads), eps)
+    taps_BJC = array(taps, (last_row, before, convolved), eps)
+    state_BHNP = array(state, (last_row, heads, numbers, width), eps)
+    out_BE = array(out, (last_row, inner), eps)
+    weight_JC, bias_C = array(weight, (before + 1, convolved), eps), array(bias, convolved, eps)
+    step_H, rate_H = array(steps, heads, eps), array(rates, heads, eps)
+    skip_H, norm_E = array(skips, heads, eps), array(norm, inner, eps)
     kind = out_BE.dtype.type
-    inner, convolved = out_BE.shape[1], weight_JC.shape[1]
-    before, mixed_C = taps_BJC.shape[1], np.empty(convolved, out_BE.dtype)
-    for b in range(batch):
+    mixed_C = np.empty(convolved, out_BE.dtype)
+    for b in range(first_row, last_row):
         z_E, x_C = projected_BX[b, :inner], projected_BX[b, inner : inner + convolved]
-        for c in range(convolved):
-            mixed_C[c] = bias_C[c] + weight_JC[0, c] * x_C[c]
-        for j in range(1, before + 1):
-            weight_C, tap_C = weight_JC[j], taps_BJC[b, before - j]
-            for c in range(convolved):
-                mixed_C[c] += weight_C[c] * tap_C[c]
-        for j in range(before):
-            later_C = x_C if j == before - 1 else taps_BJC[b, j + 1]
-            taps_BJC[b, j] = later_C
+        convolve(x_C, taps_BJC[b], weight_JC, bias_C, mixed_C)
         for c in range(convolved):
             mixed_C[c] *= sigmoid(mixed_C[c])
-        squares = kind(0)
         for h in range(heads):
             start, stop = h * width, (h + 1) * width
             u_P, out_P, gate_P = mixed_C[start:stop], out_BE[b, start:stop], z_E[start:stop]
-            given = projected_BX[b, inner + convolved + h] + step_H[h]
-            step = kind(given if given > 20 else math.log1p(math.exp(given)))  # as torch's softplus
+            step = kind(softplus(projected_BX[b, inner + convolved + h] + step_H[h]))
             decay = kind(math.exp(-step * math.exp(rate_H[h])))
             skip, state_NP = skip_H[h], state_BHNP[b, h]
             for p in range(width):
@@ -61,17 +55,13 @@ def _step(  # type: ignore[no-untyped-def]
                     row_P[p] = value
                     out_P[p] += read * value
             for p in range(width):
-                value = out_P[p] * gate_P[p] * sigmoid(gate_P[p])
-                out_P[p] = value
-                squares += value * value
-        root = kind(1 / math.sqrt(squares / kind(inner) + eps))
-        for e in range(inner):
-            out_BE[b, e] *= root * norm_E[e]
+                out_P[p] *= gate_P[p] * sigmoid(gate_P[p])
+        normalise(out_BE[b], norm_E, eps)
 
 
 def selective_step(
-    projected_BX: Tensor,
-    taps_BJC: Tensor,
+    projected_B1X: Tensor,
+    taps_BJC: Tensor | None,
     state_BHNP: Tensor,
     weight_JC: Tensor,
     bias_C: Tensor,
@@ -79,12 +69,13 @@ def selective_step(
     rate_H: Tensor,
     skip_H: Tensor,
     norm_E: Tensor,
+    *,
     eps: float,
 ) -> Tensor:
-    """What the second projection is given, ``[B, E]``; changes `taps` and `state`.
+    """What the second projection is given, ``[B, 1, E]``; changes `taps` and `state`.
 
     Args:
-        projected_BX: what the first one gave, contiguous as all others, of one type.
+        projected_B1X: what the first one gave, contiguous as all others, of one type.
         taps_BJC: the convolution's last inputs, the newest last.
         state_BHNP: the state before the token.
         weight_JC: of the convolution, the current token's first.
@@ -95,7 +86,10 @@ def selective_step(
         norm_E: the norm's weights.
         eps: added to the mean square.
     """
-    out_BE = projected_BX.new_empty(len(projected_BX), len(norm_E))
-    shared = (weight_JC, bias_C, step_H, rate_H, skip_H, norm_E, eps)
-    over_rows(_step, (projected_BX, taps_BJC, state_BHNP, out_BE), *shared)
-    return out_BE
+    batch, *sizes = state_BHNP.shape
+    out_B1E = projected_B1X.new_empty(batch, 1, len(norm_E))
+    tensors = (projected_B1X, taps_BJC, state_BHNP, out_B1E)
+    weights = (weight_JC, bias_C, step_H, rate_H, skip_H, norm_E)
+    numbers = len(norm_E) * sizes[1]
+    take_step(_step, batch, numbers, eps, (*tensors, *weights), len(weight_JC) - 1, *sizes)
+    return out_B1E

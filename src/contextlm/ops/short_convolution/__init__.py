@@ -26,7 +26,7 @@ def short_convolution(
     before_BJC: Tensor | None = None,
     *,
     silu: bool = False,
-    places_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
     backend: str = AUTO,
 ) -> Tensor:
     """The outputs, ``[B, T, C]``, in the widest type of inputs and weights.
@@ -37,8 +37,8 @@ def short_convolution(
         bias_C: b.
         before_BJC: the inputs before the first, the newest last; None: zeros.
         silu: whether f is SiLU.
-        places_BT: each token's position in its document, which sees nothing of what is before it;
-            None: no document begins behind the first token.
+        positions_BT: each token's position in its document, which sees nothing before it; None: no
+            document begins behind the first token.
         backend: one of `BACKENDS`, or ``auto`` (see `ops.backends`).
 
     Raises:
@@ -50,4 +50,4 @@ def short_convolution(
         from contextlm.ops.short_convolution.numba import short_convolution_numba as run
     else:
         from contextlm.ops.short_convolution.naive import short_convolution_naive as run
-    return run(*given, before_BJC, places_BT, silu=silu)
+    return run(*given, before_BJC, positions_BT, silu=silu)

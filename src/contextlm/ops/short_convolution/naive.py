@@ -12,7 +12,7 @@ def short_convolution_naive(
     weight_JC: Tensor,
     bias_C: Tensor,
     before_BJC: Tensor | None,
-    places_BT: Tensor | None,
+    positions_BT: Tensor | None,
     *,
     silu: bool,
 ) -> Tensor:
@@ -27,7 +27,7 @@ def short_convolution_naive(
     out_BTC = torch.addcmul(bias_C, inputs_BTC, weight_JC[0])
     for back in range(1, taps):
         earlier_BTC = all_BSC[:, before - back : before - back + tokens]
-        if places_BT is not None:
-            earlier_BTC = earlier_BTC.masked_fill((places_BT < back).unsqueeze(-1), 0)
+        if positions_BT is not None:
+            earlier_BTC = earlier_BTC.masked_fill((positions_BT < back).unsqueeze(-1), 0)
         out_BTC = torch.addcmul(out_BTC, earlier_BTC, weight_JC[back])
     return F.silu(out_BTC) if silu else out_BTC

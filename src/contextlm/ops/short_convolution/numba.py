@@ -24,7 +24,7 @@ from contextlm.ops.scalars import load, sigmoid, silu_slope, store
 
 
 @compiled("contract", inlined=True)
-def _convolve(x_BTX, before_BJC, places_BT, weight_JC, bias_C, first, b, t, out_C):  # type: ignore[no-untyped-def]
+def _convolve(x_BTX, before_BJC, positions_BT, weight_JC, bias_C, first, b, t, out_C):  # type: ignore[no-untyped-def]
     """One token's outputs before the activation."""
     taps, channels = weight_JC.shape
     x_C, weight_C = x_BTX[b, t, first : first + channels], weight_JC[0]
@@ -32,7 +32,7 @@ def _convolve(x_BTX, before_BJC, places_BT, weight_JC, bias_C, first, b, t, out_
         out_C[c] = bias_C[c] + weight_C[c] * load(x_C[c])
     for j in range(1, taps):
         weight_C = weight_JC[j]
-        if places_BT.shape[1] > 0 and places_BT[b, t] < j:
+        if positions_BT.shape[1] > 0 and positions_BT[b, t] < j:
             break
         if t >= j:
             x_C = x_BTX[b, t - j, first : first + channels]
@@ -45,11 +45,11 @@ def _convolve(x_BTX, before_BJC, places_BT, weight_JC, bias_C, first, b, t, out_
 
 
 @compiled("contract")
-def _forward(x_BTX, before_BJC, places_BT, out_BTC, weight_JC, bias_C, first, silu):  # type: ignore[no-untyped-def]
+def _forward(x_BTX, before_BJC, positions_BT, out_BTC, weight_JC, bias_C, first, silu):  # type: ignore[no-untyped-def]
     for b in range(out_BTC.shape[0]):
         for t in range(out_BTC.shape[1]):
             out_C = out_BTC[b, t]
-            _convolve(x_BTX, before_BJC, places_BT, weight_JC, bias_C, first, b, t, out_C)
+            _convolve(x_BTX, before_BJC, positions_BT, weight_JC, bias_C, first, b, t, out_C)
             if silu:
                 for c in range(out_C.shape[0]):
                     out_C[c] *= sigmoid(out_C[c])
@@ -57,7 +57,7 @@ def _forward(x_BTX, before_BJC, places_BT, out_BTC, weight_JC, bias_C, first, si
 
 @compiled("contract")
 def _backward(  # type: ignore[no-untyped-def]
-    x_BTX, before_BJC, places_BT, grad_BTC, dx_BTC, dbefore_BJC, dweight_BJC, dbias_BC,
+    x_BTX, before_BJC, positions_BT, grad_BTC, dx_BTC, dbefore_BJC, dweight_BJC, dbias_BC,
     weight_JC, bias_C, first, silu,
 ):  # fmt: skip
     batch, tokens, channels = grad_BTC.shape
@@ -72,7 +72,7 @@ def _backward(  # type: ignore[no-untyped-def]
         for t in range(tokens - 1, -1, -1):
             grad_C, inner_C, dbias_C = grad_BTC[b, t], inner_JC[t % taps], dbias_BC[b]
             if silu:
-                _convolve(x_BTX, before_BJC, places_BT, weight_JC, bias_C, first, b, t, inner_C)
+                _convolve(x_BTX, before_BJC, positions_BT, weight_JC, bias_C, first, b, t, inner_C)
                 for c in range(channels):
                     inner_C[c] = grad_C[c] * silu_slope(inner_C[c])
             else:
@@ -84,12 +84,14 @@ def _backward(  # type: ignore[no-untyped-def]
             for j in range(taps):
                 weight_C, dweight_C = weight_JC[j], dweight_BJC[b, j]
                 # What this token's input gave to the one j later.
-                if t + j < tokens and not (places_BT.shape[1] > 0 and places_BT[b, t + j] < j):
+                if t + j < tokens and not (
+                    positions_BT.shape[1] > 0 and positions_BT[b, t + j] < j
+                ):
                     later_C = inner_JC[(t + j) % taps]
                     for c in range(channels):
                         sum_C[c] += weight_C[c] * later_C[c]
                 # What it was given by the one j earlier.
-                if places_BT.shape[1] > 0 and places_BT[b, t] < j:
+                if positions_BT.shape[1] > 0 and positions_BT[b, t] < j:
                     continue
                 if t >= j:
                     x_C = x_BTX[b, t - j, first : first + channels]
@@ -108,27 +110,27 @@ def _backward(  # type: ignore[no-untyped-def]
 
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, before: Tensor, places: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, before: Tensor, positions: Tensor, *rest: Any) -> Tensor:
         weight_JC, bias_C, silu = rest
         rows_BTX, first = whole_rows(inputs)
-        given = (rows_BTX, before.contiguous(), places)
+        given = (rows_BTX, before.contiguous(), positions)
         out_BTC = weight_JC.new_empty(inputs.shape)
         shared = (weight_JC.contiguous(), bias_C.contiguous())
         over_rows(_forward, (*given, out_BTC), *shared, first, silu)
-        ctx.save_for_backward(inputs, before, places, *shared)
+        ctx.save_for_backward(inputs, before, positions, *shared)
         ctx.silu = silu
         return out_BTC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, before, places, weight_JC, bias_C = ctx.saved_tensors
+        inputs, before, positions, weight_JC, bias_C = ctx.saved_tensors
         rows_BTX, first = whole_rows(inputs)
         dinputs = torch.empty(inputs.shape, dtype=inputs.dtype)
         dbefore = torch.empty_like(before, memory_format=torch.contiguous_format)
         dweight = grad_BTC.new_empty(len(inputs), *weight_JC.shape)
         dbias = grad_BTC.new_empty(len(inputs), *bias_C.shape)
-        given = (rows_BTX, before.contiguous(), places, grad_BTC.contiguous())
+        given = (rows_BTX, before.contiguous(), positions, grad_BTC.contiguous())
         results = (dinputs, dbefore, dweight, dbias)
         over_rows(_backward, (*given, *results), weight_JC, bias_C, first, ctx.silu)
         return dinputs, dbefore, None, dweight.sum(0), dbias.sum(0), None
@@ -139,7 +141,7 @@ def short_convolution_numba(
     weight_JC: Tensor,
     bias_C: Tensor,
     before_BJC: Tensor | None,
-    places_BT: Tensor | None,
+    positions_BT: Tensor | None,
     *,
     silu: bool,
 ) -> Tensor:
@@ -151,7 +153,7 @@ def short_convolution_numba(
         inputs_BTC = inputs_BTC.to(kind)
     if before_BJC is None:
         before_BJC = inputs_BTC.new_empty(batch, 0, width)
-    if places_BT is None:
-        places_BT = torch.empty(batch, 0, dtype=torch.long)
-    given = (inputs_BTC, before_BJC.to(kind), places_BT.contiguous())
+    if positions_BT is None:
+        positions_BT = torch.empty(batch, 0, dtype=torch.long)
+    given = (inputs_BTC, before_BJC.to(kind), positions_BT.contiguous())
     return _ShortConvolution.apply(*given, weight_JC.to(kind), bias_C.to(kind), silu).to(wanted)
