@@ -246,10 +246,10 @@ def test_weights_that_are_missing_are_told_before_a_run_begins(
 def test_positions_that_are_learned_suffice_to_calibrate_and_to_decode_in(
     tmp_path: Path, saved: Callable[..., Path], text: str, command: Command
 ) -> None:
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 100}
     ends = {"bos_token_id": 256, "eos_token_id": 256}
     model = saved(tmp_path / "gpt2", GPT2Config(vocab_size=257, **sizes, **ends))
-    options = ["--text", text, "--lengths", "128", "--out", tmp_path / "runs"]
+    options = ["--text", text, "--lengths", "100", "--out", tmp_path / "runs"]
     code, _, stderr = command("compress", model, "--policies", "latent:25%", *options)
     assert code == 0, stderr
 

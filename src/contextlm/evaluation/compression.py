@@ -52,7 +52,10 @@ class Passkey:
 def passkeys(
     tokenizer: PreTrainedTokenizerFast, text_T: Tensor, tokens: int, depths: Sequence[float]
 ) -> list[Passkey]:
-    """One prompt of `tokens` tokens for each depth, with noise from the text around the digits."""
+    """One prompt of `tokens` tokens for each depth, with noise from the text around the digits.
+
+    What is longer without any noise is cut at its beginning, digits or not.
+    """
     made = []
     for number, depth in enumerate(depths):
         digits = str(np.random.default_rng(number).integers(10 ** (DIGITS - 1), 10**DIGITS))
@@ -65,6 +68,7 @@ def passkeys(
         prompt_T = torch.cat(
             [text_T[:before], key_T, text_T[before : before + max(0, noise - before)], question_T]
         )
+        prompt_T = prompt_T[-max(1, tokens - len(answer_T)) :]
         made.append(Passkey(depth, prompt_T[None], answer_T))
     return made
 
