@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     Qwen3Config,
@@ -211,6 +212,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
             "more than the model's 256 positions",
         ),
         (["--policy", "window:9", "--kl", "0", "--loss", "0"], "nothing would be minimised"),
+        (["--policy", "window:9", "--kl", "inf"], "--kl inf: expected a finite number"),
         (["--policy", "window:9", "--learning-rate", "0"], "--learning-rate 0.0: expected"),
     ],
 )
@@ -229,6 +231,29 @@ def test_what_cannot_be_healed_is_refused_before_anything_is(
     assert not out.exists()
 
 
+def test_weights_that_are_missing_are_told_before_a_run_begins(
+    tmp_path: Path, saved: Callable[..., Path], text: str, command: Command
+) -> None:
+    model, out = saved(tmp_path / "llama", CONFIGS["llama"]), tmp_path / "runs"
+    (model / "model.safetensors").unlink()
+    options = ["--policy", "window:9", "--tokens", 900, "--sequence-length", 64, "--out", out]
+    code, _, stderr = command("heal", model, *options, "--text", text)
+    assert code == 2
+    assert "model.safetensors is missing" in stderr.splitlines()[-1]
+    assert list(out.glob("*")) == []
+
+
+def test_positions_that_are_learned_suffice_to_calibrate_and_to_decode_in(
+    tmp_path: Path, saved: Callable[..., Path], text: str, command: Command
+) -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 100}
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    model = saved(tmp_path / "gpt2", GPT2Config(vocab_size=257, **sizes, **ends))
+    options = ["--text", text, "--lengths", "100", "--out", tmp_path / "runs"]
+    code, _, stderr = command("compress", model, "--policies", "latent:25%", *options)
+    assert code == 0, stderr
+
+
 def test_a_model_that_is_nowhere_is_a_clear_error(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +261,8 @@ def test_a_model_that_is_nowhere_is_a_clear_error(
     code, _, stderr = command("compress", "somebody/no-such-model-here")
     assert code == 1
     assert "no folder here: the hub" in stderr
+    code, _, stderr = command("heal", "", "--policy", "window:9")
+    assert (code, stderr) == (2, "contextlm: error: model '': no such folder\n")
     code, _, stderr = command("compress", "no/such/folder")
     assert code == 2
     assert "no such folder" in stderr

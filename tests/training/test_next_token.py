@@ -74,7 +74,14 @@ def scripted(losses):
 
 
 def train(
-    tmp_path, evaluate, settings=None, fields=NEOX, precision="float32", seed=0, windows=None
+    tmp_path,
+    evaluate,
+    settings=None,
+    fields=NEOX,
+    precision="float32",
+    seed=0,
+    windows=None,
+    make_loss=None,
 ):
     model = create_model(build_config(fields, VOCABULARY), seed)
     watcher = Watcher()
@@ -89,6 +96,7 @@ def train(
         folder=tmp_path,
         watcher=watcher,
         tell=print,
+        make_loss=make_loss,
     )
     return model, outcome, watcher
 
@@ -218,6 +226,22 @@ def test_bfloat16_is_for_training_only(tmp_path):
     types.append(model(torch.tensor([[1, 2]])).logits.dtype)
     assert types == [torch.float32, torch.float32]
     assert model.dtype == torch.float32
+
+
+def test_what_is_minimised_must_be_finite_whatever_is_told(tmp_path):
+    class Loss(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, labels_BT, targets, **arguments):
+            logits_BTV = self.model(**arguments, use_cache=False).logits
+            return logits_BTV.sum() * math.nan, torch.tensor(1.0)
+
+    evaluate, _ = scripted([1.0])
+    settings = TrainingSettings(batch_size=4, epochs=1)
+    with pytest.raises(NotFiniteError, match="training loss is nan at step 1"):
+        train(tmp_path, evaluate, settings, make_loss=Loss)
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):

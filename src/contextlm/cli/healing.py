@@ -82,6 +82,9 @@ def heal(
     """
     if not 0 < learning_rate < float("inf"):
         raise InputError(f"--learning-rate {learning_rate}: expected a number above 0")
+    for option, weight in {"--kl": kl, "--loss": loss}.items():
+        if weight == float("inf"):
+            raise InputError(f"{option} {weight}: expected a finite number")
     if not kl and not loss:
         raise InputError("--kl 0 --loss 0: nothing would be minimised")
     place = writable_folder(out, "--out")

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from contextlm.compress.adaptors import ARCHITECTURES, attentions_of
 from contextlm.compress.base import Policy, parse_policy
 from contextlm.compress.calibration import Calibration, Sizes
-from contextlm.compress.installed import CompressedCache
+from contextlm.compress.installed import CompressedCache, check_keeps_none
 from contextlm.models.stub import auto_map, write_stub
 
 TYPE = "compressed"
@@ -116,12 +116,28 @@ def _config_class(plain_type: str) -> Any:
 
 
 def compressed_config(plain: PreTrainedConfig, policy: Policy, sizes: Sizes) -> PreTrainedConfig:
-    """The configuration of a model that keeps a policy."""
+    """The configuration of a model that keeps a policy.
+
+    Raises:
+        InputError: it keeps one already.
+    """
+    check_keeps_none(plain)
     ranks = None if sizes.ranks is None else list(sizes.ranks)
     kept = {"plain_type": plain.model_type, "cache_policy": policy.spec, "cache_ranks": ranks}
     made = _config_class(plain.model_type).from_dict({**plain.to_dict(), **kept})
     made._attn_implementation = plain._attn_implementation
     return made
+
+
+def plain_config(config: Any) -> PreTrainedConfig:
+    """The configuration of a model as it would be without the policy that it may keep."""
+    if not isinstance(config, _KeepsPolicy):
+        return config
+    values = config.to_dict()
+    for name in ("model_type", "auto_map", "plain_type", "cache_policy", "cache_ranks"):
+        values.pop(name)
+    plain: PreTrainedConfig = CONFIG_MAPPING[config.plain_type].from_dict(values)
+    return plain
 
 
 def compressed_model(

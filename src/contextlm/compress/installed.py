@@ -52,12 +52,8 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
         calibration: Calibration | Sizes | Tensor | None = None,
     ):
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
-        kept = getattr(getattr(model, "config", None), "cache_policy", None)
-        if kept is not None and not isinstance(calibration, Sizes):
-            raise InputError(
-                f"this model keeps a policy of its own, {kept}, and decodes by it without further "
-                "words: put another onto the model that it was made of"
-            )
+        if not isinstance(calibration, Sizes):
+            check_keeps_none(getattr(model, "config", None))
         if self.policy.needs_calibration and calibration is None:
             raise InputError(
                 f"policy {self.policy.spec} is fitted to a text: pass its token ids as calibration="
@@ -99,6 +95,20 @@ class CompressedCache(AbstractContextManager["CompressedCache"]):
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+def check_keeps_none(config: Any) -> None:
+    """Refuse a second policy for a model that keeps one.
+
+    Raises:
+        InputError: it names the first.
+    """
+    kept = getattr(config, "cache_policy", None)
+    if kept is not None:
+        raise InputError(
+            f"this model keeps a policy of its own, {kept}, and decodes by it without further "
+            "words: put another onto the model that it was made of"
+        )
 
 
 class Switch:

@@ -56,13 +56,12 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
             the others; the message names the file.
     """
     place = resolve_device(device)
-    _check_parts(folder)
+    # Asked before anything is loaded: weights that a file lacks would be drawn at random, however
+    # large config.json says that they are.
+    stored = check_files(folder)
     config = read_config(folder)
     tokenizer = _read_tokenizer(folder)
     weights = WEIGHTS if is_file(folder / WEIGHTS) else INDEX
-    # Asked before anything is loaded: weights that a file lacks would be drawn at random, however
-    # large config.json says that they are.
-    stored = _check_weights(folder)
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
     if wanted > _MOST_PACKED * stored:
         raise InputError(f"{folder}: {weights} does not fit config.json")
@@ -207,6 +206,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: not a JSON object")
     return value
+
+
+def check_files(folder: Path) -> int:
+    """How many numbers a checkpoint's files of weights hold, once all its parts are there.
+
+    Raises:
+        InputError: a part is missing, or a file of weights damaged; the message names it.
+    """
+    _check_parts(folder)
+    return _check_weights(folder)
 
 
 def _check_names_no_code(config: dict[str, Any], file: Path) -> None:

@@ -7,6 +7,7 @@ distributions are compared with those of the full cache, which stand in a file m
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from contextlm.compress.base import Policy, Stack
 from contextlm.compress.calibration import Calibration
 from contextlm.compress.installed import CompressedCache
-from contextlm.evaluation.memory import cache_bytes, feed, feed_all
+from contextlm.evaluation.memory import cache_bytes, feed, feed_all, position_limit
 from contextlm.evaluation.speed import now
 from contextlm.results.compression import Bucket, PolicyFigures
 from contextlm.results.facts import CacheBytes
@@ -51,7 +52,10 @@ class Passkey:
 def passkeys(
     tokenizer: PreTrainedTokenizerFast, text_T: Tensor, tokens: int, depths: Sequence[float]
 ) -> list[Passkey]:
-    """One prompt of `tokens` tokens for each depth, with noise from the text around the digits."""
+    """One prompt of `tokens` tokens for each depth, with noise from the text around the digits.
+
+    What is longer without any noise is cut at its beginning, digits or not.
+    """
     made = []
     for number, depth in enumerate(depths):
         digits = str(np.random.default_rng(number).integers(10 ** (DIGITS - 1), 10**DIGITS))
@@ -64,6 +68,7 @@ def passkeys(
         prompt_T = torch.cat(
             [text_T[:before], key_T, text_T[before : before + max(0, noise - before)], question_T]
         )
+        prompt_T = prompt_T[-max(1, tokens - len(answer_T)) :]
         made.append(Passkey(depth, prompt_T[None], answer_T))
     return made
 
@@ -92,7 +97,9 @@ class Measuring:
         self.model, self.calibration = model, calibration
         self.tokens = list(tokens)
         self.text_1T = text_T[None, : self.tokens[-1] + 1].to(model.device)
-        self.prompts = passkeys(tokenizer, text_T, self.tokens[-1], DEPTHS)
+        # As many tokens as the text, unless no positions are left then to decode in.
+        room = min(self.tokens[-1], (position_limit(model) or math.inf) - DECODED)
+        self.prompts = passkeys(tokenizer, text_T, int(room), DEPTHS)
         shape = (self.tokens[-1], model.config.vocab_size)
         self._reference = np.lib.format.open_memmap(
             reference, mode="w+", dtype=np.float32, shape=shape

@@ -29,8 +29,8 @@ from contextlm.data.token_store import build_token_store
 from contextlm.evaluation.checkpoint import load_checkpoint, read_trained
 from contextlm.evaluation.measure import MEASURED, SEQUENCE_LENGTH, Split, open_corpus
 from contextlm.evaluation.memory import CHUNK, feed_all, measure_cache, position_limit
-from contextlm.evaluation.quality import perplexity, retrieval_accuracy
-from contextlm.results.facts import CacheBytes, PositionLoss, RetrievalAccuracy
+from contextlm.evaluation.quality import retrieval_accuracy
+from contextlm.results.facts import CacheBytes, PositionLoss, RetrievalAccuracy, perplexity
 
 WINDOWS = 16
 QUESTIONS = 1000

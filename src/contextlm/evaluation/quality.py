@@ -17,7 +17,7 @@ from contextlm.base import distribution
 from contextlm.data.synthetic import Task
 from contextlm.data.windows import IGNORED, model_inputs
 from contextlm.models.layers import ContextBlock
-from contextlm.results.facts import RetrievalAccuracy
+from contextlm.results.facts import RetrievalAccuracy, perplexity
 
 RANK_SAMPLE = 10_000
 
@@ -34,11 +34,6 @@ class Quality:
     def ppl(self) -> float:
         """Perplexity."""
         return perplexity(self.loss)
-
-
-def perplexity(loss: float) -> float:
-    """``exp(loss)``; beyond a loss of 200, which no report can tell apart, that of 200."""
-    return math.exp(min(loss, 200.0))
 
 
 @torch.no_grad()

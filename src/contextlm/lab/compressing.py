@@ -80,7 +80,7 @@ def compress(
     attentions = attentions_of(model)
     limit = position_limit(model)
     lengths = _within(settings.lengths, limit)
-    text_T, other_NT, corpus = texts(settings.text, tokenizer, lengths[-1])
+    text_T, other_NT, corpus = texts(settings.text, tokenizer, lengths[-1], limit)
     if len(text_T) < lengths[-1] + 1:
         raise InputError(
             f"corpus {corpus!r} has {len(text_T):,} tokens to read, --lengths asks for "
@@ -167,18 +167,20 @@ def proposed(
     return list(found.values())
 
 
-def texts(name: str, tokenizer: PreTrainedTokenizerFast, tokens: int) -> tuple[Tensor, Tensor, str]:
+def texts(
+    name: str, tokenizer: PreTrainedTokenizerFast, tokens: int, positions: int | None
+) -> tuple[Tensor, Tensor, str]:
     """A text of at least ``tokens + 1`` tokens where there is one, others to calibrate, the name.
 
     The first document of the validation split that is long enough is read, else the whole split.
-    Rows to calibrate are taken from all over the training split.
+    Rows to calibrate, of at most as many `positions`, are taken from all over the training split.
     """
     cache = cache_folder()
     corpus = load_corpus(name)
     held_out = build_token_store(corpus, "validation", tokenizer, cache)
-    text_T = text_to_read(held_out.documents, held_out.tokens, tokens)
+    text_T = text_to_read(held_out.documents, tokens)
     other = build_token_store(corpus, "train", tokenizer, cache).tokens
-    return text_T, rows_to_calibrate(other), corpus.name
+    return text_T, rows_to_calibrate(other, positions), corpus.name
 
 
 def memory_text(folder: Path) -> str:

@@ -33,11 +33,11 @@ from contextlm.base.files import atomic_open, cache_folder, is_folder, with_home
 from contextlm.base.progress import Progress
 from contextlm.data.hub import from_hub
 from contextlm.data.windows import Windows
-from contextlm.evaluation.quality import evaluator, perplexity
+from contextlm.evaluation.quality import evaluator
 from contextlm.lab.live import EpochWatcher, History
 from contextlm.models.build import create_model
 from contextlm.recipe.settings import EmbeddingSettings, TrainingSettings
-from contextlm.results.facts import EmbeddingFacts
+from contextlm.results.facts import EmbeddingFacts, perplexity
 from contextlm.training.next_token import train_next_token
 from contextlm.training.optimisation import resolve_precision
 from contextlm.training.phase_two_state import PhaseTwo

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from contextlm.base.device import resolve_device
 from contextlm.base.errors import InputError
+from contextlm.compress.checkpoint import plain_config
 from contextlm.data.tokenizers import known_vocab_size
 from contextlm.lab.matching import Match, matched, parameters
 from contextlm.lab.preparation import Entry, Prepared, on_first_part, prepare
-from contextlm.lab.pretrained import Start, config_of
+from contextlm.lab.pretrained import Start, as_trained, config_of
 from contextlm.models.base import ReadsStoredContexts
 from contextlm.models.build import create_model, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -80,7 +81,10 @@ def count_parameters(recipe: Recipe) -> list[ParameterCount]:
     contenders, matches = matched(recipe, vocab_size)
     models = {contender.name: _meta(contender, vocab_size) for contender in contenders}
     of_baseline = parameters(models[recipe.baseline.name])
-    return [_count(name, models[name], of_baseline, matches.get(name)) for name in models]
+    return [
+        _count(contender, models[contender.name], of_baseline, matches.get(contender.name))
+        for contender in contenders
+    ]
 
 
 def _meta(contender: Contender, vocab_size: int) -> PreTrainedModel:
@@ -94,7 +98,7 @@ def dry_run(recipe: Recipe, *, device: str) -> RecipeCost:
     """Check a recipe with its corpus and find out what a run would take; writes no run folder.
 
     Each contender takes a few optimiser steps on its first windows; memory counts weights,
-    gradients, optimiser state and the logits of one step.
+    gradients, optimiser state and the logits of one step, and a teacher's weights and logits.
 
     Raises:
         InputError: the recipe or its corpus is not usable.
@@ -114,15 +118,18 @@ def dry_run(recipe: Recipe, *, device: str) -> RecipeCost:
 
 
 def _count(
-    name: str, model: PreTrainedModel, of_baseline: int, match: Match | None
+    contender: Contender, model: PreTrainedModel, of_baseline: int, match: Match | None
 ) -> ParameterCount:
     total = parameters(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable, trainable_phase2 = (
+        sum(p.numel() for p in each.parameters() if p.requires_grad)
+        for each in (model, as_trained(contender, model))
+    )
     return ParameterCount(
-        name=name,
+        name=contender.name,
         total=total,
         trainable=trainable,
-        trainable_phase2=trainable,
+        trainable_phase2=trainable_phase2,
         versus_baseline_percent=100 * (total / of_baseline - 1),
         matched={} if match is None else {match.field: match.value},
     )
@@ -130,9 +137,9 @@ def _count(
 
 def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
     recipe, training, model = prepared.recipe, entry.training, entry.meta
-    name = entry.contender.name
+    contender = entry.contender
     baseline = parameters(prepared.entries[recipe.baseline.name].meta)
-    counts = _count(name, model, baseline, prepared.matches.get(name))
+    counts = _count(contender, model, baseline, prepared.matches.get(contender.name))
     length, tuning = recipe.sequence_length, recipe.tuning
     trained = [entry.at(budget) for budget in prepared.budgets] * len(recipe.seeds)
     trials = 0 if tuning is None else len(tuning.learning_rates)
@@ -144,7 +151,9 @@ def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
     steps = sum(part.steps for part in trained) - shared
     logits = training.batch_size * length * model.config.vocab_size
     # float32 weights, gradients and two moments; logits, their float copy and gradient.
-    memory = 4 * (counts.total + 3 * counts.trainable + 3 * logits)
+    memory = 4 * (counts.total + 3 * counts.trainable_phase2 + 3 * logits)
+    if contender.is_healed:
+        memory += 4 * (counts.total + logits)
     return ContenderCost(
         **counts.model_dump(),
         tokens_per_epoch=len(entry.train) * length,
@@ -152,8 +161,11 @@ def _cost(prepared: Prepared, entry: Entry) -> ContenderCost:
         seeds=len(recipe.seeds),
         tuning_trials=trials,
         steps=steps,
-        # A backward pass costs about two forward passes.
-        flops=3.0 * _forward_flops(_plain(entry), length) * length * windows,
+        # A backward pass costs about two forward passes, and a teacher makes one.
+        flops=(4.0 if contender.is_healed else 3.0)
+        * _forward_flops(_plain(entry), length)
+        * length
+        * windows,
         seconds_estimate=_seconds(prepared, entry, steps, memory),
         memory_bytes_estimate=memory,
     )
@@ -196,10 +208,8 @@ def _seconds(prepared: Prepared, entry: Entry, steps: int, memory: int) -> float
 
 def _plain(entry: Entry) -> PreTrainedModel:
     """The model that operations are counted on: without a policy, which reads values of tensors."""
-    if entry.contender.policy is None:
-        return entry.meta
-    plain = entry.contender.model_copy(update={"policy": None})
-    return meta_model(config_of(plain, entry.config.vocab_size))
+    plain = plain_config(entry.config)
+    return entry.meta if plain is entry.config else meta_model(plain)
 
 
 class _WithContexts(Dataset[dict[str, Tensor]]):

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from contextlm.base.errors import InputError
 from contextlm.base.files import cache_folder
 from contextlm.base.progress import Progress
-from contextlm.compress.adaptors import attentions_of
 from contextlm.data.corpora import load_corpus
 from contextlm.data.token_store import build_token_store
 from contextlm.data.tokenizers import load_tokenizer
 from contextlm.lab.compressing import memory_text
-from contextlm.lab.pretrained import config_of, folder_of, healing_of
+from contextlm.lab.matching import parameters
+from contextlm.lab.pretrained import as_trained, config_of, folder_of
 from contextlm.lab.running import run
 from contextlm.models.build import meta_model
 from contextlm.recipe.loading import check_recipe
@@ -132,11 +132,8 @@ def _training(folder: Path, settings: HealSettings) -> dict[str, Any]:
 def _training_memory(contender: Contender) -> str:
     """About how much training takes, before anything is loaded."""
     model = meta_model(config_of(contender, 1))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    own = [getattr(each.module, "cache_weights", None) for each in attentions_of(model)]
-    trained = sum(p.numel() for weights in own if weights is not None for p in weights.parameters())
-    if healing_of(contender).train == "all":
-        trained = total
+    total = parameters(model)
+    trained = sum(p.numel() for p in as_trained(contender, model).parameters() if p.requires_grad)
     held = 4 * (2 * total + 3 * trained)
     return (
         f"training takes about {human_bytes(held)} (weights of the original and of the copy, "

@@ -17,11 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from contextlm.base.errors import InputError, NotFiniteError
 from contextlm.base.files import write_json
 from contextlm.evaluation.tasks import own_files_hash
 from contextlm.lab.embeddings import is_learned
 from contextlm.lab.preparation import Entry, Prepared
+from contextlm.lab.pretrained import MEASURED, healing_of, text_to_read
 from contextlm.models.outside import sources
 from contextlm.recipe.settings import EmbeddingSettings, TuningSettings
 from contextlm.results.facts import TuningFacts, TuningTrial
@@ -252,12 +255,15 @@ def _decides(prepared: Prepared, entry: Entry, seed: int) -> dict[str, Any]:
     if code := sources(entry.meta):
         decides["code"] = code
     if entry.trained is not None:
-        healing = contender.healing and contender.healing.model_dump(mode="json")
+        healing = healing_of(contender).model_dump(mode="json") if contender.is_healed else None
         decides["trained"] = {
             "files": entry.trained,
             "policy": contender.policy,
             "healing": healing,
         }
+        if contender.policy is not None:
+            held_out_T = text_to_read(prepared.validation_documents, MEASURED)
+            decides["trained"]["held_out"] = _hash_of(held_out_T)
     return {
         **decides,
         "seed": seed,
@@ -354,6 +360,10 @@ def _by_name(values: list[Any]) -> dict[str, Any] | None:
     if all(isinstance(value, Mapping) and "name" in value for value in values):
         return {str(value["name"]): value for value in values}
     return None
+
+
+def _hash_of(tokens_T: Tensor) -> str:
+    return hashlib.sha256(tokens_T.numpy().tobytes()).hexdigest()
 
 
 def _canonical(value: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from contextlm.base import distribution
 from contextlm.base.files import disk_faults_named
 from contextlm.base.progress import Bar, Progress
-from contextlm.evaluation.quality import perplexity
 from contextlm.lab.tracking import Tracking
+from contextlm.results.facts import perplexity
 from contextlm.results.result import HistoryRow, PhaseOneRow, PhaseTwoRow, StepRow
 from contextlm.training.oacd import Iteration
 from contextlm.training.phase_two_state import Epoch

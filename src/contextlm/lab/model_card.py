@@ -21,15 +21,17 @@ def model_card(result: Result, recipe: Recipe, entry: Entry) -> str:
     """The card as Markdown; it holds no times, like the result."""
     kind = result.architecture
     known = registry()
-    ours = kind in known or result.healing is not None
+    policy = getattr(entry.config, "cache_policy", None)
+    ours = kind in known or policy is not None
     origin = "contextlm" if ours else "transformers"
     about = known[kind].description if kind in known else baseline_types().get(kind, kind)
     worth = "These weights are for comparing architectures; they know no more than the text below."
-    if result.healing is not None:
-        about = f"{entry.contender.from_} decoding by the cache policy {result.healing.policy}."
-        worth = (
-            "It was trained further under its policy, with the text below, towards the original."
-        )
+    if entry.contender.from_ is not None:
+        assert result.embedding is not None
+        decodes = "" if policy is None else f", decoding by the cache policy {policy}"
+        about = f"{result.embedding.path}{decodes}."
+        towards = ", towards the original" if entry.contender.is_healed else ""
+        worth = f"It was trained further with the text below{towards}."
     lines = [
         "---",
         "library_name: transformers",

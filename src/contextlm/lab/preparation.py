@@ -32,7 +32,7 @@ from contextlm.evaluation.tasks import load_tasks
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
 from contextlm.lab.matching import Match, matched
-from contextlm.lab.pretrained import config_of, files_hash, folder_of, healing_of
+from contextlm.lab.pretrained import as_trained, config_of, files_hash, folder_of
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -412,8 +412,7 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     elif recipe.embedding.source != "random":
         raise InputError("embedding: a model `from` somewhere brings its own")
     training = recipe.training_of(contender)
-    if contender.from_ is None or healing_of(contender).train == "all":
-        parameter_groups(model, training)
+    parameter_groups(as_trained(contender, model), training)
     if contender.phase1 is not None and not isinstance(model.base_model, HasContextBlock):
         raise InputError(
             f"phase1 needs a model with a context block, which {contender.model['type']!r} has not"

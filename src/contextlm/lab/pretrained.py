@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +23,8 @@ from contextlm.compress.adaptors import KEY, VALUE, attentions_of
 from contextlm.compress.base import parse_policy
 from contextlm.compress.calibration import Calibration
 from contextlm.compress.checkpoint import compressed_config, compressed_model
-from contextlm.evaluation.checkpoint import fetched, load_checkpoint, read_config
+from contextlm.compress.reading import Weights
+from contextlm.evaluation.checkpoint import check_files, fetched, load_checkpoint, read_config
 from contextlm.evaluation.compression import Measuring, reference_file
 from contextlm.evaluation.memory import position_limit
 from contextlm.models.build import build_config, meta_model
@@ -53,21 +54,21 @@ def config_of(contender: Contender, vocab_size: int, **token_ids: int) -> PreTra
     if contender.from_ is None:
         return build_config(contender.model, vocab_size, **token_ids)
     config = read_config(folder_of(contender.from_))
-    if contender.policy is None:
-        return config
-    policy = parse_policy(contender.policy)
-    policy.check_training()
-    attentions = attentions_of(meta_model(config))
-    policy.check(attentions)
-    sizes = policy.sizes(attentions)
+    if contender.policy is not None:
+        policy = parse_policy(contender.policy)
+        policy.check_training()
+        attentions = attentions_of(meta_model(config))
+        policy.check(attentions)
+        config = compressed_config(config, policy, policy.sizes(attentions))
     train = healing_of(contender).train
-    if train == "policy" and sizes.ranks is None:
+    if train == "policy" and getattr(config, "cache_ranks", None) is None:
+        kept = getattr(config, "cache_policy", "a model without a policy")
         raise InputError(
-            f"healing.train policy: {policy.spec} has nothing of its own to train; all or lora"
+            f"healing.train policy: {kept} has nothing of its own to train; all or lora"
         )
     if train == "lora" and find_spec("peft") is None:
         raise InputError("healing.train lora needs PEFT: pip install 'peft>=0.19'")
-    return compressed_config(config, policy, sizes)
+    return config
 
 
 def healing_of(contender: Contender) -> HealingSettings:
@@ -82,29 +83,76 @@ def folder_of(name: str) -> Path:
         InputError: there is none of this name.
         RunError: the hub could not be reached.
     """
-    return Path(name) if is_folder(Path(name)) else fetched(name)
+    return Path(name) if name and is_folder(Path(name)) else fetched(name)
 
 
 def files_hash(folder: Path) -> str:
-    """SHA-256 (hexadecimal) of a checkpoint's configuration and weights."""
+    """SHA-256 (hexadecimal) of a checkpoint's configuration and weights.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    check_files(folder)
     total = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         total.update(f"{file.name} {sha256_of(file)}\n".encode())
     return total.hexdigest()
 
 
-def rows_to_calibrate(tokens: np.ndarray) -> Tensor:
-    """Rows from all over a text, ``[N, T]``."""
-    row = min(CALIBRATION_ROW, len(tokens))
+def rows_to_calibrate(tokens: np.ndarray, positions: int | None) -> Tensor:
+    """Rows from all over a text, ``[N, T]``, none longer than a model's positions, if limited."""
+    row = min(CALIBRATION_ROW, len(tokens), positions or CALIBRATION_ROW)
     rows = min(CALIBRATION, len(tokens)) // row
     starts = np.linspace(0, len(tokens) - row, rows, dtype=int)
     return torch.from_numpy(np.stack([tokens[a : a + row] for a in starts]).astype(np.int64))
 
 
-def text_to_read(documents: Iterable[np.ndarray], whole: np.ndarray, tokens: int) -> Tensor:
-    """The first document of more than `tokens` tokens, else the whole text; twice as many."""
-    text = next((document for document in documents if len(document) > tokens), whole)
+def text_to_read(documents: Sequence[np.ndarray], tokens: int) -> Tensor:
+    """The first document of more than `tokens` tokens, else all in a row; twice as many at most."""
+    long = next((document for document in documents if len(document) > tokens), None)
+    text = np.concatenate(documents) if long is None else long
     return torch.from_numpy(np.asarray(text[: 2 * tokens + 1], dtype=np.int64))
+
+
+def as_trained(contender: Contender, meta: PreTrainedModel) -> PreTrainedModel:
+    """A contender's model on the meta device, in which what training updates asks for gradients."""
+    healing = healing_of(contender)
+    if healing.train != "all":
+        meta = copy.deepcopy(meta)
+        _leave_to_train(meta, healing, seed=0)
+    return meta
+
+
+def _leave_to_train(model: PreTrainedModel, healing: HealingSettings, seed: int) -> Any:
+    """Leave to train what `healing.train` says; PEFT's model around it, where there are adapters.
+
+    Args:
+        seed: of the adapters' weights.
+    """
+    if healing.train == "all":
+        return None
+    model.requires_grad_(False)
+    own, adapted = [part for part in model.modules() if isinstance(part, Weights)], None
+    if healing.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        # What is not read any more, or is trained itself, needs no adapter.
+        unused = {inner for part in own for inner in part.modules()}
+        for attention in attentions_of(model) if own else ():
+            names = attention.names.projections
+            if len(names) > 1:
+                unused |= {getattr(attention.module, names[part]) for part in (KEY, VALUE)}
+        set_seed(seed)
+        settings = LoraConfig(
+            r=healing.rank,
+            lora_alpha=2 * healing.rank,
+            target_modules="all-linear",
+            exclude_modules=[name for name, module in model.named_modules() if module in unused],
+        )
+        adapted = get_peft_model(model, settings)
+    for part in own:
+        part.requires_grad_(True)
+    return adapted
 
 
 @dataclass
@@ -135,57 +183,38 @@ class Start:
         """
         assert contender.from_ is not None
         original, _ = load_checkpoint(folder_of(contender.from_), str(device))
-        original.requires_grad_(False)
-        calibration = Calibration(rows_to_calibrate(stream))
+        calibration = Calibration(rows_to_calibrate(stream, position_limit(original)))
         if contender.policy is None:
-            model = copy.deepcopy(original)
+            model = copy.deepcopy(original)  # what its configuration freezes stays frozen
         else:
             model = compressed_model(original, contender.policy, calibration=calibration)
-        start = cls(contender, model.float().requires_grad_(True), original, calibration)
-        if contender.policy is not None and healing_of(contender).train != "all":
-            start._train_part(seed)
-        return start
-
-    def _train_part(self, seed: int) -> None:
-        """Leave the policy's own weights to train, and adapters where these are asked for."""
-        healing = healing_of(self.contender)
-        self.model.requires_grad_(False)
-        attentions = attentions_of(self.model)
-        own = [getattr(attention.module, "cache_weights", None) for attention in attentions]
-        if healing.train == "lora":
-            from peft import LoraConfig, get_peft_model
-
-            # What is not read any more, or is trained itself, needs no adapter.
-            unused = {part for weights in own if weights is not None for part in weights.modules()}
-            for attention, weights in zip(attentions, own, strict=True):
-                names = attention.names.projections
-                if weights is not None and len(names) > 1:
-                    unused |= {getattr(attention.module, names[part]) for part in (KEY, VALUE)}
-            set_seed(seed)
-            settings = LoraConfig(
-                r=healing.rank,
-                lora_alpha=2 * healing.rank,
-                target_modules="all-linear",
-                exclude_modules=[n for n, m in self.model.named_modules() if m in unused],
-            )
-            self._adapted = get_peft_model(self.model, settings)
-        for weights in own:
-            if weights is not None:
-                weights.requires_grad_(True)
+        original.requires_grad_(False)
+        model = model.float()
+        adapted = _leave_to_train(model, healing_of(contender), seed)
+        return cls(contender, model, original, calibration, adapted)
 
     @property
     def make_loss(self) -> MakeLoss | None:
         """What healing minimises; None where there is nothing to be healed."""
-        if self.contender.policy is None and self.contender.healing is None:
+        if not self.contender.is_healed:
             return None
         healing = healing_of(self.contender)
         return partial(DistillationLoss, teacher=self.original, loss=healing.loss, kl=healing.kl)
 
     def finish(self) -> PreTrainedModel:
-        """The trained model, adapters merged, in the type in which the original was saved."""
+        """The trained model, adapters merged, in the types in which it will be opened again.
+
+        Weights get the original's, and each buffer its own: rotary frequencies, which no file
+        holds, stay in float32 in a model of bfloat16.
+        """
         if self._adapted is not None:
             self.model = self._adapted.merge_and_unload()
-        return self.model.to(self.original.dtype).eval()
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.original.dtype)
+        kept = dict(self.original.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.data = buffer.data.to(kept[name].dtype)
+        return self.model.eval()
 
     def facts(
         self, tokenizer: PreTrainedTokenizerFast, text_T: Tensor, told: Any

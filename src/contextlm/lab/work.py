@@ -27,7 +27,6 @@ from contextlm.evaluation.quality import (
     bits_per_byte,
     evaluate_quality,
     evaluator,
-    perplexity,
     retrieval_accuracy,
 )
 from contextlm.evaluation.speed import measure_speed
@@ -41,7 +40,7 @@ from contextlm.lab.preparation import Entry, Prepared, on_first_part
 from contextlm.lab.pretrained import MEASURED, Start, text_to_read
 from contextlm.lab.tracking import tracking
 from contextlm.models.build import create_model
-from contextlm.results.facts import EmbeddingFacts, TuningFacts
+from contextlm.results.facts import EmbeddingFacts, TuningFacts, perplexity
 from contextlm.results.result import Result, StageMemory, Timings, TrialResult
 from contextlm.training.next_token import train_next_token
 from contextlm.training.oacd import PhaseOneState
@@ -259,6 +258,11 @@ def _run(
     size = recipe.evaluation.batch_size
     again = _first(trained.train, recipe.evaluation.train_samples)
     train = evaluate_quality(model, again, size, device)
+    best = trained.phase2.epochs[trained.phase2.best_epoch - 1]
+    loss, accuracy = best.validation_loss, best.accuracy
+    if start is not None:  # what is saved: rounded to the original's type, adapters merged
+        saved = evaluate_quality(model, trained.contexts.validation, size, device)
+        loss, accuracy = saved.loss, saved.accuracy
     task = find_task(recipe.corpus)
     retrieval = []
     if task is not None:
@@ -278,8 +282,7 @@ def _run(
         lengths += [edge for edge in long.edges if edge > recipe.sequence_length]
     healing = None
     if start is not None:
-        documents, stream = prepared.validation_documents, prepared.validation_stream
-        held_out_T = text_to_read(documents, stream, MEASURED)
+        held_out_T = text_to_read(prepared.validation_documents, MEASURED)
         healing = start.facts(prepared.tokenizer, held_out_T, progress.update)
     cache = measure_cache(model, lengths, device)
     speed = measure_speed(model, recipe.evaluation.speed_tokens, device)
@@ -302,10 +305,9 @@ def _run(
         peak_host_bytes=peak.host_bytes(),
         peak_accelerator_bytes=peak.accelerator_bytes(),
     )
-    best = epochs[trained.phase2.best_epoch - 1]
     measured_too = {
         "learning_rate": _highest_rate(entry, len(trained.phase2.losses)),
-        "bits_per_byte": _bits_per_byte(best.validation_loss, prepared, offset),
+        "bits_per_byte": _bits_per_byte(loss, prepared, offset),
         "train_ppl_running": perplexity(best.train_loss),
         "train_ppl": train.ppl,
         "train_ppl_windows": len(again),
@@ -323,7 +325,6 @@ def _run(
         "store": trained.contexts.store,
         "cache": cache,
     }
-    loss, accuracy = best.validation_loss, best.accuracy
     result = _result(job, prepared, entry, model, loss, accuracy).model_copy(update=measured_too)
     write_text(folder / "checkpoint" / "README.md", model_card(result, recipe, entry))
     write_json(folder / "timings.json", timings.model_dump())

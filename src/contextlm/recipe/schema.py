@@ -104,6 +104,11 @@ class Contender(Settings):
                 raise ValueError(f"{name}: is for a model that is trained already, named by `from`")
         return self
 
+    @property
+    def is_healed(self) -> bool:
+        """Whether an original teaches it."""
+        return self.policy is not None or self.healing is not None
+
 
 class Recipe(Settings):
     """A comparison, resolved: a baseline, other contenders, the same data and training for all."""
@@ -224,6 +229,16 @@ class Recipe(Settings):
                 raise ValueError(
                     f"evaluation.tasks: they ask for the next token, which {contender.name} does "
                     "not predict: its target_offset is more than 1"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _originals_teach_the_next_token(self) -> Self:
+        for contender in self.contenders:
+            if contender.is_healed and self.target_offset > 1:
+                raise ValueError(
+                    f"target_offset: contenders.{contender.name} is healed, to predict the next "
+                    "token as its original does"
                 )
         return self
 

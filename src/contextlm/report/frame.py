@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from contextlm.results.facts import TaskScore
+from contextlm.results.facts import TaskScore, perplexity
 from contextlm.results.result import Outcome, Run
 
 DIVERGED_LOSS = 80.0  # nats a token; no vocabulary's uniform guess comes near it
@@ -172,11 +172,6 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         **{f"host_bytes_{_plain(s.stage)}": s.host_bytes for s in timings.stages},
         **{f"accelerator_bytes_{_plain(s.stage)}": s.accelerator_bytes for s in timings.stages},
     }
-
-
-def perplexity(loss: float) -> float:
-    """Of a mean loss in nats, finite however large that is."""
-    return math.exp(min(loss, 200.0))
 
 
 def _figure(score: TaskScore) -> str:

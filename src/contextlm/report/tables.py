@@ -17,11 +17,10 @@ from contextlm.report.contenders import (
     cache_length,
     comparable_groups,
 )
-from contextlm.report.frame import perplexity
 from contextlm.report.language import say
 from contextlm.report.numbers import ABSENT, signed_percent, with_deviation
 from contextlm.report.sheet import Column, Kind, Table, make_table
-from contextlm.results.facts import Fidelity, HealingFacts
+from contextlm.results.facts import Fidelity, HealingFacts, perplexity
 
 Show = Callable[[float], str]
 

@@ -5,6 +5,7 @@ Pydantic only: reading a run needs no torch.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +31,11 @@ Perplexity = Annotated[float, AfterValidator(_usable), AfterValidator(_positive)
 Finite = Annotated[float, AfterValidator(_usable), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Positive = Annotated[int, Field(ge=1, lt=2**62)]
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; beyond a loss of 200, which no report can tell apart, that of 200."""
+    return math.exp(min(loss, 200.0))
 
 
 class Record(BaseModel):

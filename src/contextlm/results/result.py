@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +33,7 @@ from contextlm.results.facts import (
     StoreFacts,
     TaskScore,
     TuningFacts,
+    perplexity,
 )
 from contextlm.results.run_files import first_problem, read_mapping, read_recipe, read_text
 
@@ -104,7 +104,7 @@ class Result(Record):
         for bucket in self.positions:
             loss += bucket.tokens * bucket.loss
             tokens += bucket.tokens
-            found[bucket.last] = math.exp(min(loss / tokens, 200.0))
+            found[bucket.last] = perplexity(loss / tokens)
         return found
 
 

@@ -370,15 +370,15 @@ class _Stepper:
             group["lr"] = rate * self._share(step - 1)
         own = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
         (targets,) = distribution.totals([own])
-        summed = torch.zeros((), device=self.device)
+        summed = torch.zeros(2, device=self.device)
         for batch in micro_batches[:-1]:
             with self.accelerator.no_sync(self.parallel):
                 summed += self._backward(batch, targets)
         summed += self._backward(micro_batches[-1], targets)
-        (loss,) = distribution.totals([summed.item()])
-        if not math.isfinite(loss):
+        loss, minimised = distribution.totals(summed.tolist())
+        if not math.isfinite(minimised):
             raise NotFiniteError(
-                f"the training loss is {loss} at step {step}: "
+                f"the training loss is {minimised} at step {step}: "
                 "lower training.learning_rate or set training.clip"
             )
         if self.clip is not None:
@@ -388,13 +388,13 @@ class _Stepper:
         return loss, int(targets)
 
     def _backward(self, batch: Batch, targets: float) -> Tensor:
-        """Add a micro-batch's gradients; its part of the next-token loss."""
+        """Add a micro-batch's gradients; its part of what is told, and of what is minimised."""
         arguments, labels_BT = model_inputs(send_to_device(batch, self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss, told = self._loss(labels_BT, targets, **arguments)
         # Ranks' gradients are averaged, and are to be summed.
         self.accelerator.backward(loss * distribution.world())
-        return told
+        return torch.stack((told, loss.detach()))
 
 
 def _micro_batches(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from contextlm import CompressedCache, compressed_model
 from contextlm.base.errors import InputError
 from contextlm.compress.base import parse_policy
-from contextlm.compress.checkpoint import TYPE, CompressedConfig
+from contextlm.compress.checkpoint import TYPE, CompressedConfig, plain_config
 from contextlm.evaluation.memory import cache_bytes
 from contextlm.models.stub import NAME
 
@@ -123,8 +123,16 @@ def test_a_configuration_that_names_no_model_or_policy_is_refused(given: dict[st
 
 def test_a_second_policy_is_refused() -> None:
     model = kept("llama", "window:8", torch.float32)
-    with pytest.raises(InputError, match="keeps a policy of its own, window:8, and decodes by it"):
-        CompressedCache(model, "latent:9", calibration=calibration())
+    for put in (CompressedCache, compressed_model):
+        with pytest.raises(InputError, match="keeps a policy of its own, window:8, and decodes by"):
+            put(model, "latent:9", calibration=calibration())
+
+
+def test_a_configuration_without_its_policy_is_the_plain_one() -> None:
+    plain = build("llama").config
+    compressed = kept("llama", "latent:9", torch.float32).config
+    assert plain_config(compressed).to_dict() == plain.to_dict()
+    assert plain_config(plain) is plain
 
 
 @pytest.mark.parametrize("spec", ["evict:20", "int8", "window:8+int4"])
