@@ -49,13 +49,14 @@ def take_step(
         *sizes: from which the loop knows the tensors' shapes.
     """
     assert tensors[0] is not None
-    addresses = [0 if each is None else each.data_ptr() for each in tensors]
     typed = _TYPES[tensors[0].dtype](scalar)
-    in_threads(
-        lambda part: loop(part.start, part.stop, typed, *addresses, *sizes),
-        rows,
-        rows * numbers // NUMBERS_PER_THREAD,
-    )
+
+    def work(part: slice) -> None:
+        # Looked up here, so that an interrupted call leaves its threads the tensors they work on.
+        addresses = [0 if each is None else each.data_ptr() for each in tensors]
+        loop(part.start, part.stop, typed, *addresses, *sizes)
+
+    in_threads(work, rows, rows * numbers // NUMBERS_PER_THREAD)
 
 
 @intrinsic
