@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
@@ -116,6 +117,7 @@ def takes_steps(device: torch.device) -> bool:
         and device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not is_observed(())
+        and not _has_any_global_hook()
         and _names_only_numba(os.environ.get(VARIABLE, ""))
     )
 
