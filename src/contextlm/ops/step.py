@@ -83,7 +83,13 @@ def softplus(x):  # type: ignore[no-untyped-def]
 
 @compiled("contract", "reassoc", inlined=True)
 def convolve(x_C, taps_JC, weight_JC, bias_C, out_C):  # type: ignore[no-untyped-def]
-    """The causal convolution's outputs for a token, whose inputs then become the newest taps."""
+    """The causal convolution's outputs for a token, whose inputs then become the newest taps.
+
+    Weights for no token are no convolution: the outputs are the inputs.
+    """
+    if weight_JC.shape[0] == 0:
+        out_C[:] = x_C
+        return
     channels, before = x_C.shape[0], taps_JC.shape[0]
     weight_C = weight_JC[0]
     for c in range(channels):
