@@ -16,6 +16,7 @@ import typer
 from contextlm import __version__
 from contextlm.base.errors import InputError, RunError
 from contextlm.base.interrupts import Terminated
+from contextlm.cli import main
 from contextlm.cli.output import print_facts, print_json
 from contextlm.cli.shell import execute, explain, one_line
 
@@ -127,6 +128,19 @@ def test_warnings_and_logs_stay_off_the_terminal_unless_debugging(
     with pytest.warns(UserWarning, match="a warning"):
         assert execute(noisy, ["work", "--debug"]) == 0
     assert capsys.readouterr().out == "None\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_torchs_threads_do_not_keep_a_processor_waiting_unless_asked(monkeypatch, given, found):
+    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: text for name, text in os.environ.items() if name not in names}
+    monkeypatch.setattr(os, "environ", environment | given)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == found
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

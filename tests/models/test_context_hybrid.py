@@ -53,7 +53,8 @@ def randomise(module: torch.nn.Module) -> None:
 
 def config(**fields) -> ContextHybridConfig:
     given = {"vocab_size": 53, "hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}
-    made = ContextHybridConfig(**{**given, "head_dim": 4, "pattern": "W", **fields})
+    given |= {"head_dim": 4, "pattern": "W", "attention_convolution": 0}
+    made = ContextHybridConfig(**{**given, **fields})
     made._attn_implementation = "sdpa"
     return made
 

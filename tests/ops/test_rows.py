@@ -21,10 +21,20 @@ def test_each_row_is_in_one_part(monkeypatch: pytest.MonkeyPatch, rows: int, mos
     assert sorted(done) == list(range(rows))
 
 
-def test_what_a_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_a_part_raises_is_raised_when_all_are_done(monkeypatch, bad: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    done = []
+
+    def work(part: slice) -> None:
+        if part.start == bad:
+            raise ZeroDivisionError
+        time.sleep(0.05)
+        done.append(part.start)
+
     with pytest.raises(ZeroDivisionError):
-        in_threads(lambda part: 1 // (1 - part.start), 2)
+        in_threads(work, 2)
+    assert done == [1 - bad]
 
 
 def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

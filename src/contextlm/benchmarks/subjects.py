@@ -41,6 +41,7 @@ _HYBRID = {
     "hidden_size": 512,
     "pattern": "RWRWRW",
     "num_attention_heads": 8,
+    "attention_convolution": 0,
     "intermediate_size": 1584,
 }
 _SELECTIVE = {
@@ -51,7 +52,7 @@ _SELECTIVE = {
     "attention_convolution": 4,
 }
 _WINDOW = {**_SELECTIVE, "pattern": "sssssswsssss"}
-_GLOBAL = {**_SELECTIVE, "pattern": "sssssssssssg", "latent_dim": 128}
+_GLOBAL = {**_SELECTIVE, "pattern": "ssssssgsssss", "latent_dim": 128}
 _DELTA = {**_SELECTIVE, "pattern": "sskssksskss"}
 _PYTHIA = {"type": "context_pythia", "max_position_embeddings": POSITIONS}
 _KV = {"type": "context_kv"}

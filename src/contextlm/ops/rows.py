@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
 
 
 def in_threads(work: Callable[[slice], object], rows: int, most: int | None = None) -> None:
-    """Let threads work on equal parts of so many rows, as many threads as torch's operations have.
+    """Work on equal parts of so many rows in as many threads as torch's operations have.
 
     Args:
         work: does a part; it must release the interpreter's lock.
@@ -35,8 +35,14 @@ def in_threads(work: Callable[[slice], object], rows: int, most: int | None = No
         work(slice(0, rows))
         return
     ends = [rows * part // parts for part in range(parts + 1)]
-    for _ in _threads(os.getpid()).map(work, map(slice, ends, ends[1:])):
-        pass  # raises what a thread raised
+    own, *others = map(slice, ends, ends[1:])
+    started = [_threads(os.getpid()).submit(work, part) for part in others]
+    try:
+        work(own)  # a thread that is awake already
+    finally:
+        wait(started)
+    for other in started:
+        other.result()  # raises what a thread raised
 
 
 def over_rows(loop: Callable[..., None], tensors: Sequence[Tensor], *shared: Any) -> None:

@@ -112,6 +112,7 @@ _TINY = {
     "hidden_size": 24,
     "num_attention_heads": 2,
     "window": 5,
+    "attention_convolution": 0,
     "intermediate_size": 32,
     "state_head_dim": 12,
     "state_size": 5,

@@ -14,7 +14,7 @@ from torch import Tensor
 from contextlm.ops.backends import AUTO, requested_backend
 
 BACKENDS = ("eager", "blocks")
-# Measured: fewer logits stay in the processor's caches anyway.
+# Measured: from here on blocks are faster, with less memory.
 _FEWEST_LOGITS = 2**23
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of a block: as many as a processor's caches hold; where the weight's gradient is summed up,
-# so many that reading and writing the sum does not count.
-BLOCK, BLOCK_TRAINED = 2**23, 2**26
+# Logits of a block: so many that arranging the weight for a product, and reading and writing the
+# sum of its gradients, which each block does anew, do not count.
+BLOCK = 2**26
+_FULL = 64  # products of a multiple of so many tokens leave no incomplete tile
 _FEWEST_TO_TURN = 2048  # tokens
 _ALIGNED = 64  # rows of logits that begin anywhere make a float32 product half as slow again
 
@@ -62,7 +63,8 @@ class _Blocks(torch.autograd.Function):
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
         d_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=sums) if wants_bias else None
-        size = max(1, (BLOCK_TRAINED if wants_weight else BLOCK) // len(weight_VD))
+        size = max(1, BLOCK // len(weight_VD))
+        size -= size % _FULL if size > _FULL else 0
         memory_RV = _rows(min(size, len(hidden_ND)), len(weight_VD), dtype, hidden_ND.device)
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
