@@ -26,7 +26,8 @@ def test_a_part_of_packed_rows_knows_its_own_positions() -> None:
 def test_borders_that_do_not_fit_the_tokens_are_refused(tokens: int) -> None:
     """Also at a token, where none that fits says anything."""
     x, wrong = torch.zeros(1, tokens, 1), torch.arange(2).unsqueeze(0)
-    for given, ends, seq_idx in ((wrong, [], None), (None, [wrong[0] * 2], None), (None, [], wrong)):
+    ends = [wrong[0] * 2]
+    for given, borders, seq_idx in ((wrong, [], None), (None, ends, None), (None, [], wrong)):
         new = NewTokens.of(x, position_ids=given)
-        with pytest.raises(ValueError, match="must be|ends at 2 of"):
-            new.with_documents(ends, seq_idx, in_graph=False)
+        with pytest.raises(ValueError, match=r"must be \[1, |ends at 2 of"):
+            new.with_documents(borders, seq_idx, in_graph=False)
