@@ -12,6 +12,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from naive_parts import turned
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from contextlm.evaluation.memory import cache_bytes, feed
 from contextlm.models.cache import CACHE
@@ -686,10 +687,11 @@ def test_what_the_compiled_form_of_a_token_does_not_know(letter, monkeypatch):
     token(compiled=False)
 
 
-def test_every_module_is_called_at_every_token_where_somebody_listens():
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_every_module_is_called_at_every_token_where_somebody_listens(qk_norm):
     """And nothing else changes by it: compiled forms read weights only of modules without hooks."""
     sizes = {"state_head_dim": 6, "state_size": 5, "latent_dim": 7, "rope_dim": 6}
-    fields = {"attention_convolution": 2, "tie_word_embeddings": False}
+    fields = {"attention_convolution": 2, "qk_norm": qk_norm, "tie_word_embeddings": False}
     model = ContextHybridForCausalLM(config(pattern="SrkcwGL", **sizes, **fields)).eval()
     randomise(model)
     ids, cache = torch.randint(0, 53, (2, 6)), model.new_cache()
@@ -704,6 +706,11 @@ def test_every_module_is_called_at_every_token_where_somebody_listens():
             assert_close(model(ids[:, 5:], use_cache=True, **again).logits, expected)
             assert heard or isinstance(module, torch.nn.ModuleList), name
             hook.remove()
+        silent = {it for it in model.modules() if not isinstance(it, torch.nn.ModuleList)}
+        hook = register_module_forward_hook(lambda module, *_: silent.discard(module))
+        model(ids[:, 5:], use_cache=True, **{CACHE: cache})
+        hook.remove()
+        assert silent == set()
 
 
 def test_tokens_taken_back_leave_room_for_others():

@@ -1,9 +1,12 @@
-"""Who chooses the backend of an op, and in which order."""
+"""Who chooses the backend of an op, and in which order; and what of compiled code is kept."""
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
+from contextlm.ops import backends
 from contextlm.ops.backends import AUTO, VARIABLE, requested_backend
 
 KNOWN = ("eager", "numba")
@@ -45,3 +48,24 @@ def test_an_unknown_name_is_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match=r"'fast' \(known: auto, eager, numba\)"):
         requested()
+
+
+def test_compiled_code_is_kept_until_any_op_changes(monkeypatch, tmp_path):
+    """Also one in another file, which may have been compiled into it."""
+    file = tmp_path / "doubling.py"
+    file.write_text(
+        "from contextlm.ops.backends import compiled\n\n"
+        "@compiled()\ndef double(x):\n    return x + x\n"
+    )
+
+    def compiles() -> bool:
+        """In what a new process would do."""
+        spec = importlib.util.spec_from_file_location("doubling", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.double(2) == 4
+        return bool(module.double.stats.cache_misses)
+
+    assert [compiles(), compiles()] == [True, False]
+    monkeypatch.setattr(backends, "_sources", lambda: "others")
+    assert [compiles(), compiles()] == [True, False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,17 @@ def test_the_norm_of_tokens_in_one_call(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     out = norm_step(x, weight, eps=1e-3)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_threads_hold_the_tensors_whose_addresses_they_work_on(monkeypatch) -> None:
+    """Also once the call that started them was interrupted."""
+    works: list[object] = []
+    monkeypatch.setattr("contextlm.ops.step.in_threads", lambda work, *_: works.append(work))
+    x = torch.ones(2, 1, 3)
+    held, out = weakref.ref(x), weakref.ref(norm_step(x, torch.ones(3), eps=0.1))
+    del x
+    assert held() is not None
+    assert out() is not None
 
 
 def test_the_choice() -> None:

@@ -349,21 +349,26 @@ def test_the_loss_is_the_shifted_cross_entropy(model):
 
 
 def test_cache_bytes_equal_the_storage_kept(model):
+    """And however the tokens came, as much is kept of them; only the room for more may differ."""
     limit = position_limit(model) or 1000
     lengths = [length for length in (1, 17, 100, 1000) if length <= limit]
     for entry in measure_cache(model, lengths, CPU):
         ids, cache = make_tokens(model, batch=1, length=entry.tokens), None
+        whole = model(ids, use_cache=True).past_key_values
         for piece in ids.split([entry.tokens - 1, 1], dim=1):  # as decoding does
             if piece.shape[1]:
                 cache = feed(model, piece, cache)[1]
-        kept = [
-            tensor
-            for layer in cache.layers
-            for tensor in vars(layer).values()
-            if isinstance(tensor, Tensor)
-        ]
-        assert entry.logical == sum(t.numel() * t.element_size() for t in kept)
+        kept, at_once = (
+            [
+                tensor
+                for layer in each.layers
+                for tensor in vars(layer).values()
+                if isinstance(tensor, Tensor)
+            ]
+            for each in (cache, whole)
+        )
         assert entry.resident == sum(t.untyped_storage().nbytes() for t in kept)
+        assert entry.logical == sum(t.numel() * t.element_size() for t in at_once)
         assert entry.logical == cache_bytes(cache).logical
 
 

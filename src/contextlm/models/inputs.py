@@ -252,13 +252,19 @@ class NewTokens:
         Raises:
             ValueError: the borders do not fit the tokens.
         """
+        numbers = [self._numbers(ends) for ends in cu_seq_lens]
+        numbers += [] if seq_idx is None else [seq_idx]
+        positions = [] if self.position_ids is None else [self.position_ids]
+        for values_BT in (*numbers, *positions):
+            if values_BT.shape[-1] != self.tokens or values_BT.dim() != 2:
+                raise ValueError(
+                    f"positions and numbers of documents must be [{self.batch}, {self.tokens}] as "
+                    f"the tokens, got {list(values_BT.shape)}"
+                )
         if self.tokens == 1:
             return self
-        steps = [self._steps(self._numbers(ends)) != 0 for ends in cu_seq_lens]
-        if seq_idx is not None:
-            steps.append(self._steps(seq_idx) != 0)
-        if self.position_ids is not None:
-            steps.append(self._steps(self.position_ids) <= 0)
+        steps = [self._steps(values_BT) != 0 for values_BT in numbers]
+        steps += [self._steps(values_BT) <= 0 for values_BT in positions]
         if not steps:
             return self
         begins_BT = F.pad(torch.stack(steps).any(0), (1, 0), value=True)
@@ -292,11 +298,6 @@ class NewTokens:
 
     def _steps(self, values_BT: Tensor) -> Tensor:
         """By how much each value differs from that of the real token before, ``[B, T - 1]``."""
-        if values_BT.shape[-1] != self.tokens or values_BT.dim() != 2:
-            raise ValueError(
-                f"positions and numbers of documents must be [{self.batch}, {self.tokens}] as the "
-                f"tokens, got {list(values_BT.shape)}"
-            )
         values_BT = values_BT.to(self.device).expand(self.batch, -1)
         return self.real_first(values_BT.unsqueeze(-1)).squeeze(-1).diff(dim=1)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -112,7 +113,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module).forward is kind.forward
         and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
         and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
     )
 

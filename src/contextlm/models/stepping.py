@@ -126,8 +126,9 @@ class StepWeights:
     def __init__(self, module: Stepping):
         owned = {name for name, _ in module.named_parameters()}
         self._names = [name if name in owned else None for name in module.step_names]
-        paths = {name.rpartition(".")[0] for name in self._names if name is not None} - {""}
-        self._kinds = {path: type(module.get_submodule(path)) for path in sorted(paths)}
+        parts = dict(module.named_modules())
+        paths = {name.rpartition(".")[0] for name in module.step_names} & parts.keys() - {""}
+        self._kinds = {path: type(parts[path]) for path in sorted(paths)}
         convolution = getattr(module, "convolution", None)
         without = {"taps"} if convolution is None or convolution.taps == 1 else set()
         self._kept = [name for name in module.step_kept if name not in without]

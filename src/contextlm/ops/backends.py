@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from hashlib import sha256
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 VARIABLE = "CONTEXTLM_BACKEND"
 AUTO = "auto"
@@ -113,6 +117,7 @@ def takes_steps(device: torch.device) -> bool:
         and device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not is_observed(())
+        and not _has_any_global_hook()
         and _names_only_numba(os.environ.get(VARIABLE, ""))
     )
 
@@ -185,8 +190,21 @@ def compiled(*flags: str, inlined: bool = False) -> Callable[[Callable[..., Any]
 
     def compile_function(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, **options)(function)
+            made = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to keep it in can be written
             return njit(**options)(function)
+        # Numba compiles anew if the function's own file has changed, whatever has become of the
+        # functions that were compiled into it.
+        with suppress(AttributeError):  # without a compiler, or where Numba keeps it elsewhere
+            kept = made._cache._cache_file
+            kept._source_stamp = (kept._source_stamp, _sources())
+        return made
 
     return compile_function
+
+
+@lru_cache
+def _sources() -> str:
+    """Stands for all files of `ops`."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -49,13 +49,14 @@ def take_step(
         *sizes: from which the loop knows the tensors' shapes.
     """
     assert tensors[0] is not None
-    addresses = [0 if each is None else each.data_ptr() for each in tensors]
     typed = _TYPES[tensors[0].dtype](scalar)
-    in_threads(
-        lambda part: loop(part.start, part.stop, typed, *addresses, *sizes),
-        rows,
-        rows * numbers // NUMBERS_PER_THREAD,
-    )
+
+    def work(part: slice) -> None:
+        # Looked up here, so that an interrupted call leaves its threads the tensors they work on.
+        addresses = [0 if each is None else each.data_ptr() for each in tensors]
+        loop(part.start, part.stop, typed, *addresses, *sizes)
+
+    in_threads(work, rows, rows * numbers // NUMBERS_PER_THREAD)
 
 
 @intrinsic
@@ -82,7 +83,13 @@ def softplus(x):  # type: ignore[no-untyped-def]
 
 @compiled("contract", "reassoc", inlined=True)
 def convolve(x_C, taps_JC, weight_JC, bias_C, out_C):  # type: ignore[no-untyped-def]
-    """The causal convolution's outputs for a token, whose inputs then become the newest taps."""
+    """The causal convolution's outputs for a token, whose inputs then become the newest taps.
+
+    Weights for no token are no convolution: the outputs are the inputs.
+    """
+    if weight_JC.shape[0] == 0:
+        out_C[:] = x_C
+        return
     channels, before = x_C.shape[0], taps_JC.shape[0]
     weight_C = weight_JC[0]
     for c in range(channels):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly, rotate
-from contextlm.models.cache import CroppableLayer, newest
+from contextlm.models.cache import CroppableLayer, EntriesLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
@@ -38,42 +38,51 @@ from contextlm.models.stepping import StepWeights, product
 _ROOM = 32
 
 
-class LatentLayer(Taps, CroppableLayer):
+class LatentLayer(Taps, CroppableLayer, EntriesLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
+
+    While tokens come one at a time, `entries` are the first columns of longer memory.
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets.
-
-    Attributes:
-        memory: ``[B, at least S, E]``, the entries and perhaps room behind them; None at first.
     """
 
-    kept: ClassVar[tuple[str, ...]] = ("counts", "memory", "taps")
+    kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
     def __init__(self, is_croppable: bool = True) -> None:
         super().__init__()
         self.is_croppable = is_croppable
-        self.memory: Tensor | None = None
+
+    def take_back(self, tokens: int) -> None:
+        """Their entries too."""
+        assert self.entries is not None
+        self.entries = self.entries[:, : self.entries.shape[1] - tokens].clone()
+        super().take_back(tokens)
 
     @property
-    def entries(self) -> Tensor | None:
-        """``[B, S, E]``, the last column each row's newest."""
-        return None if self.memory is None else self.memory[:, : self._seen]
-
-    def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
-        """As `EntriesLayer.append`."""
-        old_BKE = new_BTE[:, :0] if self.entries is None else self.entries
-        both_BSE = torch.cat([old_BKE, new_BTE], dim=1)
-        self.memory = newest(both_BSE, new.ends(old_BKE.shape[1]), both_BSE.shape[1])
-        self.advance(new)
-        return both_BSE
+    def memory(self) -> Tensor | None:
+        """The entries and the room behind them, ``[B, at least S, E]``; None before the first."""
+        if self.entries is None:
+            return None
+        batch, _, width = self.entries.shape
+        length, *strides = self.entries.stride()
+        held, size = self.entries.untyped_storage().nbytes(), self.entries.element_size()
+        if (
+            strides != [width, 1]
+            or batch * length * size != held
+            or self.entries.storage_offset() != 0
+        ):
+            return self.entries  # somebody else's, without room
+        return self.entries.as_strided((batch, length // width, width), (length, width, 1))
 
     def make_room(self) -> Tensor:
-        """`memory` with room for another entry of each row."""
-        assert self.memory is not None
-        if self.memory.shape[1] == self._seen:
-            self.memory = F.pad(self.memory, (0, 0, 0, _ROOM))
-        return self.memory
+        """`memory` with another column behind the entries so far, which is theirs from now on."""
+        memory = self.memory
+        assert memory is not None
+        if memory.shape[1] == self._seen:
+            memory = F.pad(memory, (0, 0, 0, _ROOM))
+        self.entries = memory[:, : self._seen + 1]
+        return memory
 
 
 @register_mixer("L")

@@ -21,37 +21,32 @@ from contextlm.ops.step import array, convolve, normalise, take_step
 @compiled("contract", "reassoc")
 def _step(  # type: ignore[no-untyped-def]
     first_row, last_row, eps, queries, compressed, taps, entries, counts, out,
-    weight, bias, norm, keys, values, theta, before, heads, content, rotary, latent, kept, room,
+    weight, bias, norm, keys, values, theta, seen, heads, content, rotary, latent, kept, room,
 ):  # fmt: skip
     entry, each = latent + rotary, content + rotary
     asked = heads * each
     inner = asked + entry
     query_BX = array(queries, (last_row, asked), eps)
     compressed_BX = array(compressed, (last_row, entry), eps)
-    taps_BJX = array(taps, (last_row, max(0, before), inner), eps)
+    taps_BJX = array(taps, (last_row, max(0, seen - 1), inner), eps)
     entry_BSX = array(entries, (last_row, room, entry), eps)
     count_B = array(counts, last_row, 0)
     out_BHE = array(out, (last_row, heads, content), eps)
-    weight_JX, bias_X = array(weight, (before + 1, inner), eps), array(bias, inner, eps)
+    weight_JX, bias_X = array(weight, (seen, inner), eps), array(bias, inner, eps)
     norm_C = array(norm, latent, eps)
     key_HEC = array(keys, (heads, content, latent), eps)
     value_HEC = array(values, (heads, content, latent), eps)
     kind = out_BHE.dtype.type
     scale, zero = kind(1 / math.sqrt(each)), kind(0)
     given_X, mixed_X = np.empty(inner, out_BHE.dtype), np.empty(inner, out_BHE.dtype)
-    query_HX, read_HC = (
-        np.empty((heads, entry), out_BHE.dtype),
-        np.empty((heads, latent), out_BHE.dtype),
-    )
+    query_HX = np.empty((heads, entry), out_BHE.dtype)
+    read_HC = np.empty((heads, latent), out_BHE.dtype)
     cos_P, sin_P = np.empty(rotary // 2, out_BHE.dtype), np.empty(rotary // 2, out_BHE.dtype)
     none_SP = np.empty((0, 0), out_BHE.dtype)
     for b in range(first_row, last_row):
         given_X[:asked] = query_BX[b]
         given_X[asked:] = compressed_BX[b]
-        if before >= 0:
-            convolve(given_X, taps_BJX[b], weight_JX, bias_X, mixed_X)
-        else:
-            mixed_X[:] = given_X
+        convolve(given_X, taps_BJX[b], weight_JX, bias_X, mixed_X)
         for p in range(rotary // 2):
             angle = kind(count_B[b] * kind(theta ** (-2 * p / rotary)))
             cos_P[p], sin_P[p] = math.cos(angle), math.sin(angle)
@@ -68,9 +63,7 @@ def _step(  # type: ignore[no-untyped-def]
                     query_C[c] += q * key_C[c]
             turn(mixed_X[h * each + content : (h + 1) * each], cos_P, sin_P, query_HX[h, latent:])
         first = max(0, kept - count_B[b])
-        attend(
-            query_HX, entry_SX, newest_X, first, kept, 1, 0, none_SP, none_SP, scale, read_HC
-        )  # fmt: skip
+        attend(query_HX, entry_SX, newest_X, first, kept, 1, 0, none_SP, none_SP, scale, read_HC)
         for h in range(heads):
             read_C, out_E = read_HC[h], out_BHE[b, h]
             for e in range(content):
@@ -124,8 +117,8 @@ def latent_step(
     out_B1X = query_B1X.new_empty(batch, 1, hidden)
     tensors = (query_B1X, compressed_B1X, taps_BJX, entry_BSX, count_B, out_B1X)
     weights = (weight_JX, bias_X, norm_C, key_XC, value_XC)
-    before = -1 if weight_JX is None else len(weight_JX) - 1
-    sizes = (before, heads, hidden // heads, rotary, latent, kept, room)
+    seen = 0 if weight_JX is None else len(weight_JX)
+    sizes = (seen, heads, hidden // heads, rotary, latent, kept, room)
     numbers = 2 * heads * entry * (kept + 1 + hidden // heads)
     take_step(_step, batch, numbers, eps, (*tensors, *weights), float(theta), *sizes)
     return out_B1X

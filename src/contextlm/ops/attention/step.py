@@ -128,16 +128,16 @@ def attend(  # type: ignore[no-untyped-def]
 def _step(  # type: ignore[no-untyped-def]
     first_row, last_row, eps, projected, taps, entries, counts, out,
     weight, bias, query_norm, key_norm, cosines, sines,
-    before, heads, groups, width, values, entry, kept, room, columns,
+    seen, heads, groups, width, values, entry, kept, room, columns,
 ):  # fmt: skip
     queries = heads * width
     inner = queries + entry
     projected_BX = array(projected, (last_row, inner), eps)
-    taps_BJX = array(taps, (last_row, max(0, before), inner), eps)
+    taps_BJX = array(taps, (last_row, max(0, seen - 1), inner), eps)
     entry_BSX = array(entries, (last_row, room, entry), eps)
     count_B = array(counts, last_row, 0)
     out_BHE = array(out, (last_row, heads, width), eps)
-    weight_JX, bias_X = array(weight, (before + 1, inner), eps), array(bias, inner, eps)
+    weight_JX, bias_X = array(weight, (seen, inner), eps), array(bias, inner, eps)
     query_norm_E, key_norm_E = array(query_norm, width, eps), array(key_norm, width, eps)
     cos_SP = array(cosines, (columns, width // 2), eps)
     sin_SP = array(sines, (columns, width // 2), eps)
@@ -145,10 +145,7 @@ def _step(  # type: ignore[no-untyped-def]
     scale = kind(1 / math.sqrt(width))
     mixed_X = np.empty(inner, out_BHE.dtype)
     for b in range(first_row, last_row):
-        if before >= 0:
-            convolve(projected_BX[b], taps_BJX[b], weight_JX, bias_X, mixed_X)
-        else:
-            mixed_X[:] = projected_BX[b]
+        convolve(projected_BX[b], taps_BJX[b], weight_JX, bias_X, mixed_X)
         query_HE = mixed_X[:queries].reshape(heads, width)
         newest_X, entry_SX = mixed_X[queries:], entry_BSX[b]
         if query_norm != 0:
@@ -219,10 +216,10 @@ def attention_step(
     cosines, sines = turns or (None, None)
     tensors = (projected_B1X, taps_BJX, entry_BSX, count_B, out_B1X)
     weights = (weight_JX, bias_X, query_norm_E, key_norm_E, cosines, sines)
-    before = -1 if weight_JX is None else len(weight_JX) - 1
+    seen = 0 if weight_JX is None else len(weight_JX)
     values = entry - groups * width
     columns = 0 if cosines is None else cosines.shape[-2]
-    sizes = (before, heads, groups, width, values, entry, kept, room, columns)
+    sizes = (seen, heads, groups, width, values, entry, kept, room, columns)
     numbers = 2 * (kept + 1) * heads * width
     take_step(_step, batch, numbers, eps, (*tensors, *weights), *sizes)
     return out_B1X

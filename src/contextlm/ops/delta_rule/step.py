@@ -36,16 +36,16 @@ def _to_length_1(x_N):  # type: ignore[no-untyped-def]
 @compiled("contract", "reassoc")
 def _step(  # type: ignore[no-untyped-def]
     first_row, last_row, eps, projected, taps, state, out,
-    weight, bias, steps, rates, norm, before, decays, heads, numbers, width,
+    weight, bias, steps, rates, norm, seen, decays, heads, numbers, width,
 ):  # fmt: skip
     inner, keys = heads * width, heads * numbers
     convolved = 2 * keys + inner
     behind = inner + convolved
     projected_BX = array(projected, (last_row, behind + heads * decays + heads), eps)
-    taps_BJC = array(taps, (last_row, max(0, before), convolved), eps)
+    taps_BJC = array(taps, (last_row, max(0, seen - 1), convolved), eps)
     state_BHNP = array(state, (last_row, heads, numbers, width), eps)
     out_BE = array(out, (last_row, inner), eps)
-    weight_JC, bias_C = array(weight, (before + 1, convolved), eps), array(bias, convolved, eps)
+    weight_JC, bias_C = array(weight, (seen, convolved), eps), array(bias, convolved, eps)
     step_HD, rate_H = array(steps, (heads, decays), eps), array(rates, heads, eps)
     norm_P = array(norm, width, eps)
     kind = out_BE.dtype.type
@@ -53,22 +53,15 @@ def _step(  # type: ignore[no-untyped-def]
     mixed_C, error_P = np.empty(convolved, out_BE.dtype), np.empty(width, out_BE.dtype)
     for b in range(first_row, last_row):
         x_C = projected_BX[b, inner:behind]
-        if before >= 0:
-            convolve(x_C, taps_BJC[b], weight_JC, bias_C, mixed_C)
-        else:
-            mixed_C[:] = x_C
+        convolve(x_C, taps_BJC[b], weight_JC, bias_C, mixed_C)
         for c in range(convolved):
             mixed_C[c] *= sigmoid(mixed_C[c])
         for h in range(heads):
-            q_N, k_N = (
-                mixed_C[h * numbers : (h + 1) * numbers],
-                mixed_C[keys + h * numbers : keys + (h + 1) * numbers],
-            )
+            q_N = mixed_C[h * numbers : (h + 1) * numbers]
+            k_N = mixed_C[keys + h * numbers : keys + (h + 1) * numbers]
             v_P = mixed_C[2 * keys + h * width : 2 * keys + (h + 1) * width]
-            z_P, out_P = (
-                projected_BX[b, h * width : (h + 1) * width],
-                out_BE[b, h * width : (h + 1) * width],
-            )
+            z_P = projected_BX[b, h * width : (h + 1) * width]
+            out_P = out_BE[b, h * width : (h + 1) * width]
             given_D = projected_BX[b, behind + h * decays : behind + (h + 1) * decays]
             beta = sigmoid(projected_BX[b, behind + heads * decays + h])
             _to_length_1(q_N)
@@ -128,8 +121,8 @@ def delta_step(
     out_B1E = projected_B1X.new_empty(batch, 1, heads * sizes[1])
     tensors = (projected_B1X, taps_BJC, state_BHNP, out_B1E)
     weights = (weight_JC, bias_C, step_D, rate_H, norm_P)
-    before = -1 if weight_JC is None else len(weight_JC) - 1
+    seen = 0 if weight_JC is None else len(weight_JC)
     numbers = 2 * heads * sizes[0] * sizes[1]
-    given = (before, len(step_D) // heads, heads, *sizes)
+    given = (seen, len(step_D) // heads, heads, *sizes)
     take_step(_step, batch, numbers, eps, (*tensors, *weights), *given)
     return out_B1E

@@ -41,15 +41,15 @@ def _by_blocks(v_C, weight_IFF, bias_C, out_C):  # type: ignore[no-untyped-def]
 def _step(  # type: ignore[no-untyped-def]
     first_row, last_row, sharpness, inner, gate, taps, state, counts, out,
     weight, bias, decays, decay_weight, decay_bias, input_weight, input_bias,
-    before, blocks, channels,
+    seen, blocks, channels,
 ):  # fmt: skip
     inner_BC = array(inner, (last_row, channels), sharpness)
     gate_BC = array(gate, (last_row, channels), sharpness)
     state_BC = array(state, (last_row, channels), sharpness)
     out_BC = array(out, (last_row, channels), sharpness)
-    taps_BJC = array(taps, (last_row, max(0, before), channels), sharpness)
+    taps_BJC = array(taps, (last_row, max(0, seen - 1), channels), sharpness)
     count_B = array(counts, last_row, 0)
-    weight_JC = array(weight, (before + 1, channels), sharpness)
+    weight_JC = array(weight, (seen, channels), sharpness)
     bias_C, decay_C = array(bias, channels, sharpness), array(decays, channels, sharpness)
     size = channels // max(1, blocks)
     decay_IFF = array(decay_weight, (blocks, size, size), sharpness)
@@ -61,10 +61,7 @@ def _step(  # type: ignore[no-untyped-def]
     work_3C = np.empty((3, channels), out_BC.dtype)
     v_C, r_C, i_C = work_3C[0], work_3C[1], work_3C[2]
     for b in range(first_row, last_row):
-        if before >= 0:
-            convolve(inner_BC[b], taps_BJC[b], weight_JC, bias_C, v_C)
-        else:
-            v_C[:] = inner_BC[b]
+        convolve(inner_BC[b], taps_BJC[b], weight_JC, bias_C, v_C)
         if blocks > 0:
             _by_blocks(v_C, decay_IFF, decay_bias_C, r_C)
             _by_blocks(v_C, input_IFF, input_bias_C, i_C)
@@ -121,9 +118,9 @@ def gated_step(
     tensors = (inner_B1C, gate_B1C, taps_BJC, state_BC, count_B, out_B1C)
     gates = (decay_weight_IFF, decay_bias_C, input_weight_IFF, input_bias_C)
     weights = (weight_JC, bias_C, decay_C, *gates)
-    before = -1 if weight_JC is None else len(weight_JC) - 1
+    seen = 0 if weight_JC is None else len(weight_JC)
     blocks = 0 if decay_weight_IFF is None else len(decay_weight_IFF)
     numbers = channels * (8 + 2 * channels // max(1, blocks))
-    sizes = (before, blocks, channels)
+    sizes = (seen, blocks, channels)
     take_step(_step, batch, numbers, sharpness, (*tensors, *weights), *sizes)
     return out_B1C

@@ -21,15 +21,15 @@ from contextlm.ops.step import array, convolve, normalise, softplus, take_step
 @compiled("contract", "reassoc")
 def _step(  # type: ignore[no-untyped-def]
     first_row, last_row, eps, projected, taps, state, out,
-    weight, bias, steps, rates, skips, norm, before, heads, numbers, width,
+    weight, bias, steps, rates, skips, norm, seen, heads, numbers, width,
 ):  # fmt: skip
     inner = heads * width
     convolved = inner + 2 * numbers
     projected_BX = array(projected, (last_row, inner + convolved + heads), eps)
-    taps_BJC = array(taps, (last_row, before, convolved), eps)
+    taps_BJC = array(taps, (last_row, seen - 1, convolved), eps)
     state_BHNP = array(state, (last_row, heads, numbers, width), eps)
     out_BE = array(out, (last_row, inner), eps)
-    weight_JC, bias_C = array(weight, (before + 1, convolved), eps), array(bias, convolved, eps)
+    weight_JC, bias_C = array(weight, (seen, convolved), eps), array(bias, convolved, eps)
     step_H, rate_H = array(steps, heads, eps), array(rates, heads, eps)
     skip_H, norm_E = array(skips, heads, eps), array(norm, inner, eps)
     kind = out_BE.dtype.type
@@ -91,5 +91,5 @@ def selective_step(
     tensors = (projected_B1X, taps_BJC, state_BHNP, out_B1E)
     weights = (weight_JC, bias_C, step_H, rate_H, skip_H, norm_E)
     numbers = len(norm_E) * sizes[1]
-    take_step(_step, batch, numbers, eps, (*tensors, *weights), len(weight_JC) - 1, *sizes)
+    take_step(_step, batch, numbers, eps, (*tensors, *weights), len(weight_JC), *sizes)
     return out_B1E

@@ -14,12 +14,12 @@ from contextlm.ops.step import array, convolve, take_step
 
 @compiled("contract", "reassoc")
 def _step(  # type: ignore[no-untyped-def]
-    first_row, last_row, like, projected, taps, out, weight, bias, before, channels
+    first_row, last_row, like, projected, taps, out, weight, bias, seen, channels
 ):
     projected_B3C = array(projected, (last_row, 3, channels), like)
-    taps_BJC = array(taps, (last_row, before, channels), like)
+    taps_BJC = array(taps, (last_row, seen - 1, channels), like)
     out_BC = array(out, (last_row, channels), like)
-    weight_JC, bias_C = array(weight, (before + 1, channels), like), array(bias, channels, like)
+    weight_JC, bias_C = array(weight, (seen, channels), like), array(bias, channels, like)
     gated_C = np.empty(channels, out_BC.dtype)
     for b in range(first_row, last_row):
         before_C, behind_C, inner_C = projected_B3C[b, 0], projected_B3C[b, 1], projected_B3C[b, 2]
@@ -43,8 +43,8 @@ def gated_convolution_step(
         weight_JC: of the convolution, the current token's first.
         bias_C: of the convolution.
     """
-    before, channels = len(weight_JC) - 1, len(bias_C)
+    seen, channels = weight_JC.shape
     out_B1C = projected_B1X.new_empty(len(projected_B1X), 1, channels)
     tensors = (projected_B1X, taps_BJC, out_B1C, weight_JC, bias_C)
-    take_step(_step, len(out_B1C), channels * (before + 3), 0, tensors, before, channels)
+    take_step(_step, len(out_B1C), channels * (seen + 2), 0, tensors, seen, channels)
     return out_B1C
