@@ -43,7 +43,16 @@ def compress(
         typer.Option(
             metavar="LIST",
             show_default="512,2048, or the model's positions",
-            help="Tokens after which the cache is measured; so many are read as the longest.",
+            help="Tokens after which the cache is measured.",
+        ),
+    ] = None,
+    read: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default="the longest of --lengths",
+            help="Tokens of the text that are read; beyond, bytes alone are counted.",
         ),
     ] = None,
     budget: Annotated[
@@ -68,7 +77,7 @@ def compress(
     ```
     contextlm compress my-model/ --text text:my-notes/
     contextlm compress my-model/ --policies window:256,sinks:4 --policies latent:25%
-    contextlm compress my-model/ --budget 0.5,0.25,0.125 --lengths 512,2048,8192
+    contextlm compress my-model/ --budget 0.5,0.25,0.125 --lengths 512,2048,8192 --read 2048
     ```
     """
     given = None if lengths is None else read_lengths(lengths, "--lengths")
@@ -83,9 +92,10 @@ def compress(
 
     folder = Path(model) if is_folder(Path(model)) else fetched(model)
     specs = [spec for several in policies or [] for spec in several.split()]
-    settings = CompressSettings(specs or None, text, given, budgets, device)
+    settings = CompressSettings(specs or None, text, given, read, budgets, device)
     said = ["contextlm", "compress", model, "--text", text, "--budget", budget]
     said += [] if lengths is None else ["--lengths", lengths]
+    said += [] if read is None else ["--read", str(read)]
     said += [part for spec in specs for part in ("--policies", spec)]
     with SilentProgress() if as_json else RichProgress() as progress:
         found, run, paths = measured(folder, model, settings, place, shlex.join(said), progress)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from contextlm.compress.base import Policy, Stack
 from contextlm.compress.calibration import Calibration
 from contextlm.compress.installed import CompressedCache
-from contextlm.evaluation.memory import cache_bytes, feed, feed_all, position_limit
+from contextlm.evaluation.memory import cache_bytes, feed, feed_all, measure_cache, position_limit
 from contextlm.evaluation.speed import now
 from contextlm.results.compression import Bucket, PolicyFigures
 from contextlm.results.facts import CacheBytes
@@ -83,6 +83,7 @@ class Measuring:
         tokens: how many, ascending, after which bytes are counted; the last is the text's length.
         reference: a file that holds the full cache's distributions.
         calibration: for policies that are fitted.
+        beyond: more tokens than the text has, after which bytes alone are counted.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Measuring:
         tokens: Sequence[int],
         reference: Path,
         calibration: Calibration,
+        beyond: Sequence[int] = (),
     ):
         self.model, self.calibration = model, calibration
-        self.tokens = list(tokens)
+        self.tokens, self.beyond = list(tokens), list(beyond)
         self.text_1T = text_T[None, : self.tokens[-1] + 1].to(model.device)
         # As many tokens as the text, unless no positions are left then to decode in.
         room = min(self.tokens[-1], (position_limit(model) or math.inf) - DECODED)
@@ -135,11 +137,13 @@ class Measuring:
         told("passkeys")
         found, prefill, decode = self._retrieve(model)
         self._full = self._full or held
+        told("counting bytes at longer texts")
+        longer = measure_cache(model, self.beyond, model.device)
         return PolicyFigures(
             spec=policy.spec,
             name=name_of(policy),
             share=held[-1].logical / self._full[-1].logical,
-            cache=held,
+            cache=[*held, *longer],
             positions=[
                 Bucket(first=first, last=last, loss=float(losses_T[first:last].mean()))
                 for first, last in pairwise(_edges(self.tokens[-1]))

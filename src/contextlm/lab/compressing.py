@@ -26,7 +26,7 @@ from contextlm.lab.environment import describe_environment
 from contextlm.lab.pretrained import rows_to_calibrate, text_to_read
 from contextlm.lab.run_folder import new_folder
 from contextlm.report.compression import write_compression
-from contextlm.report.numbers import human_bytes
+from contextlm.report.numbers import human_bytes, percent
 from contextlm.results.compression import Compression, PolicyFigures
 
 LENGTHS = (512, 2048)
@@ -40,14 +40,16 @@ class CompressSettings:
     Attributes:
         policies: specs; None: what is proposed for each budget.
         text: a corpus; its validation split is read, its training split calibrates.
-        lengths: tokens after which bytes are counted; the last is the text's length. None:
-            `LENGTHS`, as far as the model has positions.
+        lengths: tokens after which bytes are counted. None: `LENGTHS`, as far as the model has
+            positions.
+        read: tokens of the text that are read; None: the last of `lengths`.
         budgets: shares of the model's own cache at the text's end.
     """
 
     policies: Sequence[str] | None
     text: str
     lengths: Sequence[int] | None
+    read: int | None
     budgets: Sequence[float]
     device: str
 
@@ -80,32 +82,38 @@ def compress(
     attentions = attentions_of(model)
     limit = position_limit(model)
     lengths = _within(settings.lengths, limit)
-    text_T, other_NT, corpus = texts(settings.text, tokenizer, lengths[-1], limit)
-    if len(text_T) < lengths[-1] + 1:
+    read = settings.read or lengths[-1]
+    if read > lengths[-1]:
+        raise InputError(f"--read {read}: more than the longest of --lengths, {lengths[-1]:,}")
+    within = sorted({*(length for length in lengths if length < read), read})
+    text_T, other_NT, corpus = texts(settings.text, tokenizer, read, limit)
+    if len(text_T) < read + 1:
         raise InputError(
-            f"corpus {corpus!r} has {len(text_T):,} tokens to read, --lengths asks for "
-            f"{lengths[-1]:,} and one more"
+            f"corpus {corpus!r} has {len(text_T):,} tokens to read, --lengths or --read asks for "
+            f"{read:,} and one more"
         )
     refused: dict[str, str] = {}
     if given is None:
-        chosen = proposed(attentions, settings.budgets, lengths[-1], refused)
+        chosen = proposed(attentions, settings.budgets, read, refused)
     else:
         chosen = [parse_policy("full"), *(policy for policy in given if policy.spec != "full")]
         for policy in chosen:
             policy.check(attentions)
     progress.line(
-        f"{len(chosen)} policies on {lengths[-1]:,} tokens of {corpus}; the full cache's "
-        f"distributions take {human_bytes(4 * lengths[-1] * model.config.vocab_size)} of disk"
+        f"{len(chosen)} policies on {read:,} tokens of {corpus}; the full cache's "
+        f"distributions take {human_bytes(4 * read * model.config.vocab_size)} of disk"
     )
     found: list[PolicyFigures] = []
     with reference_file() as reference:
-        measuring = Measuring(model, tokenizer, text_T, lengths, reference, Calibration(other_NT))
+        beyond = [length for length in lengths if length > read]
+        calibration = Calibration(other_NT)
+        measuring = Measuring(model, tokenizer, text_T, within, reference, calibration, beyond)
         for number, policy in enumerate(chosen, start=1):
             name = f"{number}/{len(chosen)} {policy.spec}"
             one = measuring.policy(policy, partial(_tell, progress, name))
             found.append(one)
             progress.line(
-                f"{name}: {human_bytes(one.cache[-1].logical)}, KL {one.kl:.4f}, "
+                f"{name}: {percent(one.share)} of the cache, KL {one.kl:.4f}, "
                 f"{one.decode_tokens_per_second:,.1f} tokens/s, {duration(one.seconds)}"
             )
     result = Compression(
@@ -114,7 +122,7 @@ def compress(
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         corpus=corpus,
-        tokens=lengths[-1],
+        tokens=read,
         calibration_tokens=other_NT.numel(),
         budgets=list(settings.budgets),
         command=command,

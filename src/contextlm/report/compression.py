@@ -120,12 +120,12 @@ def frontier(found: Compression) -> tuple[str, alt.LayerChart] | None:
     """KL against bytes at the text's end, and the policies that no other beats in both."""
     points = pd.DataFrame(
         {
-            "x": one.cache[-1].logical,
+            "x": _logical(one, found.tokens),
             "y": max(one.kl, _LEAST),
             "cost": one.kl,
             "spec": one.spec,
             "method": one.name,
-            "shown": f"{numbers.human_bytes(one.cache[-1].logical)}, KL "
+            "shown": f"{numbers.human_bytes(_logical(one, found.tokens))}, KL "
             f"{numbers.significant(one.kl)}",
         }
         for one in found.policies[1:]
@@ -160,9 +160,14 @@ def _share(budget: float) -> str:
     return "a quarter" if budget == 0.25 else f"{100 * budget:g}%"
 
 
+def _logical(one: PolicyFigures, tokens: int) -> int:
+    """Bytes held after so many tokens."""
+    return next(held.logical for held in one.cache if held.tokens == tokens)
+
+
 def _bytes_at(tokens: int) -> Column[PolicyFigures]:
     def cell(one: PolicyFigures) -> str:
-        return numbers.human_bytes(next(h.logical for h in one.cache if h.tokens == tokens))
+        return numbers.human_bytes(_logical(one, tokens))
 
     return Column(f"cache at {numbers.count(tokens)}", cell)
 
