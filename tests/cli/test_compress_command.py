@@ -162,14 +162,22 @@ def test_asked_for_policies_are_measured_and_printed(
 ) -> None:
     model = saved(tmp_path / "llama", CONFIGS["llama"])
     specs = ["--policies", "window:20,sinks:2 latent:25%", "--policies", "window:20+int8"]
-    options = ["--text", text, "--lengths", "100", "--out", tmp_path / "runs"]
+    options = ["--text", text, "--lengths", "60,240", "--read", "100", "--out", tmp_path / "runs"]
     code, stdout, stderr = command("compress", model, *specs, *options)
     assert code == 0
     for spec in ("full", "window:20,sinks:2", "latent:25%", "window:20+int8"):
         assert spec in stdout
     assert "of weights to load" in stderr.splitlines()[0]
     assert "4/4 window:20+int8: " in stderr
-    assert "contextlm compress" in (tmp_path / "runs/compress-llama-001/report.md").read_text()
+    run = tmp_path / "runs" / "compress-llama-001"
+    assert "--lengths 60,240 --read 100" in (run / "report.md").read_text()
+    found = Compression.model_validate_json((run / "result.json").read_text())
+    full, window, *_ = found.policies
+    assert [held.tokens for held in full.cache] == [60, 100, 240]
+    assert found.tokens == full.positions[-1].last == 100
+    assert window.share == window.cache[1].logical / full.cache[1].logical
+    assert full.cache[2].logical == 2.4 * full.cache[1].logical
+    assert window.cache[2].logical == window.cache[1].logical
 
 
 @pytest.mark.parametrize(
@@ -179,6 +187,7 @@ def test_asked_for_policies_are_measured_and_printed(
         (["--policies", "input"], "would keep 32 numbers"),
         (["--lengths", "9000"], "--lengths 9000: more than the model's 256 positions"),
         (["--lengths", "few"], "--lengths 'few': expected token counts"),
+        (["--lengths", "99", "--read", "100"], "--read 100: more than the longest of --lengths"),
         (["--budget", "2"], "--budget '2': expected shares between 0 and 1"),
         (["--text", "nothing"], "unknown corpus 'nothing'"),
     ],
