@@ -183,49 +183,39 @@ def test_asked_for_policies_are_measured_and_printed(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policies", "windw:3"], "unknown policy 'windw'"),
-        (["--policies", "input"], "would keep 32 numbers"),
-        (["--lengths", "9000"], "--lengths 9000: more than the model's 256 positions"),
-        (["--lengths", "few"], "--lengths 'few': expected token counts"),
-        (["--lengths", "99", "--read", "100"], "--read 100: more than the longest of --lengths"),
-        (["--budget", "2"], "--budget '2': expected shares between 0 and 1"),
-        (["--text", "nothing"], "unknown corpus 'nothing'"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_before_anything_is(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    saved: Callable[..., Path],
-    text: str,
-    command: Command,
-) -> None:
-    model = saved(tmp_path / "llama", CONFIGS["llama"])
-    out = tmp_path / "runs"
-    given = options if "--text" in options else [*options, "--text", text]
-    code, _, stderr = command("compress", model, *given, "--out", out)
-    assert code == 2
-    assert message in stderr.splitlines()[-1]
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--policy", "evict:20"], "policy evict:20 cannot be healed: it drops or rounds tokens"),
-        (["--policy", "latent:9999"], "policy latent:9999: 9999 numbers a token"),
-        (["--policy", "window:9", "--train", "policy"], "window:9 has nothing of its own to train"),
-        (["--policy", "window:9", "--tokens", "9000000"], "tokens to train on, fewer than"),
+        (["compress", "--policies", "windw:3"], "unknown policy 'windw'"),
+        (["compress", "--policies", "input"], "would keep 32 numbers"),
+        (["compress", "--lengths", "9000"], "--lengths 9000: more than the model's 256 positions"),
+        (["compress", "--lengths", "few"], "--lengths 'few': expected token counts"),
         (
-            ["--policy", "window:9", "--sequence-length", "999", "--tokens", "2000"],
+            ["compress", "--lengths", "99", "--read", "100"],
+            "--read 100: more than the longest of --lengths",
+        ),
+        (["compress", "--budget", "2"], "--budget '2': expected shares between 0 and 1"),
+        (["compress", "--text", "nothing"], "unknown corpus 'nothing'"),
+        (
+            ["heal", "--policy", "evict:20"],
+            "policy evict:20 cannot be healed: it drops or rounds tokens",
+        ),
+        (["heal", "--policy", "latent:9999"], "policy latent:9999: 9999 numbers a token"),
+        (
+            ["heal", "--policy", "window:9", "--train", "policy"],
+            "window:9 has nothing of its own to train",
+        ),
+        (["heal", "--policy", "window:9", "--tokens", "9000000"], "tokens to train on, fewer than"),
+        (
+            ["heal", "--policy", "window:9", "--sequence-length", "999", "--tokens", "2000"],
             "more than the model's 256 positions",
         ),
-        (["--policy", "window:9", "--kl", "0", "--loss", "0"], "nothing would be minimised"),
-        (["--policy", "window:9", "--kl", "inf"], "--kl inf: expected a finite number"),
-        (["--policy", "window:9", "--learning-rate", "0"], "--learning-rate 0.0: expected"),
+        (
+            ["heal", "--policy", "window:9", "--kl", "0", "--loss", "0"],
+            "nothing would be minimised",
+        ),
+        (["heal", "--policy", "window:9", "--kl", "inf"], "--kl inf: expected a finite number"),
+        (["heal", "--policy", "window:9", "--learning-rate", "0"], "--learning-rate 0.0: expected"),
     ],
 )
-def test_what_cannot_be_healed_is_refused_before_anything_is(
+def test_what_cannot_be_done_is_refused_before_anything_is(
     options: list[str],
     message: str,
     tmp_path: Path,
@@ -233,8 +223,9 @@ def test_what_cannot_be_healed_is_refused_before_anything_is(
     text: str,
     command: Command,
 ) -> None:
+    name, *given = options
     model, out = saved(tmp_path / "llama", CONFIGS["llama"]), tmp_path / "runs"
-    code, _, stderr = command("heal", model, "--text", text, "--out", out, *options)
+    code, _, stderr = command(name, model, "--text", text, "--out", out, *given)
     assert code == 2
     assert message in stderr.splitlines()[-1]
     assert not out.exists()

@@ -13,19 +13,12 @@ from contextlm.base.errors import InputError
 from contextlm.base.files import is_folder
 from contextlm.base.visible import shown, visible
 from contextlm.cli.checkpoints import read_lengths
-from contextlm.cli.options import AsJson, Device, optional
+from contextlm.cli.options import AsJson, Device, TrainedModel, optional
 from contextlm.cli.output import print_json, print_table, writable_folder
 
 
 def compress(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A folder with a trained model and its tokenizer, or a name on the hub.",
-        ),
-    ],
+    model: TrainedModel,
     policies: Annotated[
         list[str] | None,
         optional(

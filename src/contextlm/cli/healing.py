@@ -9,19 +9,12 @@ import typer
 
 from contextlm.base.errors import InputError
 from contextlm.base.visible import visible
-from contextlm.cli.options import AsJson, Device, count
+from contextlm.cli.options import AsJson, Device, TrainedModel, count
 from contextlm.cli.output import REPORT_FILES, print_json, print_table, writable_folder
 
 
 def heal(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="A folder with a trained model and its tokenizer, or a name on the hub.",
-        ),
-    ],
+    model: TrainedModel,
     policy: Annotated[
         str,
         typer.Option(

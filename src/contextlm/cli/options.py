@@ -41,6 +41,14 @@ Device = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto takes cuda, else mps, else cpu; or cpu, cuda, mps."),
 ]
+TrainedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A folder with a trained model and its tokenizer, or a name on the hub.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

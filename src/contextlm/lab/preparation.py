@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
 from contextlm.base.files import cache_folder
-from contextlm.data.corpora import Corpus, load_corpus
+from contextlm.data.corpora import load_corpus
 from contextlm.data.samples import Answers, Lines
 from contextlm.data.synthetic import MARK, find_task
 from contextlm.data.token_store import TokenStore, build_token_store, repeated_documents
@@ -32,7 +32,7 @@ from contextlm.evaluation.tasks import load_tasks
 from contextlm.lab.budgets import Budget, blocks_of
 from contextlm.lab.embeddings import Embedding, LearningText, check_learning_text, load_pretrained
 from contextlm.lab.matching import Match, matched
-from contextlm.lab.pretrained import as_trained, config_of, files_hash, folder_of
+from contextlm.lab.pretrained import as_trained, config_of, trained_hash
 from contextlm.models.base import HasContextBlock, ReadsStoredContexts
 from contextlm.models.build import check_forward, meta_model
 from contextlm.recipe.schema import Contender, Recipe
@@ -196,7 +196,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Prepared:
             train=train[name],
             validation=validation[name],
             pool=pools[name],
-            trained=_trained_hash(contender, tokenizer, corpus),
+            trained=trained_hash(contender, tokenizer, corpus),
         )
         _check_steps(entries[name], recipe.tuning, budgets)
     first = entries[recipe.contenders[0].name]
@@ -420,22 +420,6 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if reads_store(recipe, contender, model):
         _check_frozen(model)
     return _Checked(contender, config, model, training)
-
-
-def _trained_hash(
-    contender: Contender, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
-) -> str | None:
-    """Of the trained model that a contender starts from, whose tokenizer must be the recipe's."""
-    if contender.from_ is None:
-        return None
-    folder = folder_of(contender.from_)
-    own = load_tokenizer(str(folder), corpus, cache_folder())
-    if tokenizer_hash(own) != tokenizer_hash(tokenizer):
-        raise InputError(
-            f"contenders.{contender.name}.from: its tokenizer is another than the recipe's: set "
-            f"tokenizer: {folder}"
-        )
-    return files_hash(folder)
 
 
 def _check_frozen(model: PreTrainedModel) -> None:

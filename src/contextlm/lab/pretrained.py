@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.configuration_utils import PreTrainedConfig
 
 from contextlm.base.errors import InputError
-from contextlm.base.files import is_folder, sha256_of
+from contextlm.base.files import cache_folder, is_folder, sha256_of
 from contextlm.compress.adaptors import KEY, VALUE, attentions_of
 from contextlm.compress.base import parse_policy
 from contextlm.compress.calibration import Calibration
 from contextlm.compress.checkpoint import compressed_config, compressed_model
 from contextlm.compress.reading import Weights
+from contextlm.data.corpora import Corpus
+from contextlm.data.tokenizers import load_tokenizer, tokenizer_hash
 from contextlm.evaluation.checkpoint import check_files, fetched, load_checkpoint, read_config
 from contextlm.evaluation.compression import Measuring, reference_file
 from contextlm.evaluation.memory import position_limit
@@ -86,12 +88,23 @@ def folder_of(name: str) -> Path:
     return Path(name) if name and is_folder(Path(name)) else fetched(name)
 
 
-def files_hash(folder: Path) -> str:
-    """SHA-256 (hexadecimal) of a checkpoint's configuration and weights.
+def trained_hash(
+    contender: Contender, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
+) -> str | None:
+    """SHA-256 (hexadecimal) of the files that a contender starts from; None if it is new.
 
     Raises:
-        InputError: a file is missing or damaged.
+        InputError: a file is missing or damaged, or the tokenizer is not the recipe's.
     """
+    if contender.from_ is None:
+        return None
+    folder = folder_of(contender.from_)
+    own = load_tokenizer(str(folder), corpus, cache_folder())
+    if tokenizer_hash(own) != tokenizer_hash(tokenizer):
+        raise InputError(
+            f"contenders.{contender.name}.from: its tokenizer is another than the recipe's: set "
+            f"tokenizer: {folder}"
+        )
     check_files(folder)
     total = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
