@@ -40,7 +40,7 @@ def figures(run: Path, budget: str) -> dict[str, bytes]:
 
 def test_a_longer_order_begins_as_a_shorter_one():
     orders = [
-        Budget(share, samples, 10, "", 0).order(3, shuffle=True)
+        Budget(share, samples, 10, 3, "", 0).order(3, shuffle=True)
         for share, samples in ((0.5, 5), (1.0, 10), (2.5, 25))
     ]
     assert orders[2][:10] == orders[1]
@@ -49,7 +49,30 @@ def test_a_longer_order_begins_as_a_shorter_one():
     assert orders[1] == epoch  # what training without budgets shuffles
     assert sorted(orders[2][10:20]) == list(range(10, 20))
     assert len(set(orders[2])) == 25
-    assert Budget(0.5, 5, 10, "", 0).order(3, shuffle=False) == [0, 1, 2, 3, 4]
+    assert Budget(0.5, 5, 10, 1, "", 0).order(3, shuffle=False) == [0, 1, 2, 3, 4]
+
+
+def test_a_text_that_ends_begins_again_in_another_order():
+    order = Budget(3.5, 35, 10, 2, "", 0).order(3, shuffle=True)
+    assert order[:20] == Budget(2.0, 20, 10, 2, "", 0).order(3, shuffle=True)
+    assert sorted(order[20:30]) == list(range(10))
+    assert order[20:30] != order[:10]
+    assert set(order[30:]) < set(range(10, 20))
+
+
+def test_a_budget_beyond_the_text_says_how_often_it_reads_it(quick, tmp_path):
+    """What is read again must be asked for."""
+    asked = ["tokens={train: 700, validation: 97}", "budgets=[0.5, 1, 2.5]", SAMPLES]
+    with pytest.raises(InputError, match=r"budgets: 2\.5: .* 40 windows|too small"):
+        prepare(load_recipe(quick, overrides=asked), torch.device("cpu"))
+    run = begin(quick, tmp_path, *asked, "repeat_text=true", "contenders.ours=null")
+    results = [outcome.result for outcome in read_run(run).outcomes]
+    assert [result.corpus.text_passes for result in results] == [None, None, 2.5]
+    assert [result.trained_tokens for result in results] == [320, 640, 1600]
+    once = read_run(
+        begin(quick, tmp_path, *asked[:1], "budgets=[0.5, 1]", SAMPLES, "contenders.ours=null")
+    )
+    assert [outcome.result for outcome in once.outcomes] == results[:2]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +221,7 @@ def test_a_rate_is_tuned_once_for_all_budgets(quick, tmp_path):
     ("overrides", "message"),
     [
         (["budgets=[1, 0.5]"], "budgets must ascend"),
+        (["repeat_text=true"], "repeat_text: is for budgets"),
         (["budgets=[0.5]", "training.epochs=2"], "needs training.epochs=1"),
         (
             ["budgets=[0.5]", "contenders.ours.training={epochs: 3}"],

@@ -268,6 +268,11 @@ def _pools(
         raise InputError(
             f"budgets: {recipe.budgets[-1]:g} is more than all of the text: name samples.train"
         )
+    if recipe.repeat_text:
+        whole = _samples(
+            recipe.model_copy(update={"samples": None}), store, "train", tokenizer, checked
+        )
+        blocks = min(blocks, min(map(len, whole.values())) // recipe.samples.train)
     more = recipe.samples.model_copy(update={"train": blocks * recipe.samples.train})
     wanted = recipe.model_copy(update={"samples": more})
     try:
@@ -281,6 +286,7 @@ def _budgets(recipe: Recipe, pool: Samples, block: int) -> Sequence[Budget | Non
     if recipe.budgets is None:
         return [None]
     budgets: list[Budget] = []
+    text_blocks = len(pool) // block
     for share in recipe.budgets:
         samples = round(share * block)
         if samples == 0:
@@ -290,9 +296,11 @@ def _budgets(recipe: Recipe, pool: Samples, block: int) -> Sequence[Budget | Non
                 f"budgets: {budgets[-1].share:g} and {share:g} of {block:,} training samples are "
                 f"the same {samples:,}"
             )
-        text = pool.first(blocks_of(share) * block).stream()
-        tokens = pool.first(samples).tokens_covered
-        budgets.append(Budget(share, samples, block, _sha256(text), tokens))
+        text = pool.first(min(blocks_of(share), text_blocks) * block).stream()
+        passes, rest = divmod(samples, text_blocks * block)
+        tokens = passes * pool.first(text_blocks * block).tokens_covered
+        tokens += pool.first(rest).tokens_covered if rest else 0
+        budgets.append(Budget(share, samples, block, text_blocks, _sha256(text), tokens))
     return budgets
 
 

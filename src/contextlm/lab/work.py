@@ -155,7 +155,10 @@ def _result(
 ) -> Result:
     """What a result says of any training, with nothing else measured."""
     recipe, contender, budget = prepared.recipe, entry.contender, entry.budget
-    seen = {} if budget is None else {"train_tokens": budget.tokens, "train_windows": entry.samples}
+    seen: dict[str, float | None] = {}
+    if budget is not None:
+        seen = {"train_tokens": budget.tokens, "train_windows": entry.samples}
+        seen["text_passes"] = budget.text_passes
     return Result(
         recipe=recipe.name,
         scale=recipe.scale,

@@ -144,6 +144,9 @@ class Recipe(Settings):
         description="train each contender once a budget, on this share of the training samples; "
         "more than 1 goes on with the samples that follow them in the text",
     )
+    repeat_text: bool = Field(
+        False, description="budgets beyond the end of the text begin it again, in a new order"
+    )
     seeds: list[Seed] = Field(
         [0], min_length=1, description="of weights, noise, order and dropout: a training for each"
     )
@@ -204,6 +207,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _budgets_count_samples_once(self) -> Self:
         if self.budgets is None:
+            if self.repeat_text:
+                raise ValueError("repeat_text: is for budgets; without any, see training.epochs")
             return self
         if any(b <= a for a, b in pairwise(self.budgets)):
             raise ValueError("budgets must ascend")

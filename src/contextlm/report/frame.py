@@ -108,6 +108,7 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
         "train_tokens": data.train_tokens,
         "validation_tokens": data.validation_tokens,
         "train_windows": data.train_windows,
+        "text_passes": data.text_passes,
         "validation_windows": data.validation_windows,
         "precision": result.precision,
         "epoch_limit": _epoch_limit(run),

@@ -62,6 +62,7 @@ class CorpusFacts(Record):
     `unigram_ppl` is the validation perplexity of the training tokens' frequencies (each entry
     counted once more than seen): what a model without any context would reach. Documents repeat
     others where they differ in white space and case at most; older results do not tell.
+    `text_passes` is how often a budget read its text, where that is more than once.
     """
 
     name: str
@@ -72,6 +73,7 @@ class CorpusFacts(Record):
     train_windows: Count
     validation_windows: Count
     sequence_length: Count
+    text_passes: Figure | None = None
     unigram_ppl: Perplexity | None = None
     repeated_documents: Count | None = None
     validation_documents_in_training: Count | None = None
