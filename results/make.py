@@ -5,6 +5,7 @@
 
 `runs.csv` has a row for each contender, seed and budget (`contextlm.report.frame`), and in
 `question` the words that tables ask for; a run that serves two questions is one row with two.
+A run with budgets serves one for each, such as `curves-0.5`.
 `epochs.csv` has a row for each of their epochs, and for those that a document tells, which have no
 seed. `benchmarks.csv` has the ratios that ``contextlm bench`` printed, ``compress-*.json`` what
 ``contextlm compress`` found (its `result.json`). In a page, what stands
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -68,8 +70,8 @@ class Results:
         }
         self.rows = cache(self._rows)
 
-    def _rows(self, question: str) -> list[Contender]:
-        """The contenders that answer a question, each compared with its baseline."""
+    def _rows(self, question: str, baseline: str = "") -> list[Contender]:
+        """The contenders that answer a question, each beside its baseline, or a given one."""
         seeds = self.runs[[question in words.split() for words in self.runs.question]]
         if seeds.empty:
             raise LookupError(question)
@@ -81,6 +83,7 @@ class Results:
             ]
             # A pair with another target has no marked baseline: it is the first of the pair.
             base = next((one for one in alike if one.value("baseline")), alike[0])
+            base = next((one for one in alike if one.name == baseline), base)
             column = "accuracy" if row.task else "validation_loss"
             pair = (one.seeds.set_index("seed")[column] for one in (row, base))
             rows.append(
@@ -172,6 +175,40 @@ class Results:
         ]
         return markdown_table(make_table("", columns, pairs))
 
+    def curves(self, question: str, baseline: str = "") -> str:
+        """Perplexity by budget and its difference from the baseline, or from a given contender."""
+        budgets = {rows[0].budget: rows for rows in self.by_budget(question, baseline)}
+        by_name = {tokens: {row.name: row for row in rows} for tokens, rows in budgets.items()}
+        columns = [Column[str]("contender", str, "text")]
+        for tokens, known in by_name.items():
+            columns += [
+                Column(
+                    f"{tokens / 1e6:.3g} M tokens",
+                    lambda name, known=known: (
+                        tables.ppl_text(known[name]) if name in known else numbers.ABSENT
+                    ),
+                ),
+                Column("vs baseline", lambda name, known=known: _compared(known.get(name))),
+            ]
+        names = dict.fromkeys(name for known in by_name.values() for name in known)
+        columns.append(
+            Column(
+                "seeds",
+                lambda name: ", ".join(
+                    str(len(known[name].seeds)) for known in by_name.values() if name in known
+                ),
+            )
+        )
+        return markdown_table(make_table("", columns, names))
+
+    def by_budget(self, question: str, baseline: str = "") -> list[list[Contender]]:
+        """The rows of each budget of a question, smallest first."""
+        words = {word for asked in self.runs.question for word in asked.split()}
+        found = [self.rows(w, baseline) for w in words if re.fullmatch(rf"{question}-[\d.]+", w)]
+        if not found:
+            raise LookupError(question)
+        return sorted(found, key=lambda rows: rows[0].budget)
+
     def ratios(self, question: str) -> str:
         """What one benchmark printed, beside its targets; one that was missed says so."""
         lines = self.benchmarks[self.benchmarks.question == question]
@@ -218,6 +255,16 @@ def _share_of_unigram(row: Contender) -> str:
     return numbers.ABSENT if ppl is None or unigram is None else numbers.percent(ppl.mean / unigram)
 
 
+def _compared(row: Contender | None) -> str:
+    """The difference, and its interval where there is one; ``(Holm)`` where that decides."""
+    if row is None or row.difference is None:
+        return numbers.ABSENT
+    interval, verdict = tables.interval_text(row), tables.verdict_text(row)
+    undecided = " (Holm)" if "Holm" in verdict else ""
+    told = "" if interval == numbers.ABSENT else f": {interval}{undecided}"
+    return f"{tables.difference_text(row)}{told}"
+
+
 def _given(value: float, key: str) -> str:
     return numbers.percent(value) if REPORTED[key][2] is numbers.percent else numbers.plain(value)
 
@@ -259,6 +306,9 @@ def plots(results: Results, folder: Path) -> None:
         for row in (results.row(question, name) for question in questions)
     ]
     drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
+    with suppress(LookupError):
+        curves = [row for rows in results.by_budget("curves") for row in rows]
+        drawn += charts.figure("curves", charts.budgets(curves))
     for name, found in results.compressions.items():
         drawn += charts.figure(name, compression.frontier(found))
     for question, epochs in results.epochs.groupby("question"):
@@ -301,7 +351,10 @@ def make(folder: Path) -> None:
 
 def taken_in(old: pd.DataFrame, new: pd.DataFrame, question: str) -> pd.DataFrame:
     """The rows of both; one that is there already gets `question` as one more word."""
-    new = new.assign(question=question, budget=new.train_tokens * new.epoch_limit)
+    asked: Any = question
+    if "share" in new:
+        asked = [question if pd.isna(s) else f"{question}-{s:g}" for s in new.share]
+    new = new.assign(question=asked, budget=new.train_tokens * new.epoch_limit)
     both = pd.concat([old, new], ignore_index=True)
     figures = [name for name in both if name not in NOT_FIGURES]
     words = both.groupby(figures, dropna=False, sort=False).question.transform(

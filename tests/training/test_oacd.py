@@ -18,6 +18,7 @@ from contextlm.training.checkpoints import Checkpoints
 from contextlm.training.oacd import (
     PhaseOneState,
     oacd_loss,
+    oacd_loss_with_gradient,
     train_context_block,
 )
 
@@ -41,6 +42,17 @@ def test_loss_equals_the_definition():
     )
     expected = -spread / 13 + 0.1 * sum(m * m for m in mean)
     assert oacd_loss(contexts).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_gradient_in_closed_form_is_autograds():
+    contexts = torch.randn(13, 4, dtype=torch.float64, requires_grad=True)
+    expected = oacd_loss(contexts, 0.7)
+    expected.backward()
+    loss, gradient = oacd_loss_with_gradient(contexts.detach(), 0.7)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(gradient, contexts.grad, rtol=1e-13, atol=1e-13)
+    alike = torch.full((3, 2), 0.25)  # no dispersion
+    assert torch.equal(oacd_loss_with_gradient(alike, 0.5)[1], torch.full((3, 2), 0.25 / 3))
 
 
 @pytest.fixture
