@@ -58,7 +58,30 @@ def test_answers_follow_from_the_text(name: str) -> None:
         assert len(set(names)) == len(names), "nothing is asked twice"
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_mqar_asks_for_every_pair_in_sixteen_words_a_pair() -> None:
+    task = find_task("mqar:16")
+    assert task is not None
+    assert task.levels == (4, 8, 16)
+    places = []
+    for number, document in enumerate(load_corpus("mqar:16", COUNTS).train):
+        pairs = task.levels[number % 3]
+        words = [word for word in document.split() if word != MARK]
+        assert len(words) == 16 * pairs
+        text, rest = words[: 2 * pairs], words[2 * pairs :]
+        known = dict(zip(text[::2], text[1::2], strict=True))
+        assert len(known) == len(set(known.values())) == pairs
+        asked = {at: word for at, word in enumerate(rest[::2]) if word != "w0"}
+        assert set(asked.values()) == set(known)
+        assert all(rest[2 * at + 1] == known[word] for at, word in asked.items())
+        assert rest.count("w0") == len(rest) - 2 * pairs
+        answers = [f"{word} {MARK} {known[word]}" for word in asked.values()]
+        assert all(answer in document for answer in answers)
+        assert document.count(MARK) == pairs
+        places += [at / (7 * pairs) for at in asked]
+    assert np.median(places) < 0.35, "soon more often than late"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mqar:8"])
 def test_the_same_documents_come_each_time_and_none_in_both_splits(name: str) -> None:
     corpus, again = load_corpus(name, COUNTS), load_corpus(name, COUNTS)
     more = load_corpus(name, (400, 70))
@@ -84,7 +107,7 @@ def test_levels_come_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["recall", "recall:", "recall:0", "recall:x", "needles:33", "passkey:7"]
+    "name", ["recall", "recall:", "recall:0", "recall:x", "needles:33", "passkey:7", "mqar:0"]
 )
 def test_bad_sizes_are_named(name: str) -> None:
     with pytest.raises(InputError, match=f"corpus '{name}': expected {name.partition(':')[0]}:"):

@@ -26,6 +26,7 @@ CORPORA = {
     "ultrachat": "dialogues: samples 0-1999 to train, 50000-50019 to validate; the hub",
     "pile": "the Pile without copyrighted parts, streamed in order; the hub",
     "recall:PAIRS": "synthetic: pairs of keys and values, then the keys (unit: answers)",
+    "mqar:PAIRS": "synthetic: pairs, then the keys far apart, as in Zoology (unit: answers)",
     "passkey:LENGTH": "synthetic: four digits in noise of up to LENGTH words (unit: answers)",
     "needles:NEEDLES": "synthetic: up to 32 named numbers in 256 words (unit: answers)",
     "text:PATH": "your own UTF-8 text: a file, or a folder of .txt, .md and .rst files",

@@ -5,13 +5,17 @@ behind a ``*`` that says that the next word is to be scored (`samples.Answers` t
 
     recall    associative recall: keys and values, then each key again in another order
               k3 v7 k12 v1 ? k12 * v1 k3 * v7
+    mqar      the same in Zoology's setting: the keys come again far apart, soon more often than
+              late; 16 words a pair, of a vocabulary of 8,192
+              k3 v7 k12 v1 w0 w0 k12 * v1 w0 w0 w0 w0 k3 * v7 w0 w0
     passkey   four digits somewhere in noise
               w4 w9 key d4 d8 d1 d5 w2 ... ? * d4 * d8 * d1 * d5
     needles   several named numbers of two digits in noise, then each name again
               w4 needle n2 d4 d8 w9 needle n7 d1 d1 ... ? n7 * d1 * d1 n2 * d4 * d8
 
-Associative recall after Arora et al., "Zoology" (2023), with the queries after all pairs; passkeys
-after Mohtashami and Jaggi, "Landmark Attention" (2023).
+Associative recall after Arora et al., "Zoology" (2023), with the queries after all pairs, or as in
+its figure 2 (multi-query associative recall; there a query's answer is not read, here it stands
+where a filler would); passkeys after Mohtashami and Jaggi, "Landmark Attention" (2023).
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ QUESTION, MARK = "?", "*"
 DOCUMENTS = (20_000, 1_000)
 NEEDLE_TEXT = 256  # words before the question
 _VERSION = 2
+_MQAR_ENTRIES = 4096  # keys, and as many values
+_MQAR_SPREAD, _MQAR_POWER = 16, 0.01  # words a pair; distances have weights d^(power - 1)
 _HELD_OUT = 0.2  # of all possible documents
 _DIGITS = [f"d{n}" for n in range(10)]
 _NOISE = [f"w{n}" for n in range(32)]
@@ -69,6 +75,19 @@ def _recall(draw: random.Random, pairs: int, entries: int) -> list[str]:
     return [*text, QUESTION, *(word for key in keys for word in (key, MARK, value_of[key]))]
 
 
+def _mqar(draw: random.Random, pairs: int) -> list[str]:
+    keys, values = (draw.sample(range(_MQAR_ENTRIES), pairs) for _ in range(2))
+    text = [word for k, v in zip(keys, values, strict=True) for word in (f"k{k}", f"v{v}")]
+    places = _MQAR_SPREAD * pairs // 2 - pairs  # of two words each
+    free = {place: (place + 1) ** (_MQAR_POWER - 1) for place in range(places)}
+    asked = {}
+    for pair in range(pairs):
+        (at,) = draw.choices(list(free), list(free.values()))
+        del free[at]
+        asked[at] = [f"k{keys[pair]}", MARK, f"v{values[pair]}"]
+    return text + [word for place in range(places) for word in asked.get(place, ["w0", "w0"])]
+
+
 def _passkey(draw: random.Random, length: int) -> list[str]:
     digits = draw.choices(_DIGITS, k=4)
     text = draw.choices(_NOISE, k=length - 5)
@@ -106,6 +125,11 @@ def _recall_task(pairs: int) -> Task:
     return Task("recall", pairs, _doubling(2, pairs), "pairs", write, 2 * entries + 2)
 
 
+def _mqar_task(pairs: int) -> Task:
+    levels = _doubling(min(4, pairs), pairs)
+    return Task("mqar", pairs, levels, "pairs", _mqar, 2 * _MQAR_ENTRIES + 2)
+
+
 def _passkey_task(length: int) -> Task:
     levels = _doubling(max(8, length // 8), length)
     return Task("passkey", length, levels, "words", _passkey, len(_NOISE) + len(_DIGITS) + 3)
@@ -119,6 +143,7 @@ def _needles_task(needles: int) -> Task:
 # Kind, what its size is called, the smallest and largest size.
 _KINDS: dict[str, tuple[Callable[[int], Task], str, int, int]] = {
     "recall": (_recall_task, "PAIRS", 1, _LARGEST),
+    "mqar": (_mqar_task, "PAIRS", 1, _LARGEST),
     "passkey": (_passkey_task, "LENGTH", 8, 2**20),
     "needles": (_needles_task, "NEEDLES", 1, len(_NAMES)),
 }
