@@ -583,14 +583,3 @@ def test_unigram_perplexity_equals_a_count():
     losses = [-math.log((seen[token] + 1) / total) for token in prepared.validation_stream.tolist()]
     expected = math.exp(math.fsum(losses) / len(losses))
     assert prepared.facts.unigram_ppl == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_missing_package_of_mamba_is_named(monkeypatch):
-    """transformers would fall back to a loop over tokens without a word."""
-    model = "{type: mamba, hidden_size: 16, num_hidden_layers: 1, use_mambapy: true}"
-    overrides = [f"contenders.mamba={{model: {model}}}"]
-    made = load_recipe("demo", scale="smoke", overrides=overrides)
-    prepare(made, CPU)
-    monkeypatch.setattr("contextlm.lab.preparation.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"contenders\.mamba: .*pip install mambapy"):
-        prepare(made, CPU)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -401,12 +400,6 @@ def _check_contender(recipe: Recipe, contender: Contender, vocab_size: int) -> _
     if config.vocab_size < vocab_size:
         raise InputError(
             f"model.vocab_size {config.vocab_size} is less than the recipe's {vocab_size} entries"
-        )
-    if getattr(config, "use_mambapy", False) and find_spec("mambapy") is None:
-        # Without it transformers would fall back to a loop, ten times as slow, and say nothing.
-        raise InputError(
-            "model.use_mambapy needs the package mambapy: pip install mambapy, or "
-            f"leave the model out: --set contenders.{contender.name}=null"
         )
     model = meta_model(config)
     positions = position_limit(model)
