@@ -1,4 +1,4 @@
-"""Makes the tables, figures and plots here, and the README's figures, again from three files.
+"""Makes the tables, figures and plots here, and the README's figures, again from data files.
 
     python results/make.py                         make them again
     python results/make.py add QUESTION RUN...     take in the rows of finished run folders first
@@ -53,7 +53,7 @@ REPORTED = {
 
 
 class Results:
-    """The rows of both files, and what pages say of them."""
+    """The rows of these files, and what pages say of them."""
 
     def __init__(self, folder: Path):
         self.runs = pd.read_csv(folder / "runs.csv").assign(
@@ -83,7 +83,10 @@ class Results:
             ]
             # A pair with another target has no marked baseline: it is the first of the pair.
             base = next((one for one in alike if one.value("baseline")), alike[0])
-            base = next((one for one in alike if one.name == baseline), base)
+            if baseline:
+                base = next((one for one in alike if one.name == baseline), None)
+                if base is None:
+                    raise SystemExit(f"results/runs.csv has no {baseline} in {question}")
             column = "accuracy" if row.task else "validation_loss"
             pair = (one.seeds.set_index("seed")[column] for one in (row, base))
             rows.append(
@@ -178,6 +181,7 @@ class Results:
     def curves(self, question: str, baseline: str = "") -> str:
         """Perplexity by budget and its difference from the baseline, or from a given contender."""
         budgets = {rows[0].budget: rows for rows in self.by_budget(question, baseline)}
+        against = baseline or next(row for rows in budgets.values() for row in rows).name
         by_name = {tokens: {row.name: row for row in rows} for tokens, rows in budgets.items()}
         columns = [Column[str]("contender", str, "text")]
         for tokens, known in by_name.items():
@@ -188,7 +192,7 @@ class Results:
                         tables.ppl_text(known[name]) if name in known else numbers.ABSENT
                     ),
                 ),
-                Column("vs baseline", lambda name, known=known: _compared(known.get(name))),
+                Column(f"vs {against}", lambda name, known=known: _compared(known.get(name))),
             ]
         names = dict.fromkeys(name for known in by_name.values() for name in known)
         columns.append(
@@ -306,9 +310,12 @@ def plots(results: Results, folder: Path) -> None:
         for row in (results.row(question, name) for question in questions)
     ]
     drawn += charts.figure("budgets", charts.budget_chart(charts.points_of(points)))
-    with suppress(LookupError):
-        curves = [row for rows in results.by_budget("curves") for row in rows]
-        drawn += charts.figure("curves", charts.budgets(curves))
+    curves: list[list[Contender]] = []
+    with suppress(LookupError):  # not run yet
+        curves = results.by_budget("curves")
+    if curves:
+        drawn += charts.figure("curves", charts.budgets([row for rows in curves for row in rows]))
+        drawn += charts.figure("curves-bytes", charts.frontier(results.rows("curves-0.5")))
     for name, found in results.compressions.items():
         drawn += charts.figure(name, compression.frontier(found))
     for question, epochs in results.epochs.groupby("question"):
@@ -368,6 +375,8 @@ def epoch_frame(question: str, runs: list[Run]) -> pd.DataFrame:
     rows = []
     for outcome in (outcome for run in runs for outcome in run.outcomes):
         result = outcome.result
+        if result.budget is not None:
+            continue  # each has one epoch
         own = [each for each in outcome.history if isinstance(each, PhaseTwoRow)]
         told = result.reported_epochs
         told_ppl = zip(told.get("train_ppl", []), told.get("val_ppl", []), strict=True)

@@ -1,4 +1,4 @@
-"""The pages in results/ are those that results/make.py makes of its two files, to the character."""
+"""The pages in results/ are those that results/make.py makes of its files, to the character."""
 
 from __future__ import annotations
 

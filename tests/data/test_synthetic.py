@@ -107,7 +107,7 @@ def test_levels_come_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["recall", "recall:", "recall:0", "recall:x", "needles:33", "passkey:7", "mqar:0"]
+    "name", ["recall", "recall:", "recall:0", "recall:x", "needles:33", "passkey:7", "mqar:257"]
 )
 def test_bad_sizes_are_named(name: str) -> None:
     with pytest.raises(InputError, match=f"corpus '{name}': expected {name.partition(':')[0]}:"):

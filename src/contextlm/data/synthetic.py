@@ -5,8 +5,8 @@ behind a ``*`` that says that the next word is to be scored (`samples.Answers` t
 
     recall    associative recall: keys and values, then each key again in another order
               k3 v7 k12 v1 ? k12 * v1 k3 * v7
-    mqar      the same in Zoology's setting: the keys come again far apart, soon more often than
-              late; 16 words a pair, of a vocabulary of 8,192
+    mqar      the same as in Zoology: keys are asked for among fillers, more often near than far;
+              16 words a pair, of a vocabulary of 8,192
               k3 v7 k12 v1 w0 w0 k12 * v1 w0 w0 w0 w0 k3 * v7 w0 w0
     passkey   four digits somewhere in noise
               w4 w9 key d4 d8 d1 d5 w2 ... ? * d4 * d8 * d1 * d5
@@ -14,8 +14,9 @@ behind a ``*`` that says that the next word is to be scored (`samples.Answers` t
               w4 needle n2 d4 d8 w9 needle n7 d1 d1 ... ? n7 * d1 * d1 n2 * d4 * d8
 
 Associative recall after Arora et al., "Zoology" (2023), with the queries after all pairs, or as in
-its figure 2 (multi-query associative recall; there a query's answer is not read, here it stands
-where a filler would); passkeys after Mohtashami and Jaggi, "Landmark Attention" (2023).
+its figure 2 (multi-query associative recall: 4, 8 and 16 pairs in 64, 128 and 256 words; there a
+query's answer is not read, here it stands where a filler would); passkeys after Mohtashami and
+Jaggi, "Landmark Attention" (2023).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ DOCUMENTS = (20_000, 1_000)
 NEEDLE_TEXT = 256  # words before the question
 _VERSION = 2
 _MQAR_ENTRIES = 4096  # keys, and as many values
+_MQAR_LARGEST = 256
 _MQAR_SPREAD, _MQAR_POWER = 16, 0.01  # words a pair; distances have weights d^(power - 1)
 _HELD_OUT = 0.2  # of all possible documents
 _DIGITS = [f"d{n}" for n in range(10)]
@@ -143,7 +145,7 @@ def _needles_task(needles: int) -> Task:
 # Kind, what its size is called, the smallest and largest size.
 _KINDS: dict[str, tuple[Callable[[int], Task], str, int, int]] = {
     "recall": (_recall_task, "PAIRS", 1, _LARGEST),
-    "mqar": (_mqar_task, "PAIRS", 1, _LARGEST),
+    "mqar": (_mqar_task, "PAIRS", 1, _MQAR_LARGEST),
     "passkey": (_passkey_task, "LENGTH", 8, 2**20),
     "needles": (_needles_task, "NEEDLES", 1, len(_NAMES)),
 }

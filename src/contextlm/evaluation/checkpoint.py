@@ -34,7 +34,13 @@ from contextlm.base.visible import shown
 from contextlm.compress.checkpoint import TYPE as COMPRESSED  # registers what keeps a policy
 from contextlm.data.hub import from_hub
 from contextlm.data.tokenizers import vocab_entries
-from contextlm.models.build import check_values, config_class, meta_model, reason
+from contextlm.models.build import (
+    check_values,
+    config_class,
+    meta_model,
+    reason,
+    take_compiled_scans,
+)
 from contextlm.results.run_files import first_problem
 
 WEIGHTS = "model.safetensors"
@@ -65,6 +71,7 @@ def load_checkpoint(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrai
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
     if wanted > _MOST_PACKED * stored:
         raise InputError(f"{folder}: {weights} does not fit config.json")
+    take_compiled_scans(config)
     with _named(f"{folder}: cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,

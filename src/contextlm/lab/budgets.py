@@ -23,7 +23,8 @@ class Budget:
         block: how many the recipe names.
         text_blocks: after how many blocks the text begins again.
         text: hash of the text behind the blocks that it reaches.
-        tokens: targets of all `samples`; those of text that comes again count again.
+        tokens: of the text, as far as there is a token for each of the `samples`; those of text
+            that comes again count again.
     """
 
     share: float

@@ -226,12 +226,17 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 def create_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A freshly initialised model in float32; `seed` governs its weights and all that follows."""
+    take_compiled_scans(config)
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def take_compiled_scans(config: PreTrainedConfig) -> None:
+    """Let a Mamba of transformers compute with our scans on a CPU (`models.mamba`)."""
     if config.model_type in ("mamba", "mamba2"):
         from contextlm.models.mamba import use_compiled_scans  # loads both families
 
         use_compiled_scans()
-    set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _misfit(config: PreTrainedConfig, error: BaseException) -> InputError:

@@ -9,6 +9,7 @@ what computes the same (`ops.selective_scan`, `ops.selective_state`).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,31 +19,43 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
-from contextlm.ops.backends import is_observed
-from contextlm.ops.selective_scan import selective_scan
-from contextlm.ops.selective_state import selective_state
+from contextlm.ops import selective_scan as one
+from contextlm.ops import selective_state as two
+from contextlm.ops.backends import AUTO, is_observed, requested_backend
 
 
 def use_compiled_scans() -> None:
-    """Exchange the functions in this process; on other devices and when traced theirs run."""
-    for module, name, ours in (
-        (modeling_mamba, "mamba_selective_scan", _mamba_scan),
-        (modeling_mamba2, "mamba2_chunk_scan", _mamba2_scan),
+    """Exchange the functions, in this process.
+
+    Theirs still run on other devices, when traced, where the op's backend is to be ``eager``, and
+    for arguments that ours do not have.
+    """
+    for module, name, ours, op in (
+        (modeling_mamba, "mamba_selective_scan", _mamba_scan, one),
+        (modeling_mamba2, "mamba2_chunk_scan", _mamba2_scan, two),
     ):
         theirs = getattr(module, name)
-        if not hasattr(theirs, "contextlm"):
-            setattr(module, name, _either(theirs, ours))
+        if not hasattr(theirs, "theirs"):
+            setattr(module, name, _either(theirs, ours, op))
 
 
-def _either(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+def _either(theirs: Callable[..., Any], ours: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    known = inspect.signature(ours).parameters
+    name = op.__name__.rpartition(".")[2]
+
     @functools.wraps(theirs)
     def scan(hidden_states: Tensor, *given: Any, **options: Any) -> Any:
-        fits = hidden_states.device.type == "cpu" and not is_observed((hidden_states,))
+        fits = (
+            hidden_states.device.type == "cpu"
+            and known.keys() >= options.keys()
+            and not is_observed((hidden_states,))
+            and requested_backend(name, AUTO, op.BACKENDS) != "eager"
+        )
         if fits and (found := ours(hidden_states, *given, **options)) is not None:
             return found
         return theirs(hidden_states, *given, **options)
 
-    scan.contextlm = theirs  # type: ignore[attr-defined]
+    scan.theirs = theirs  # type: ignore[attr-defined]
     return scan
 
 
@@ -57,14 +70,18 @@ def _mamba_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
-    **others: Any,
+    use_mambapy: bool = False,
+    use_associative_scan: bool = False,
 ) -> Any:
-    """transformers' arguments and roundings; tensors are ``[B, D, T]`` or ``[B, N, T]``."""
+    """transformers' arguments, ``[B, D, T]`` or ``[B, N, T]``; the last two choose forms of theirs.
+
+    The state is read in float32, where theirs rounds it to the inputs' type first.
+    """
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]
     if delta_softplus:
         dt = F.softplus(dt)
-    out, state = selective_scan(hidden_BDT.mT, dt.mT, A, B.mT, C.mT)
+    out, state = one.selective_scan(hidden_BDT.mT, dt.mT, A, B.mT, C.mT)
     out = out.mT
     if D is not None:
         out = out + hidden_BDT * D[None, :, None]
@@ -86,10 +103,10 @@ def _mamba2_scan(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
-    **others: Any,
+    z: Tensor | None = None,
 ) -> Any:
-    """The same; None where heads have not all the same B and C, which the op needs."""
-    if B.shape[2] != 1:
+    """Likewise; None where heads have not all the same B and C, or there is a gate."""
+    if B.shape[2] != 1 or z is not None:
         return None
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
@@ -99,5 +116,5 @@ def _mamba2_scan(
     skip = torch.zeros_like(A) if D is None else D
     before = None if initial_states is None else initial_states.mT
     with torch.autocast("cpu", enabled=False):
-        out, state = selective_state(hidden_BTHP, dt, -A, B[:, :, 0], C[:, :, 0], skip, before)
+        out, state = two.selective_state(hidden_BTHP, dt, -A, B[:, :, 0], C[:, :, 0], skip, before)
     return (out, state.mT) if return_final_states else out

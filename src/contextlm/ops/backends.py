@@ -54,10 +54,10 @@ _FEWEST_NUMBERS = 2**12
 def recurrence_backend(
     op: str, given: str, known: Sequence[str], tensors: Sequence[Tensor], kernels: Sequence[str]
 ) -> str:
-    """The backend for a recurrence over T tokens, whose plain forms are eager, numba and chunked.
+    """The backend for a recurrence over T tokens; its plain forms are eager, perhaps also chunked.
 
     Left open it is ``eager`` for a few tokens, else ``numba`` on a CPU, one of the kernels on CUDA,
-    and ``chunked`` for all else.
+    and ``chunked``, or ``eager``, for all else.
 
     Args:
         op: its name.
@@ -83,7 +83,8 @@ def recurrence_backend(
         return name
     if tensors[0].shape[1] < FEWEST_TOKENS:
         return "eager"
-    return next((name for name, obstacle in obstacles.items() if not obstacle), "chunked")
+    plain = "chunked" if "chunked" in known else "eager"
+    return next((name for name, obstacle in obstacles.items() if not obstacle), plain)
 
 
 def pass_backend(op: str, given: str, tensors: Sequence[Tensor]) -> str:

@@ -145,7 +145,9 @@ class Recipe(Settings):
         "more than 1 goes on with the samples that follow them in the text",
     )
     repeat_text: bool = Field(
-        False, description="budgets beyond the end of the text begin it again, in a new order"
+        False,
+        description="budgets beyond the last whole block of samples.train begin again with the "
+        "first, in a new order; the rest of the text is not read",
     )
     seeds: list[Seed] = Field(
         [0], min_length=1, description="of weights, noise, order and dropout: a training for each"
@@ -205,7 +207,7 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _budgets_count_samples_once(self) -> Self:
+    def _budgets_are_within_one_epoch(self) -> Self:
         if self.budgets is None:
             if self.repeat_text:
                 raise ValueError("repeat_text: is for budgets; without any, see training.epochs")
@@ -219,7 +221,7 @@ class Recipe(Settings):
                 own = "epochs" in contender.training
                 key = f"contenders.{contender.name}.training" if own else "training"
                 raise ValueError(
-                    f"budgets: a budget is tokens seen once, which needs {key}.epochs=1"
+                    f"budgets: a budget is one pass over samples, which needs {key}.epochs=1"
                 )
         return self
 

@@ -162,7 +162,7 @@ def setting_of(group: Sequence[Contender]) -> str:
         say("{tokens} training tokens", tokens=numbers.count(value("train_tokens"))),
         epochs
         and (say("1 epoch") if epochs == 1 else say("at most {epochs} epochs", epochs=epochs)),
-        passes and say("text read {times} times", times=f"{passes:.1f}"),
+        passes and say("text read {times} times", times=numbers.significant(passes)),
         say("windows of {tokens}", tokens=numbers.count(value("sequence_length"))),
         say("{ahead} tokens ahead", ahead=ahead) if ahead > 1 else None,
     ]
@@ -260,7 +260,7 @@ DATA: list[Column[Contender]] = [
     shared("train tokens", "train_tokens", numbers.count),
     shared("validation tokens", "validation_tokens", numbers.count),
     shared("train windows", "train_windows", numbers.count),
-    shared("text read", "text_passes", numbers.significant),
+    shared("times text read", "text_passes", numbers.significant),
     shared("validation windows", "validation_windows", numbers.count),
     shared("unigram PPL", "unigram_ppl", numbers.perplexity),
 ]

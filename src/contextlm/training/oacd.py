@@ -130,7 +130,7 @@ def oacd_loss(contexts_NC: Tensor, mean_weight: float = 0.1) -> Tensor:
 def oacd_loss_with_gradient(contexts_NC: Tensor, mean_weight: float) -> tuple[Tensor, Tensor]:
     """`oacd_loss` and its gradient ``2 w mean / n - (c - mean) / (n ||c - mean||_F)``, ``[N, C]``.
 
-    Half of the passes over the batch that autograd takes. No dispersion, no gradient of it.
+    Takes half of autograd's passes. Where all contexts are equal, the dispersion's gradient is 0.
     """
     positions, mean_C = len(contexts_NC), contexts_NC.mean(0)
     centred_NC = contexts_NC - mean_C

@@ -9,11 +9,10 @@ everywhere; ``numba``, one compiled loop for a CPU.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from contextlm.ops.arguments import check_shapes, computing_type
-from contextlm.ops.backends import AUTO, pass_backend
+from contextlm.ops.backends import AUTO, recurrence_backend
 
 BACKENDS = ("eager", "numba")
 
@@ -64,12 +63,12 @@ def selective_scan(
     )
     if initial_BDN is None:
         initial_BDN = inputs_BTD.new_zeros(batch, channels, size)
-    given = (inputs_BTD, delta_BTD, a_DN, b_BTN, c_BTN, initial_BDN)
-    dtype = computing_type(*given)
-    name = pass_backend("selective_scan", backend, given)
+    given: tuple[Tensor, ...] = (inputs_BTD, delta_BTD, a_DN, b_BTN, c_BTN, initial_BDN)
+    kind = computing_type(*given)
+    given = tuple(tensor.to(kind) for tensor in given)
+    name = recurrence_backend("selective_scan", backend, BACKENDS, given, ())
     if name == "numba":
         from contextlm.ops.selective_scan.numba import selective_scan_numba as run
     else:
         from contextlm.ops.selective_scan.naive import selective_scan_naive as run
-    with torch.autocast(inputs_BTD.device.type, enabled=False):
-        return run(*(tensor.to(dtype) for tensor in given))
+    return run(*given)

@@ -37,13 +37,15 @@ def _decays(delta_D, a_ND, decay_ND):  # type: ignore[no-untyped-def]
 def _forward(  # type: ignore[no-untyped-def]
     inputs_BTD, delta_BTD, b_BTN, c_BTN, initial_BND, out_BTD, kept_BKND, final_BND, a_ND
 ):
+    """Fills `out_BTD`; keeps states where there is room for any."""
     batch, tokens, channels = inputs_BTD.shape
     decay_ND, drive_D = a_ND.copy(), np.empty(channels, a_ND.dtype)
+    keeps = kept_BKND.shape[1] > 0
     for row in range(batch):
         state_ND = final_BND[row]
         state_ND[:] = initial_BND[row]
         for t in range(tokens):
-            if t % _KEPT == 0:
+            if keeps and t % _KEPT == 0:
                 kept_BKND[row, t // _KEPT] = state_ND
             u_D, delta_D, out_D = inputs_BTD[row, t], delta_BTD[row, t], out_BTD[row, t]
             _decays(delta_D, a_ND, decay_ND)
@@ -106,7 +108,7 @@ def _backward(  # type: ignore[no-untyped-def]
                     ddrive_D[d] = 0
                 for n in range(size):
                     b, c = b_BTN[row, t, n], c_BTN[row, t, n]
-                    db, dc = b - b, c - c
+                    db, dc = b - b, c - c  # zeros of the arrays' type
                     a_D, da_D, carry_D, decay_D = a_ND[n], da_ND[n], carry_ND[n], decays[i, n]
                     before_D, after_D = states[i, n], states[i + 1, n]
                     for d in range(channels):
@@ -130,7 +132,8 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
         inputs, delta, b, c, initial_BND, a_ND = (tensor.contiguous() for tensor in given)
         batch, tokens, _ = inputs.shape
-        kept = inputs.new_empty(batch, -(-tokens // _KEPT), *a_ND.shape)
+        keeps = any(ctx.needs_input_grad)
+        kept = inputs.new_empty(batch, -(-tokens // _KEPT) if keeps else 0, *a_ND.shape)
         out, final = torch.empty_like(inputs), torch.empty_like(initial_BND)
         over_rows(_forward, (inputs, delta, b, c, initial_BND, out, kept, final), a_ND)
         ctx.save_for_backward(inputs, delta, b, c, kept, a_ND)
@@ -157,6 +160,8 @@ def selective_scan_numba(
     initial_BDN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `selective_scan`, on a CPU, for tensors of float32 or float64; once differentiable."""
+    if not torch.is_grad_enabled():  # which a parameter does not know: nothing is kept for it
+        a_DN = a_DN.detach()
     out_BTD, final_BND = _SelectiveScan.apply(
         inputs_BTD, delta_BTD, b_BTN, c_BTN, initial_BDN.mT, a_DN.t()
     )
