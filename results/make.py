@@ -56,7 +56,7 @@ class Results:
     """The rows of these files, and what pages say of them."""
 
     def __init__(self, folder: Path):
-        self.runs = pd.read_csv(folder / "runs.csv").assign(
+        self.runs = pd.read_csv(folder / "runs.csv").copy().assign(
             gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
             cache_kb=lambda rows: rows.cache_bytes_128 / 1024,
             rank_share_train=lambda rows: rows.rank_train / rows.context_dim,

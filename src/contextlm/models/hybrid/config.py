@@ -17,7 +17,7 @@ class ContextHybridConfig(ContextConfig):
         hidden_size: D, the width of the stream and of R.
         pattern: one letter a layer, the mixer's. Behind a capital letter stands a feed-forward
             part; a small one is the same mixer alone. The default had the lowest perplexity of
-            those that find things far back (results/selective.md).
+            those that find things far back (results/frontier.md).
         num_attention_heads: query heads of W, L and G, and blocks of R's gates.
         num_key_value_heads: heads of keys and values of W; 1 is multi-query attention.
         head_dim: width of a head of attention; None is `hidden_size` over the heads.
