@@ -56,11 +56,15 @@ class Results:
     """The rows of these files, and what pages say of them."""
 
     def __init__(self, folder: Path):
-        self.runs = pd.read_csv(folder / "runs.csv").copy().assign(
-            gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
-            cache_kb=lambda rows: rows.cache_bytes_128 / 1024,
-            rank_share_train=lambda rows: rows.rank_train / rows.context_dim,
-            rank_share_validation=lambda rows: rows.rank_validation / rows.context_dim,
+        self.runs = (
+            pd.read_csv(folder / "runs.csv")
+            .copy()
+            .assign(
+                gap=lambda rows: rows.validation_ppl / rows.train_ppl_running,
+                cache_kb=lambda rows: rows.cache_bytes_128 / 1024,
+                rank_share_train=lambda rows: rows.rank_train / rows.context_dim,
+                rank_share_validation=lambda rows: rows.rank_validation / rows.context_dim,
+            )
         )
         self.epochs = pd.read_csv(folder / "epochs.csv")
         self.benchmarks = pd.read_csv(folder / "benchmarks.csv", dtype=str).fillna("")
@@ -81,17 +85,20 @@ class Results:
             alike = [
                 one for one in plain if one.value("target_offset") == row.value("target_offset")
             ]
-            # A pair with another target has no marked baseline: it is the first of the pair.
-            base = next((one for one in alike if one.value("baseline")), alike[0])
-            if baseline:
-                base = next((one for one in alike if one.name == baseline), None)
-                if base is None:
-                    raise SystemExit(f"results/runs.csv has no {baseline} in {question}")
+            named = [
+                one
+                for one in alike
+                if (one.name == baseline if baseline else one.value("baseline"))
+            ]
+            if baseline and not named:
+                raise LookupError(f"{question}: no {baseline}")
+            base = (named or alike)[0]  # a pair with another target has no marked baseline
             column = "accuracy" if row.task else "validation_loss"
             pair = (one.seeds.set_index("seed")[column] for one in (row, base))
-            rows.append(
-                row if row is base else replace(row, reference=base, difference=difference(*pair))
-            )
+            if row is not base:
+                seeds = row.seeds.assign(baseline=False)  # whatever it was in its own run
+                row = replace(row, seeds=seeds, reference=base, difference=difference(*pair))
+            rows.append(row)
         told = iter(corrected([row.difference for row in rows if row.difference]))
         return [replace(row, difference=next(told)) if row.difference else row for row in rows]
 
@@ -208,7 +215,11 @@ class Results:
     def by_budget(self, question: str, baseline: str = "") -> list[list[Contender]]:
         """The rows of each budget of a question, smallest first."""
         words = {word for asked in self.runs.question for word in asked.split()}
-        found = [self.rows(w, baseline) for w in words if re.fullmatch(rf"{question}-[\d.]+", w)]
+        found = []
+        for word in words:
+            if re.fullmatch(rf"{question}-[\d.]+", word):
+                with suppress(LookupError):  # the baseline was not run at this budget
+                    found.append(self.rows(word, baseline))
         if not found:
             raise LookupError(question)
         return sorted(found, key=lambda rows: rows[0].budget)

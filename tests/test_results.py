@@ -43,9 +43,9 @@ def test_making_changes_nothing(copy: Path) -> None:
 
 
 def test_a_changed_figure_is_made_again(copy: Path) -> None:
-    page = copy / "README.md"
+    page = copy / "frontier.md"
     right = page.read_text("utf-8")
-    wrong = right.replace("-->80.5 ± 1.3<!--", "-->80.4<!--").replace("| mha (baseline)", "| mha")
+    wrong = right.replace("-->95.6 ± 8.0<!--", "-->95.7<!--").replace("| mha (baseline)", "| mha")
     assert wrong != right
     page.write_text(wrong, "utf-8")
     make.make(copy)
@@ -57,7 +57,7 @@ def test_a_changed_row_shows(copy: Path) -> None:
     runs.loc[runs.contender == "hybrid", "validation_ppl"] += 1
     runs.to_csv(copy / "runs.csv", index=False)
     make.make(copy)
-    for name in ("README.md", "plots/frontier.svg", "plots/budgets.svg"):
+    for name in ("frontier.md", "plots/frontier.svg", "plots/budgets.svg"):
         assert (copy / name).read_bytes() != (RESULTS / name).read_bytes()
 
 
