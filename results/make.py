@@ -188,7 +188,8 @@ class Results:
     def curves(self, question: str, baseline: str = "") -> str:
         """Perplexity by budget and its difference from the baseline, or from a given contender."""
         budgets = {rows[0].budget: rows for rows in self.by_budget(question, baseline)}
-        against = baseline or next(row for rows in budgets.values() for row in rows).name
+        every = (row for rows in budgets.values() for row in rows)
+        against = next(row.name for row in every if row.reference is None)
         by_name = {tokens: {row.name: row for row in rows} for tokens, rows in budgets.items()}
         columns = [Column[str]("contender", str, "text")]
         for tokens, known in by_name.items():

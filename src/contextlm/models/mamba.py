@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
-from contextlm.ops import selective_scan as one
-from contextlm.ops import selective_state as two
+from contextlm.ops import selective_scan as mamba_op
+from contextlm.ops import selective_state as mamba2_op
 from contextlm.ops.backends import AUTO, is_observed, requested_backend
 
 
@@ -31,8 +31,8 @@ def use_compiled_scans() -> None:
     for arguments that ours do not have.
     """
     for module, name, ours, op in (
-        (modeling_mamba, "mamba_selective_scan", _mamba_scan, one),
-        (modeling_mamba2, "mamba2_chunk_scan", _mamba2_scan, two),
+        (modeling_mamba, "mamba_selective_scan", _mamba_scan, mamba_op),
+        (modeling_mamba2, "mamba2_chunk_scan", _mamba2_scan, mamba2_op),
     ):
         theirs = getattr(module, name)
         if not hasattr(theirs, "theirs"):
@@ -81,7 +81,7 @@ def _mamba_scan(
         dt = dt + delta_bias.to(dt.dtype)[..., None]
     if delta_softplus:
         dt = F.softplus(dt)
-    out, state = one.selective_scan(hidden_BDT.mT, dt.mT, A, B.mT, C.mT)
+    out, state = mamba_op.selective_scan(hidden_BDT.mT, dt.mT, A, B.mT, C.mT)
     out = out.mT
     if D is not None:
         out = out + hidden_BDT * D[None, :, None]
@@ -116,5 +116,7 @@ def _mamba2_scan(
     skip = torch.zeros_like(A) if D is None else D
     before = None if initial_states is None else initial_states.mT
     with torch.autocast("cpu", enabled=False):
-        out, state = two.selective_state(hidden_BTHP, dt, -A, B[:, :, 0], C[:, :, 0], skip, before)
+        out, state = mamba2_op.selective_state(
+            hidden_BTHP, dt, -A, B[:, :, 0], C[:, :, 0], skip, before
+        )
     return (out, state.mT) if return_final_states else out
