@@ -44,7 +44,9 @@ from contextlm.models.cache import ContextStateLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.gated_recurrence import GatedContextBlock
 from contextlm.models.inputs import NewTokens
+from contextlm.models.layers import is_bare
 from contextlm.models.selective_state import MatrixStateLayer, SelectiveState
+from contextlm.ops.repeated_linear import RepeatedLinear
 
 _DEFAULT_POSITIONS = 32
 _RECOMPUTED = 32  # tokens at a time, of whose steps gradient checkpointing keeps nothing
@@ -141,6 +143,33 @@ class ContextVectorConfig(ContextConfig):
             )
 
 
+Apply = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    """How a layer is applied to one token, or to all at once."""
+    answer: Tensor = layer(x)
+    return answer
+
+
+class RepeatedLayers:
+    """How layers are applied to so many tokens in turn, each layer once a token."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.repeated: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What the layer makes of the token's input, ``[B, ...]``."""
+        if layer not in self.repeated:
+            self.repeated[layer] = (
+                RepeatedLinear(layer.weight, layer.bias, self.tokens)
+                if isinstance(layer, nn.Linear) and is_bare(layer, nn.Linear)
+                else layer
+            )
+        return self.repeated[layer](x)
+
+
 class ForgetGate(nn.Linear):
     """A linear layer whose bias starts high: a model that has learnt nothing remembers.
 
@@ -170,13 +199,13 @@ class ContextUpdate(nn.Module):
         self.forget_gate = ForgetGate(mlp_size, context_dim, num_contexts) if gated else None
         self.input_gate = nn.Linear(mlp_size, context_dim) if gated else None
 
-    def forward(self, hidden_BH: Tensor, context_BC: Tensor) -> Tensor:
+    def forward(self, hidden_BH: Tensor, context_BC: Tensor, apply: Apply) -> Tensor:
         """The context after a token, ``[B, C]``, in the type of the context before it."""
-        written_BC = self.written(hidden_BH)
+        written_BC = apply(self.written, hidden_BH)
         if self.forget_gate is None or self.input_gate is None:
             return context_BC + written_BC
-        kept_BC = torch.sigmoid(self.forget_gate(hidden_BH)) * context_BC
-        return kept_BC + torch.sigmoid(self.input_gate(hidden_BH)) * torch.tanh(written_BC)
+        kept_BC = torch.sigmoid(apply(self.forget_gate, hidden_BH)) * context_BC
+        return kept_BC + torch.sigmoid(apply(self.input_gate, hidden_BH)) * torch.tanh(written_BC)
 
 
 class ContextVectorModel(ContextDecoder):
@@ -261,11 +290,11 @@ class ContextVectorModel(ContextDecoder):
             return self._gradient_checkpointing_func(function, *tensors)
         return function(*tensors)
 
-    def _hidden(self, token: Tensor, context: Tensor) -> Tensor:
+    def _hidden(self, token: Tensor, context: Tensor, apply: Apply = _call) -> Tensor:
         """The MLP's output, ``[..., H]``, for the tokens' part and the contexts before them."""
-        hidden = self.dropout(F.relu(token + self.context_input(context)))
+        hidden = self.dropout(F.relu(token + apply(self.context_input, context)))
         for layer in self.mlp:
-            hidden = self.dropout(F.relu(layer(hidden)))
+            hidden = self.dropout(F.relu(apply(layer, hidden)))
         return hidden
 
     def _in_turn(
@@ -294,11 +323,13 @@ class ContextVectorModel(ContextDecoder):
         self, token_BTH: Tensor, context_BC: Tensor, mask_BT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The MLP's outputs and the context after them."""
+        # Not where checkpointing is to keep nothing of these steps.
+        apply = _call if self.gradient_checkpointing else RepeatedLayers(token_BTH.shape[1])
         outputs = []
         for t, token_BH in enumerate(token_BTH.unbind(1)):
-            hidden_BH = self._hidden(token_BH, context_BC)
+            hidden_BH = self._hidden(token_BH, context_BC, apply)
             outputs.append(hidden_BH)
-            new_BC = self.update(hidden_BH, context_BC)
+            new_BC = self.update(hidden_BH, context_BC, apply)
             if mask_BT is not None:  # padding leaves the context as it is
                 new_BC = torch.where(mask_BT[:, t, None], new_BC, context_BC)
             context_BC = new_BC
