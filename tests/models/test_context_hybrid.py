@@ -512,15 +512,18 @@ def naive_global(mixer: GlobalLatents, x_TD: Tensor) -> Tensor:
     heads, size = mixer.heads, mixer.latent
     inner = convolved(mixer.convolution, [mixer.inner.weight @ x for x in x_TD])
     raw = [c[heads * size :] for c in inner]
-    outputs = []
+    outputs, reach = [], mixer.config.global_window or len(x_TD) + mixer.window
     for t in range(len(x_TD)):
-        blocks = 0 if mixer.pool == 1 else max(0, -(-(t + 1 - mixer.window) // mixer.pool))
+        blocks, first = 0, max(0, t + 1 - reach)
+        if mixer.pool > 1:
+            blocks = max(0, -(-(t + 1 - mixer.window) // mixer.pool))
+            first = blocks * mixer.pool
         seen = []
-        for j in range(blocks):
+        for j in range(max(0, blocks - (reach - mixer.window) // mixer.pool), blocks):
             block = range(j * mixer.pool, (j + 1) * mixer.pool)
             scores = torch.stack([mixer.score.weight[0] @ x_TD[s] for s in block]) + mixer.place
             seen.append(sum(a * raw[s] for a, s in zip(scores.softmax(0), block, strict=True)))
-        seen += raw[blocks * mixer.pool : t + 1]
+        seen += raw[first : t + 1]
         entries = torch.stack([rms_norm(mixer.latent_norm, c) for c in seen])
         mixed = []
         for h in range(heads):
@@ -532,7 +535,11 @@ def naive_global(mixer: GlobalLatents, x_TD: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"attention_convolution": 3}, {"pool": 3, "window": 5}, {"pool": 4, "window": 4}],
+    [
+        *({}, {"attention_convolution": 3}, {"pool": 3, "window": 5}, {"pool": 4, "window": 4}),
+        *({"global_window": 6}, {"global_window": 1}, {"global_window": None}),
+        *({"pool": 3, "window": 5, "global_window": reach} for reach in (None, 13, 11, 7, 5)),
+    ],
     ids=str,
 )
 def test_g_is_its_equations(fields):
@@ -559,6 +566,38 @@ def test_a_pooled_g_keeps_its_window_and_one_latent_a_block(monkeypatch):
     assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
 
 
+@pytest.mark.parametrize("reach", [1, 2, 6, 7])
+def test_g_within_a_window_keeps_no_more(reach):
+    mixer = GlobalLatents(config(pattern="G", latent_dim=7, global_window=reach))
+    randomise(mixer)
+    x = torch.randn(2, 40, 12)
+    state, pieces, seen = mixer.new_state(mixer.config), [], 0
+    for size in (3, 1, 20, 1, 15):
+        piece = x[:, seen : seen + size]
+        pieces.append(mixer(piece, state, after(seen, piece)))
+        seen += size
+        assert state.entries.shape == (2, min(reach - 1, seen), 7)
+        assert state.entries.untyped_storage().nbytes() <= 8 * 2 * reach * 7
+    naive = torch.stack([naive_global(mixer, row) for row in x])
+    assert_close(torch.cat(pieces, dim=1), naive)
+
+
+@pytest.mark.parametrize("reach", [5, 7, 11, 14])
+def test_a_pooled_g_within_a_window_keeps_no_more(reach, monkeypatch):
+    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 4)
+    fields = {"pool": 3, "window": 5, "global_window": reach}
+    mixer = GlobalLatents(config(pattern="G", latent_dim=7, **fields))
+    randomise(mixer)
+    x = torch.randn(1, 40, 12)
+    state, pieces, seen = mixer.new_state(mixer.config), [], 0
+    for size in (3, 1, 20, 1, 15):
+        piece = x[:, seen : seen + size]
+        pieces.append(mixer(piece, state, after(seen, piece)))
+        seen += size
+        assert state.pooled.shape[1] == min((reach - 5) // 3, max(0, -(-(seen - 5) // 3)))
+    assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
+
+
 # One token ------------------------------------------------------------------------------------
 
 STEPS = [
@@ -576,6 +615,8 @@ STEPS = [
     ("W", naive_window, {"window": 8, "num_key_value_heads": 3, "attention_convolution": 3}),
     ("G", naive_global, {}),
     ("G", naive_global, {"attention_convolution": 3}),
+    ("G", naive_global, {"global_window": 5}),
+    ("G", naive_global, {"global_window": 1}),
     ("L", naive_latent, {}),
     ("L", naive_latent, {"attention_convolution": 3}),
 ]
@@ -846,6 +887,8 @@ def test_r_keeps_its_state_in_float32_under_bfloat16_weights():
         ({"pattern": "S", "state_head_dim": 7}, "state_head_dim"),
         ({"pattern": "C", "convolution": 0}, "convolution"),
         ({"pattern": "G", "pool": 65}, "pool"),
+        ({"pattern": "G", "global_window": 0}, "global_window"),
+        ({"pattern": "G", "pool": 2, "global_window": 63}, "global_window"),
     ],
     ids=str,
 )

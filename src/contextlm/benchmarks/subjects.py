@@ -90,7 +90,7 @@ SUBJECTS = (
     Subject("hybrid", _HYBRID, 50_304, "llama-70m", constant=True),
     Subject("selective", _SELECTIVE, 50_304, "llama-70m", constant=True),
     Subject("selective-window", _WINDOW, 50_304, "llama-70m", constant=True),
-    Subject("selective-global", _GLOBAL, 50_304, "llama-70m"),
+    Subject("selective-global", _GLOBAL, 50_304, "llama-70m", constant=True),
     Subject("delta", _DELTA, 50_304, "llama-70m", constant=True),
 )
 
@@ -101,7 +101,7 @@ def _small() -> tuple[Subject, ...]:
     found = [Subject(baseline, recipe.baseline.model, 4096)]
     for each in recipe.contenders:
         if each.model["type"] == "context_hybrid" and each.name != "mha-conv-norm":
-            constant = not set(str(each.model["pattern"]).upper()) & {"L", "G"}
+            constant = "L" not in str(each.model["pattern"]).upper()
             found.append(Subject(f"{each.name}-small", each.model, 4096, baseline, constant))
     return tuple(found)
 

@@ -36,6 +36,8 @@ class ContextHybridConfig(ContextConfig):
         delta_decay: whether each channel of K's keys decays on its own.
         state_dtype: of the states of S and K that decoding keeps; they are computed in float32.
         latent_dim: width of the latents of L and G; None is four heads.
+        global_window: tokens that G sees, the current one included; None: all, without a limit to
+            what is kept.
         pool: tokens whose latents G keeps as one, once they have left the newest `window`.
         rope_dim: width of L's rotary key, even; None is half a head, rounded up to an even number.
         rope_theta: base of the rotary frequencies.
@@ -66,6 +68,7 @@ class ContextHybridConfig(ContextConfig):
     delta_decay: Literal["channel", "head"] = "channel"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     latent_dim: int | None = None
+    global_window: int | None = 8192
     pool: int = 1
     rope_dim: int | None = None
     rope_theta: float | int = 10000.0

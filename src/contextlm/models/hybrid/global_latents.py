@@ -13,7 +13,10 @@ With ``pool`` m > 1 the block of tokens ``[j m, (j + 1) m)`` becomes, once it ha
 ``w . x_s + b_place``. Token t sees raw the tokens from m e(t) on, at most `window`, and pooled the
 e(t) blocks before them: ``e(t) = max(0, ceil((t + 1 - window) / m))``.
 
-Decoding keeps C numbers a token, or C / m and the window's.
+All of this within the newest `global_window` tokens, if there is such a limit: latents of older
+tokens are not seen, and of the blocks only the newest ``(global_window - window) // m``.
+
+Decoding keeps C numbers a token, or C / m and the window's, up to that limit.
 
 J is a number of blocks here, I that of a call's new ones, C the width of a latent.
 """
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly
-from contextlm.models.cache import RecentLayer
+from contextlm.models.cache import RecentLayer, newest
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.latent import LatentLayer
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
@@ -41,7 +44,8 @@ class PooledLayer(Taps, RecentLayer):
     """Keeps the newest tokens' latents, and one for each block before them.
 
     Attributes:
-        pooled: ``[B, J, C]``, block j in column j; columns that a row has not filled hold anything.
+        pooled: ``[B, J, C]``, each row's newest block in the last column; columns before its first
+            one hold anything.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps", "pooled")
@@ -65,7 +69,7 @@ class GlobalLatents(Mixer):
         super().__init__(config)
         width, latent = config.hidden_size, config.latent_dim
         self.heads, self.latent = config.num_attention_heads, latent
-        self.window, self.pool = config.window, config.pool
+        self.window, self.pool, self.reach = config.window, config.pool, config.global_window
         self.inner = nn.Linear(width, (self.heads + 1) * latent, bias=False)
         taps = config.attention_convolution
         self.convolution = CausalConvolution(self.inner.out_features, taps) if taps else None
@@ -81,12 +85,21 @@ class GlobalLatents(Mixer):
     @classmethod
     def new_state(cls, config: Any) -> LatentLayer | PooledLayer:
         """All latents, or the window's and one for each block."""
-        return LatentLayer(is_croppable=False) if config.pool == 1 else PooledLayer(config.window)
+        if config.pool > 1:
+            return PooledLayer(config.window)
+        reach = config.global_window
+        return LatentLayer(is_croppable=False, limit=None if reach is None else reach - 1)
 
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse blocks that would leave the window unfinished."""
-        config.check_counts("pool")
+        config.check_counts("pool", "global_window")
+        reach = config.global_window
+        if config.pool > 1 and reach is not None and reach < config.window:
+            raise ValueError(
+                f"global_window ({reach}) must be at least window ({config.window}), which a "
+                "pooled layer sees as it is"
+            )
         if config.pool > config.window:
             raise ValueError(
                 f"pool ({config.pool}) must be at most window ({config.window}): a block is pooled "
@@ -116,16 +129,20 @@ class GlobalLatents(Mixer):
         entries_BSC = self.latent_norm(latent_BTC).to(inner.dtype)
         if state is not None:
             entries_BSC = state.append(entries_BSC, new)
-        kept = entries_BSC.shape[1] - new.tokens
-        mask = new.visible(kept) if kept or new.packed_BT is not None else None
+        kept, reach = entries_BSC.shape[1] - new.tokens, self.reach
+        # An exported graph has one way for all lengths.
+        is_far = reach is not None and (torch.compiler.is_exporting() or new.tokens > reach)
+        mask = new.visible(kept, reach) if kept or is_far or new.packed_BT is not None else None
         return self.output(self._read(query_BHTC, entries_BSC, mask))
 
     def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
         """As in `Stepping`."""
         from contextlm.ops.attention.step import attention_step
 
-        memory, kept = state.make_room(), state.get_seq_length()
-        given: list[Any] = [*projected_B1X, state.taps, memory, state.counts, *weights]
+        (memory, kept), counts = state.make_room(), state.counts
+        if self.reach is not None and kept >= self.reach:
+            counts = counts.clamp(max=self.reach - 1)
+        given: list[Any] = [*projected_B1X, state.taps, memory, counts, *weights]
         return attention_step(
             *given,
             turns=None,
@@ -159,12 +176,13 @@ class GlobalLatents(Mixer):
             old_BJC = state.pooled
             raw_BSX = state.append(raw_BSX, new)
         tokens, kept = new.tokens, raw_BSX.shape[1] - new.tokens
-        pooled_BJC = self._with_new_blocks(old_BJC, raw_BSX, kept, new)
+        pooled_BJC, block_BJ = self._with_new_blocks(old_BJC, raw_BSX, kept, new)
+        most = None if self.reach is None else (self.reach - self.window) // self.pool
         if state is not None:
-            state.pooled = pooled_BJC
+            state.pooled = pooled_BJC if most is None else newest(pooled_BJC, None, most)
         raw_BSC = self.latent_norm(raw_BSX[..., : self.latent]).to(latent_BTC.dtype)
         column_BS = new.columns(kept)
-        blocks_J = torch.arange(pooled_BJC.shape[1], device=new.device)
+        block_B1J = block_BJ.unsqueeze(1)
         mixed = []
         for start in range(0, tokens, _QUERIES):
             stop = min(start + _QUERIES, tokens)
@@ -173,7 +191,10 @@ class GlobalLatents(Mixer):
             query_BT1 = column_BS[:, kept + start : kept + stop].unsqueeze(2)
             seen_BT1 = self._blocks(query_BT1)
             near_BTS = (key_B1S <= query_BT1) & (key_B1S >= self.pool * seen_BT1)
-            mask_BTX = torch.cat([blocks_J < seen_BT1, near_BTS], dim=-1)
+            oldest_BT1 = 0 if most is None else (seen_BT1 - most).clamp(min=0)
+            far_BTJ = (block_B1J < seen_BT1) & (block_B1J >= oldest_BT1)
+            near_BTS = near_BTS.expand(len(far_BTJ), -1, -1)
+            mask_BTX = torch.cat([far_BTJ, near_BTS], dim=-1)
             raw = raw_BSC[:, first : kept + stop]
             entries = torch.cat([pooled_BJC, raw], dim=1)
             mixed.append(self._read(query_BHTC[:, :, start:stop], entries, mask_BTX.unsqueeze(1)))
@@ -181,25 +202,31 @@ class GlobalLatents(Mixer):
 
     def _with_new_blocks(
         self, old_BJC: Tensor | None, raw_BSX: Tensor, kept: int, new: NewTokens
-    ) -> Tensor:
-        """The blocks pooled so far and those that leave the window now, ``[B, J, C]``."""
-        batch = len(raw_BSX)
-        total = int(self._blocks(torch.tensor(new.past + new.tokens - 1)))  # enough for every row
-        if total == 0:
-            return raw_BSX.new_zeros(batch, 0, self.latent)
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks pooled so far and those that leave the window now, and their numbers.
+
+        ``[B, J, C]`` and ``[B, J]``; a row's newest block is the last, and numbers below 0 are no
+        blocks.
+        """
+        batch, old = len(raw_BSX), 0 if old_BJC is None else old_BJC.shape[1]
         start_B1 = new.starts.expand(batch, 1)
         done_B1 = self._blocks(start_B1 - 1)
-        reach = self.pool * (-(-new.tokens // self.pool) + 1)
-        position_BP = self.pool * done_B1 + torch.arange(reach, device=new.device)
+        end_B1 = self._blocks(start_B1 + new.counts.unsqueeze(1) - 1)
+        # Enough for every row.
+        most = int(self._blocks(torch.tensor(new.past + new.tokens - 1)))
+        fresh = -(-new.tokens // self.pool) + 1
+        total = min(most, old + fresh)
+        block_BJ = end_B1 - total + torch.arange(total, device=new.device)
+        if total == 0:
+            return raw_BSX.new_zeros(batch, 0, self.latent), block_BJ
+        position_BP = self.pool * done_B1 + torch.arange(self.pool * fresh, device=new.device)
         columns_BP = (position_BP - start_B1 + kept).clamp(0, raw_BSX.shape[1] - 1)
         parts_BIPX = take(raw_BSX, columns_BP).unflatten(1, (-1, self.pool))
         latent, score = parts_BIPX.split((self.latent, 1), dim=-1)
         kind = torch.promote_types(score.dtype, torch.float32)
         weight = (score.to(kind) + self.place.unsqueeze(-1)).softmax(2)
-        fresh_BIC = self.latent_norm((weight * latent).sum(2)).to(raw_BSX.dtype)
-        if old_BJC is None:
-            old_BJC = fresh_BIC[:, :0]
-        block_BJ = torch.arange(total, device=new.device).expand(batch, -1)
-        behind_BJ = old_BJC.shape[1] + (block_BJ - done_B1).clamp(0, fresh_BIC.shape[1] - 1)
-        source_BJ = torch.where(block_BJ < done_B1, block_BJ, behind_BJ)
-        return take(torch.cat([old_BJC, fresh_BIC], dim=1), source_BJ)
+        both_BJC = self.latent_norm((weight * latent).sum(2)).to(raw_BSX.dtype)
+        if old_BJC is not None:
+            both_BJC = torch.cat([old_BJC, both_BJC], dim=1)
+        source_BJ = (block_BJ - done_B1 + old).clamp(0, old + fresh - 1)
+        return take(both_BJC, source_BJ), block_BJ

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly, rotate
-from contextlm.models.cache import CroppableLayer, EntriesLayer
+from contextlm.models.cache import CroppableLayer, EntriesLayer, newest
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
@@ -41,17 +41,24 @@ _ROOM = 32
 class LatentLayer(Taps, CroppableLayer, EntriesLayer):
     """Keeps one entry for every token, and a convolution's taps where there is one.
 
-    While tokens come one at a time, `entries` are the first columns of longer memory.
+    While tokens come one at a time, `entries` are columns of longer memory.
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets.
+        limit: the most entries, the newest; None: no limit.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
-    def __init__(self, is_croppable: bool = True) -> None:
+    def __init__(self, is_croppable: bool = True, limit: int | None = None) -> None:
         super().__init__()
         self.is_croppable = is_croppable
+        self.limit = limit
+
+    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
+        """All, or the newest."""
+        total = both_BSE.shape[1]
+        return newest(both_BSE, new.ends(kept), total if self.limit is None else self.limit)
 
     def take_back(self, tokens: int) -> None:
         """Their entries too."""
@@ -61,28 +68,32 @@ class LatentLayer(Taps, CroppableLayer, EntriesLayer):
 
     @property
     def memory(self) -> Tensor | None:
-        """The entries and the room behind them, ``[B, at least S, E]``; None before the first."""
+        """The entries and the room around them, ``[B, at least S, E]``; None before the first."""
         if self.entries is None:
             return None
         batch, _, width = self.entries.shape
         length, *strides = self.entries.stride()
         held, size = self.entries.untyped_storage().nbytes(), self.entries.element_size()
-        if (
-            strides != [width, 1]
-            or batch * length * size != held
-            or self.entries.storage_offset() != 0
-        ):
+        if strides != [width, 1] or batch * length * size != held:
             return self.entries  # somebody else's, without room
-        return self.entries.as_strided((batch, length // width, width), (length, width, 1))
+        return self.entries.as_strided((batch, length // width, width), (length, width, 1), 0)
 
-    def make_room(self) -> Tensor:
-        """`memory` with another column behind the entries so far, which is theirs from now on."""
-        memory = self.memory
+    def make_room(self) -> tuple[Tensor, int]:
+        """`memory` with a column behind the entries so far, which is theirs from now on.
+
+        Returns:
+            The memory and the number of that column.
+        """
+        memory, entries = self.memory, self.entries
         assert memory is not None
-        if memory.shape[1] == self._seen:
-            memory = F.pad(memory, (0, 0, 0, _ROOM))
-        self.entries = memory[:, : self._seen + 1]
-        return memory
+        assert entries is not None
+        kept = entries.shape[1]
+        column = kept if memory is entries else entries.storage_offset() // entries.shape[2] + kept
+        if memory.shape[1] == column:
+            memory, column = F.pad(entries, (0, 0, 0, _ROOM)), kept
+        first = 0 if self.limit is None else max(0, column + 1 - self.limit)
+        self.entries = memory[:, first : column + 1]
+        return memory, column
 
 
 @register_mixer("L")
@@ -151,7 +162,7 @@ class LatentAttention(Mixer):
         """As in `Stepping`."""
         from contextlm.ops.attention.latent import latent_step
 
-        memory, kept = state.make_room(), state.get_seq_length()
+        memory, kept = state.make_room()
         given: list[Any] = [*projected_B1X, state.taps, memory, state.counts, *weights]
         theta, eps = self.config.rope_theta, self.config.rms_norm_eps
         return latent_step(*given, theta=theta, eps=eps, kept=kept, heads=self.heads)

@@ -10,7 +10,7 @@ names each layer's mixer, for example ``sssWsss``:
 - **C**, gated convolution (`hybrid.gated_convolution`; LFM2): a few tokens back;
 - **W**, windowed attention (`hybrid.window`; multi-query): short-term and precise;
 - **L**, latent attention (`hybrid.latent`; MLA): all tokens, one latent each;
-- **G**, global latents (`hybrid.global_latents`): the same of fewer bytes, perhaps pooled.
+- **G**, global latents (`hybrid.global_latents`): the newest 8,192, of fewer bytes, perhaps pooled.
 
 Letters of one's own: `hybrid.mixer`. Around each mixer, as in Llama and Griffin::
 
@@ -18,7 +18,7 @@ Letters of one's own: `hybrid.mixer`. Around each mixer, as in Llama and Griffin
     x = x + W_2 (SiLU(W_1 x') * W_3 x'),  x' = RMSNorm(x)       behind a capital letter only
     logits = W_o RMSNorm(x)
 
-Without a layer that sees all tokens, memory is constant whatever the length of the text.
+Memory is constant whatever the length of the text, but for L, and for G without `global_window`.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ _TINY = {
         {**_TINY, "pattern": "sWs"},
         {**_TINY, "pattern": "KcG", "delta_decay": "head"},
         {**_TINY, "pattern": "gGk", "pool": 3, "attention_convolution": 2},
+        {**_TINY, "pattern": "gG", "pool": 3, "global_window": 11, "attention_convolution": 2},
+        {**_TINY, "pattern": "Gsg", "global_window": 6},
     ),
 )
 class ContextHybridForCausalLM(ContextForCausalLM):
