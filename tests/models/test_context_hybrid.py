@@ -542,9 +542,10 @@ def naive_global(mixer: GlobalLatents, x_TD: Tensor) -> Tensor:
     ],
     ids=str,
 )
-def test_g_is_its_equations(fields):
+def test_g_is_its_equations(fields, monkeypatch):
     mixer = GlobalLatents(config(pattern="G", latent_dim=7, **fields))
     randomise(mixer)
+    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 7)
     for tokens in (1, 4, 23):
         x = torch.randn(1, tokens, 12)
         assert_close(mixer(x, None, NewTokens.of(x))[0], naive_global(mixer, x[0]))
@@ -666,6 +667,23 @@ def test_a_token_in_one_compiled_call(letter, naive, fields, monkeypatch):
     outputs = torch.cat(pieces, dim=1)
     assert_close(outputs[:, 7:], torch.stack([naive(mixer, row) for row in x])[:, 7:])
     assert_close(outputs[:, :7], torch.stack([naive(mixer, row) for row in before]))
+
+
+@pytest.mark.parametrize("reach", [1, 2, 6])
+def test_a_window_that_slides_stays_within_its_memory(reach, monkeypatch):
+    monkeypatch.setattr("contextlm.models.hybrid.latent._ROOM", 4)
+    mixer, _ = stepping("G", global_window=reach)
+    calls, x = counted(mixer, monkeypatch), torch.randn(2, 40, 12)
+    state, pieces = mixer.new_state(mixer.config), []
+    with torch.no_grad():
+        for seen in range(40):
+            piece = x[:, seen : seen + 1].contiguous()
+            pieces.append(mixer(piece, state, NewTokens.of(piece, past=seen, seen_B=state.counts)))
+            assert state.entries.shape[1] == min(reach - 1, seen + 1)
+            assert state.memory.shape[1] <= reach - 1 + 4
+    assert len(calls) == 39
+    naive = torch.stack([naive_global(mixer, row) for row in x])
+    assert_close(torch.cat(pieces, dim=1), naive)
 
 
 PARTS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from contextlm.evaluation.memory import measure_cache, position_limit
@@ -14,6 +14,7 @@ from contextlm.models.base import HasContextBlock
 from contextlm.models.build import build_config
 from contextlm.models.context_vector import ContextVectorConfig, ContextVectorForCausalLM
 from contextlm.models.inputs import NewTokens
+from contextlm.ops.repeated_linear import RepeatedLinear
 from contextlm.recipe.settings import PhaseOneSettings
 from contextlm.training.oacd import train_context_block
 
@@ -279,3 +280,33 @@ def test_the_gated_blocks_parts_are_its_recurrence():
         torch.testing.assert_close(contexts[0, :, t], before, rtol=1e-12, atol=1e-12)
     shifted = torch.cat([torch.zeros_like(contexts[0, :, :1]), contexts[0, :, :-1]], dim=1)
     torch.testing.assert_close(block.parallel(embedded, shifted), contexts, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{}, {"update": "gated", "num_contexts": 2}], ids=str)
+def test_the_weights_gradients_come_at_once_and_are_the_same(fields, monkeypatch):
+    model = small(**fields).train()
+    model.model.dropout.p = 0.0
+    ids = torch.randint(0, 31, (3, 9))
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9, [0] + [1] * 8])
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids.where(mask.bool(), -100)).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    asked, products = [], RepeatedLinear._begin
+    monkeypatch.setattr(
+        RepeatedLinear, "_begin", lambda self, *sizes: asked.append(1) or products(self, *sizes)
+    )
+    at_once = gradients()
+    layers = [model.model.context_input, *model.model.mlp, *model.model.update.children()]
+    assert len(asked) == len([layer for layer in layers if isinstance(layer, nn.Linear)])
+    heard = []
+    hook = model.model.mlp[0].register_full_backward_hook(lambda *_: heard.append(1))
+    gradients()
+    assert len(heard) == ids.shape[1]
+    hook.remove()
+    asked.clear()
+    monkeypatch.setenv("CONTEXTLM_BACKEND", "repeated_linear=eager")
+    torch.testing.assert_close(gradients(), at_once, rtol=0, atol=1e-12)
+    assert not asked

@@ -61,6 +61,23 @@ def test_a_second_backward_pass_gives_the_same_again():
     torch.testing.assert_close(torch.autograd.grad(loss, [weight, bias]), first, rtol=0, atol=0)
 
 
+def test_second_gradients_are_refused():
+    weight, bias, start = weights()
+    start.requires_grad_()
+    loss = recurrence(RepeatedLinear(weight, bias, 5, backend="deferred"), start, 5).sum()
+    with pytest.raises(RuntimeError, match="repeated_linear=eager"):
+        torch.autograd.grad(loss, start, create_graph=True)
+
+
+def test_autocast_leaves_float64_alone():
+    weight, bias, start = weights()
+    layer = RepeatedLinear(weight, bias, 2, backend="deferred")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(start).dtype == F.linear(start, weight, bias).dtype == torch.float64
+    with pytest.raises(RuntimeError):  # as torch's layer
+        RepeatedLinear(weight, bias, 2, backend="deferred")(start.float())
+
+
 def test_under_autocast_the_sum_is_rounded_once():
     weight, bias, start = weights(width=16, dtype=torch.float32)
     weight.data *= 0.1  # so that roundings do not grow from token to token

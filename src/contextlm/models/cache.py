@@ -222,10 +222,13 @@ class ContextStateLayer(RowStateLayer):
 
 
 class EntriesLayer(RowStateLayer):
-    """Keeps an entry of every token, whatever it is.
+    """Keeps an entry of every token, or of the newest, whatever an entry is.
 
     Entries end at the right: the last column is each row's newest, so that an entry's position
     follows from the row's count. Columns before a row's first token hold nothing of use.
+
+    Args:
+        limit: the most entries of a row, its newest; None: all.
 
     Attributes:
         entries: ``[B, K, E]``, or None before the first token.
@@ -233,8 +236,9 @@ class EntriesLayer(RowStateLayer):
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.entries: Tensor | None = None
 
     def append(self, new_BTE: Tensor, new: NewTokens) -> Tensor:
@@ -252,19 +256,8 @@ class EntriesLayer(RowStateLayer):
 
     def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
         """What to keep of so many old entries and the new ones behind them."""
-        return newest(both_BSE, new.ends(kept), both_BSE.shape[1])
-
-
-class RecentLayer(EntriesLayer):
-    """Keeps the newest K entries of each row: bounded memory; `limit` is the most, K."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
-        """The newest."""
-        return newest(both_BSE, new.ends(kept), self.limit)
+        most = both_BSE.shape[1] if self.limit is None else self.limit
+        return newest(both_BSE, new.ends(kept), most)
 
 
 def _real_tail(before: int, mask_BT: Tensor | None, tokens: int) -> int:

@@ -324,7 +324,8 @@ class ContextVectorModel(ContextDecoder):
     ) -> tuple[Tensor, Tensor]:
         """The MLP's outputs and the context after them."""
         # Not where checkpointing is to keep nothing of these steps.
-        apply = _call if self.gradient_checkpointing else RepeatedLayers(token_BTH.shape[1])
+        keep_nothing = self.gradient_checkpointing and self.training
+        apply = _call if keep_nothing else RepeatedLayers(token_BTH.shape[1])
         outputs = []
         for t, token_BH in enumerate(token_BTH.unbind(1)):
             hidden_BH = self._hidden(token_BH, context_BC, apply)

@@ -222,14 +222,15 @@ class NewTokens:
         """Position of each token in its document, real tokens first, ``[B, T]`` or ``[1, T]``."""
         return self.columns(0) if self.packed_BT is None else self.packed_BT
 
-    def visible(self, kept: int, window: int | None = None) -> Tensor:
+    def visible(self, kept: int, window: int | None = None, tokens: slice = slice(None)) -> Tensor:
         """Which of K entries kept and the new ones each token may see, ``[B or 1, 1, T, S]``.
 
         Those of its document up to its own; with a window no more than so many, its own included.
+        Of the new tokens all are asked about, or some.
         """
         column_S = torch.arange(kept + self.tokens, device=self.device)
-        query_T1 = column_S[kept:].unsqueeze(1)
-        reach_BT1 = self.real_first_positions().unsqueeze(2)
+        query_T1 = column_S[kept:][tokens].unsqueeze(1)
+        reach_BT1 = self.real_first_positions()[:, tokens].unsqueeze(2)
         if window is not None:
             reach_BT1 = reach_BT1.clamp(max=window - 1)
         return ((column_S <= query_T1) & (column_S >= query_T1 - reach_BT1)).unsqueeze(1)

@@ -114,6 +114,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
         type(module).forward is kind.forward
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+        and not (module._backward_hooks or module._backward_pre_hooks)
         and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
     )
 

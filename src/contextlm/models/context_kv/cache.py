@@ -25,7 +25,7 @@ class Reading(NamedTuple):
 
 
 def read_positions(new: NewTokens, kept: int, interval: int, size: int) -> Reading:
-    """Anchor "position" after K entries of a `RecentLayer`: i reads i, i - s, i - 2s, ..."""
+    """Anchor "position" after K entries of an `EntriesLayer`: i reads i, i - s, i - 2s, ..."""
     back_M = interval * torch.arange(size, device=new.device)
     new_TM = torch.arange(new.tokens, device=new.device).unsqueeze(1) - back_M
     real = new.starts.unsqueeze(2) + new_TM >= 0
@@ -37,18 +37,18 @@ class GridLayer(EntriesLayer):
 
     Attributes:
         interval: s.
-        limit: K, the most entries kept.
+        size: K, the most entries kept.
     """
 
-    def __init__(self, interval: int, limit: int) -> None:
+    def __init__(self, interval: int, size: int) -> None:
         super().__init__()
         self.interval = interval
-        self.limit = limit
+        self.size = size
 
     def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
         """Those of multiples of s."""
         # No row has more multiples of s among its tokens than the longest possible one.
-        keep = min(self.limit, -(-(new.past + new.tokens) // self.interval))
+        keep = min(self.size, -(-(new.past + new.tokens) // self.interval))
         ends_B1 = multiples_below(new.starts + new.counts.unsqueeze(1), self.interval)
         multiples_BK = ends_B1 - keep + torch.arange(keep, device=new.device)
         return take(both_BSE, self._columns(multiples_BK, new, kept).clamp(min=0))
@@ -56,7 +56,7 @@ class GridLayer(EntriesLayer):
     def read(self, new: NewTokens, kept: int) -> Reading:
         """Anchor "grid": position i reads i and the K largest multiples of s strictly below i."""
         below_BT1 = multiples_below(new.columns(0), self.interval).unsqueeze(-1)
-        multiples_BTM = below_BT1 - 1 - torch.arange(self.limit, device=new.device)
+        multiples_BTM = below_BT1 - 1 - torch.arange(self.size, device=new.device)
         columns_BTM = self._columns(multiples_BTM.flatten(1), new, kept).view_as(multiples_BTM)
         own_T = kept + torch.arange(new.tokens, device=new.device)
         own_BT1 = own_T.expand(below_BT1.shape[0], -1).unsqueeze(-1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from contextlm.models.cache import RecentLayer
+from contextlm.models.cache import EntriesLayer
 from contextlm.models.context_kv.cache import Reading
 from contextlm.models.inputs import NewTokens, take
 from contextlm.ops.dilated_attention import Anchor, dilated_attention, gather_attention
@@ -56,7 +56,7 @@ class TokenWindow(NamedTuple):
 
     entries: Tensor
     new: NewTokens
-    state: RecentLayer | None
+    state: EntriesLayer | None
 
 
 class MemoryAttention(nn.Module):
@@ -148,7 +148,7 @@ class TokenAttention(MemoryAttention):
         """What the last T tokens of a `TokenWindow` read, ``[B, T, D]``; the others serve them."""
         window = TokenWindow(*of_window)
         entries_BSD = torch.cat([self.key(window.entries), self.value(window.entries)], dim=-1)
-        state = RecentLayer(self.size - 1) if window.state is None else window.state
+        state = EntriesLayer(self.size - 1) if window.state is None else window.state
         new, before = window.new, entries_BSD.shape[1] - stream_BTD.shape[1]
         if before:
             earlier, new = new.split(before)

@@ -26,7 +26,7 @@ from contextlm.models.base import (
     mark_frozen,
     register_architecture,
 )
-from contextlm.models.cache import ContextStateLayer, RecentLayer
+from contextlm.models.cache import ContextStateLayer, EntriesLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.context_kv.cache import GridLayer, read_positions
 from contextlm.models.context_kv.layer import (
@@ -157,11 +157,11 @@ class ContextKVModel(ContextDecoder):
     def new_cache(self) -> Cache:
         """An empty cache: the memory that later tokens can still read, and the context."""
         if self.config.memory == "tokens":
-            return Cache(layers=[RecentLayer(self.history_tokens)])
+            return Cache(layers=[EntriesLayer(self.history_tokens)])
         if self.config.anchor == "grid":
             memory = GridLayer(self.config.interval, self.config.max_contexts - 1)
             return Cache(layers=[memory, ContextStateLayer()])
-        return Cache(layers=[RecentLayer(self.history), ContextStateLayer()])
+        return Cache(layers=[EntriesLayer(self.history), ContextStateLayer()])
 
     def decode(self, embeds_BTD: Tensor, new: NewTokens, **kwargs: Any) -> Tensor:
         """Hidden states ``[B, T, D]``, or without padding of the last tokens wanted only.

@@ -24,11 +24,11 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from contextlm.models.attention import attend
-from contextlm.models.cache import RecentLayer, newest
+from contextlm.models.cache import EntriesLayer, newest
 from contextlm.models.inputs import NewTokens
 
 
-class DualContextLayer(RecentLayer):
+class DualContextLayer(EntriesLayer):
     """The newest W hidden states of a layer, and the representatives of older spans (DESIGN 1.5).
 
     Hidden states rather than keys and values are kept, because both the keys and values of L0 and
@@ -194,7 +194,7 @@ class Views:
     local: Recent
     past: Past
 
-    def keep(self, new_BTE: Tensor, state: RecentLayer | None) -> Tensor:
+    def keep(self, new_BTE: Tensor, state: EntriesLayer | None) -> Tensor:
         """Entries kept and new, ``[B, S, E]``, real tokens first; moves the state on."""
         new_BTE = self.new.real_first(new_BTE)
         return new_BTE if state is None else state.append(new_BTE, self.new)
@@ -214,7 +214,7 @@ def multi_head(
 class SegmentAttention(GPT2Attention):
     """GPT-2's attention within the W-aligned segment that a token is in."""
 
-    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, views: Views) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: EntriesLayer | None, views: Views) -> Tensor:
         """What each token reads, ``[B, T, D]``; see `DualContextAttention.forward`."""
         assert views.segment is not None
         width = hidden_BTD.shape[-1]

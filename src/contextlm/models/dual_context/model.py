@@ -20,7 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from contextlm.models.base import ContextDecoder, ContextForCausalLM, register_architecture
-from contextlm.models.cache import RecentLayer
+from contextlm.models.cache import EntriesLayer
 from contextlm.models.config import ContextConfig
 from contextlm.models.dual_context.attention import (
     DualContextAttention,
@@ -113,7 +113,7 @@ class BaseBlock(GPT2Block):
         attention = DualContextAttention if integrated else SegmentAttention
         self.attn = attention(config)
 
-    def forward(self, hidden_BTD: Tensor, state: RecentLayer | None, views: Views) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, state: EntriesLayer | None, views: Views) -> Tensor:
         """The stream behind the block, ``[B, T, D]``."""
         hidden_BTD = hidden_BTD + self.attn(self.ln_1(hidden_BTD), state, views)
         return hidden_BTD + self.mlp(self.ln_2(hidden_BTD))
@@ -176,7 +176,7 @@ class DualContextModel(ContextDecoder):
         window, layers = self.config.window, self.config.base_layers
         if self.config.placement == "integrated":
             return Cache(layers=[DualContextLayer(window) for _ in range(layers)])
-        segments = [RecentLayer(window - 1) for _ in range(layers)]
+        segments = [EntriesLayer(window - 1) for _ in range(layers)]
         return Cache(layers=[*segments, DualContextLayer(window)])
 
     @torch.no_grad()

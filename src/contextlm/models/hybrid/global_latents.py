@@ -1,4 +1,4 @@
-"""G: attention to all tokens through one latent each, key and value at once, or one for several.
+"""G: attention to far tokens through one latent each, key and value at once, or one for several.
 
 Sources: multi-query attention (Shazeer, arXiv:1911.02150) whose one head's key is its value too, as
 the absorbed form of multi-head latent attention has it (DeepSeek-V2, arXiv:2405.04434); without
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly
-from contextlm.models.cache import RecentLayer, newest
+from contextlm.models.cache import EntriesLayer, newest
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.latent import LatentLayer
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
@@ -40,7 +40,7 @@ from contextlm.models.stepping import StepWeights, product
 _QUERIES = 1024  # that are computed at once behind a window: masks grow with their square
 
 
-class PooledLayer(Taps, RecentLayer):
+class PooledLayer(Taps, EntriesLayer):
     """Keeps the newest tokens' latents, and one for each block before them.
 
     Attributes:
@@ -69,7 +69,8 @@ class GlobalLatents(Mixer):
         super().__init__(config)
         width, latent = config.hidden_size, config.latent_dim
         self.heads, self.latent = config.num_attention_heads, latent
-        self.window, self.pool, self.reach = config.window, config.pool, config.global_window
+        self.window, self.pool = config.window, config.pool
+        self.global_window = config.global_window
         self.inner = nn.Linear(width, (self.heads + 1) * latent, bias=False)
         taps = config.attention_convolution
         self.convolution = CausalConvolution(self.inner.out_features, taps) if taps else None
@@ -84,21 +85,21 @@ class GlobalLatents(Mixer):
 
     @classmethod
     def new_state(cls, config: Any) -> LatentLayer | PooledLayer:
-        """All latents, or the window's and one for each block."""
+        """A latent a token, or the window's and one for each block."""
         if config.pool > 1:
             return PooledLayer(config.window)
-        reach = config.global_window
-        return LatentLayer(is_croppable=False, limit=None if reach is None else reach - 1)
+        limit = config.global_window
+        return LatentLayer(is_croppable=False, limit=None if limit is None else limit - 1)
 
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse blocks that would leave the window unfinished."""
         config.check_counts("pool", "global_window")
-        reach = config.global_window
-        if config.pool > 1 and reach is not None and reach < config.window:
+        limit = config.global_window
+        if config.pool > 1 and limit is not None and limit < config.window:
             raise ValueError(
-                f"global_window ({reach}) must be at least window ({config.window}), which a "
-                "pooled layer sees as it is"
+                f"global_window ({limit}) must be at least window ({config.window}), which a "
+                "pooled G sees as it is; null is no limit"
             )
         if config.pool > config.window:
             raise ValueError(
@@ -129,25 +130,41 @@ class GlobalLatents(Mixer):
         entries_BSC = self.latent_norm(latent_BTC).to(inner.dtype)
         if state is not None:
             entries_BSC = state.append(entries_BSC, new)
-        kept, reach = entries_BSC.shape[1] - new.tokens, self.reach
-        # An exported graph has one way for all lengths.
-        is_far = reach is not None and (torch.compiler.is_exporting() or new.tokens > reach)
-        mask = new.visible(kept, reach) if kept or is_far or new.packed_BT is not None else None
-        return self.output(self._read(query_BHTC, entries_BSC, mask))
+        return self.output(self._within_window(query_BHTC, entries_BSC, new))
+
+    def _within_window(self, query_BHTC: Tensor, entries_BSC: Tensor, new: NewTokens) -> Tensor:
+        """What each query reads of the entries kept and the new ones, ``[B, T, H C]``."""
+        tokens, window = new.tokens, self.global_window
+        kept = entries_BSC.shape[1] - tokens
+        if torch.compiler.is_exporting() and window is not None:  # one way for all lengths
+            return self._read(query_BHTC, entries_BSC, new.visible(kept, window))
+        if window is None or tokens <= window:
+            masked = kept or new.packed_BT is not None
+            mask = new.visible(kept, window) if masked else None
+            return self._read(query_BHTC, entries_BSC, mask)
+        # Some queries at a time, with those entries that any of them sees.
+        mixed = []
+        for start in range(0, tokens, _QUERIES):
+            piece = slice(start, min(start + _QUERIES, tokens))
+            first, stop = max(0, kept + start + 1 - window), kept + piece.stop
+            mask = new.visible(kept, window, piece)[..., first:stop]
+            mixed.append(self._read(query_BHTC[:, :, piece], entries_BSC[:, first:stop], mask))
+        return torch.cat(mixed, dim=1)
 
     def compiled_step(self, state: Any, weights: Any, *projected_B1X: Any) -> Tensor:
         """As in `Stepping`."""
         from contextlm.ops.attention.step import attention_step
 
-        (memory, kept), counts = state.make_room(), state.counts
-        if self.reach is not None and kept >= self.reach:
-            counts = counts.clamp(max=self.reach - 1)
+        (memory, column), counts = state.make_room(), state.counts
+        if self.global_window is not None and column >= self.global_window:
+            # The step looks at no more columns than a row has seen tokens.
+            counts = counts.clamp(max=self.global_window - 1)
         given: list[Any] = [*projected_B1X, state.taps, memory, counts, *weights]
         return attention_step(
             *given,
             turns=None,
             eps=self.config.rms_norm_eps,
-            kept=kept,
+            kept=column,
             heads=self.heads,
             groups=1,
             width=self.latent,
@@ -177,9 +194,11 @@ class GlobalLatents(Mixer):
             raw_BSX = state.append(raw_BSX, new)
         tokens, kept = new.tokens, raw_BSX.shape[1] - new.tokens
         pooled_BJC, block_BJ = self._with_new_blocks(old_BJC, raw_BSX, kept, new)
-        most = None if self.reach is None else (self.reach - self.window) // self.pool
+        seen = pooled_BJC.shape[1]
+        if self.global_window is not None:
+            seen = (self.global_window - self.window) // self.pool
         if state is not None:
-            state.pooled = pooled_BJC if most is None else newest(pooled_BJC, None, most)
+            state.pooled = newest(pooled_BJC, None, seen)
         raw_BSC = self.latent_norm(raw_BSX[..., : self.latent]).to(latent_BTC.dtype)
         column_BS = new.columns(kept)
         block_B1J = block_BJ.unsqueeze(1)
@@ -189,11 +208,12 @@ class GlobalLatents(Mixer):
             first = max(0, kept + start + 1 - self.window)
             key_B1S = column_BS[:, first : kept + stop].unsqueeze(1)
             query_BT1 = column_BS[:, kept + start : kept + stop].unsqueeze(2)
-            seen_BT1 = self._blocks(query_BT1)
-            near_BTS = (key_B1S <= query_BT1) & (key_B1S >= self.pool * seen_BT1)
-            oldest_BT1 = 0 if most is None else (seen_BT1 - most).clamp(min=0)
-            far_BTJ = (block_B1J < seen_BT1) & (block_B1J >= oldest_BT1)
-            near_BTS = near_BTS.expand(len(far_BTJ), -1, -1)
+            done_BT1 = self._blocks(query_BT1)
+            near_BTS = (key_B1S <= query_BT1) & (key_B1S >= self.pool * done_BT1)
+            oldest_BT1 = (done_BT1 - seen).clamp(min=0)
+            far_BTJ = (block_B1J < done_BT1) & (block_B1J >= oldest_BT1)
+            rows = max(len(far_BTJ), len(near_BTS))
+            far_BTJ, near_BTS = (x.expand(rows, -1, -1) for x in (far_BTJ, near_BTS))
             mask_BTX = torch.cat([far_BTJ, near_BTS], dim=-1)
             raw = raw_BSC[:, first : kept + stop]
             entries = torch.cat([pooled_BJC, raw], dim=1)
@@ -205,13 +225,14 @@ class GlobalLatents(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """The blocks pooled so far and those that leave the window now, and their numbers.
 
-        ``[B, J, C]`` and ``[B, J]``; a row's newest block is the last, and numbers below 0 are no
-        blocks.
+        ``[B, J, C]`` and ``[B or 1, J]``; a row's newest block is the last, and numbers below 0 are
+        no blocks.
         """
         batch, old = len(raw_BSX), 0 if old_BJC is None else old_BJC.shape[1]
-        start_B1 = new.starts.expand(batch, 1)
+        start_B1 = new.starts  # one row where none can differ
         done_B1 = self._blocks(start_B1 - 1)
-        end_B1 = self._blocks(start_B1 + new.counts.unsqueeze(1) - 1)
+        counts_B1 = new.tokens if new.mask_BT is None else new.counts.unsqueeze(1)
+        end_B1 = self._blocks(start_B1 + counts_B1 - 1)
         # Enough for every row.
         most = int(self._blocks(torch.tensor(new.past + new.tokens - 1)))
         fresh = -(-new.tokens // self.pool) + 1
@@ -221,7 +242,7 @@ class GlobalLatents(Mixer):
             return raw_BSX.new_zeros(batch, 0, self.latent), block_BJ
         position_BP = self.pool * done_B1 + torch.arange(self.pool * fresh, device=new.device)
         columns_BP = (position_BP - start_B1 + kept).clamp(0, raw_BSX.shape[1] - 1)
-        parts_BIPX = take(raw_BSX, columns_BP).unflatten(1, (-1, self.pool))
+        parts_BIPX = take(raw_BSX, columns_BP.expand(batch, -1)).unflatten(1, (-1, self.pool))
         latent, score = parts_BIPX.split((self.latent, 1), dim=-1)
         kind = torch.promote_types(score.dtype, torch.float32)
         weight = (score.to(kind) + self.place.unsqueeze(-1)).softmax(2)
@@ -229,4 +250,4 @@ class GlobalLatents(Mixer):
         if old_BJC is not None:
             both_BJC = torch.cat([old_BJC, both_BJC], dim=1)
         source_BJ = (block_BJ - done_B1 + old).clamp(0, old + fresh - 1)
-        return take(both_BJC, source_BJ), block_BJ
+        return take(both_BJC, source_BJ.expand(batch, -1)), block_BJ

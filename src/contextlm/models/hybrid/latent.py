@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly, rotate
-from contextlm.models.cache import CroppableLayer, EntriesLayer, newest
+from contextlm.models.cache import CroppableLayer, EntriesLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
@@ -39,26 +39,20 @@ _ROOM = 32
 
 
 class LatentLayer(Taps, CroppableLayer, EntriesLayer):
-    """Keeps one entry for every token, and a convolution's taps where there is one.
+    """Keeps one entry a token, and a convolution's taps where there is one.
 
     While tokens come one at a time, `entries` are columns of longer memory.
 
     Args:
         is_croppable: nothing that is kept, here or by the model's other layers, forgets.
-        limit: the most entries, the newest; None: no limit.
+        limit: the most entries, the newest; None: all.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")
 
     def __init__(self, is_croppable: bool = True, limit: int | None = None) -> None:
         super().__init__()
-        self.is_croppable = is_croppable
-        self.limit = limit
-
-    def remaining(self, both_BSE: Tensor, kept: int, new: NewTokens) -> Tensor:
-        """All, or the newest."""
-        total = both_BSE.shape[1]
-        return newest(both_BSE, new.ends(kept), total if self.limit is None else self.limit)
+        self.is_croppable, self.limit = is_croppable, limit
 
     def take_back(self, tokens: int) -> None:
         """Their entries too."""

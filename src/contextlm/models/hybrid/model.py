@@ -10,7 +10,7 @@ names each layer's mixer, for example ``sssWsss``:
 - **C**, gated convolution (`hybrid.gated_convolution`; LFM2): a few tokens back;
 - **W**, windowed attention (`hybrid.window`; multi-query): short-term and precise;
 - **L**, latent attention (`hybrid.latent`; MLA): all tokens, one latent each;
-- **G**, global latents (`hybrid.global_latents`): the newest 8,192, of fewer bytes, perhaps pooled.
+- **G**, global latents (`hybrid.global_latents`): far tokens, of fewer bytes, perhaps pooled.
 
 Letters of one's own: `hybrid.mixer`. Around each mixer, as in Llama and Griffin::
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contextlm.models.attention import attend, attends_plainly, rotate_columns, turns_of_columns
-from contextlm.models.cache import RecentLayer
+from contextlm.models.cache import EntriesLayer
 from contextlm.models.convolution import CausalConvolution, Taps
 from contextlm.models.hybrid.mixer import Mixer, register_mixer
 from contextlm.models.inputs import NewTokens
@@ -27,7 +27,7 @@ from contextlm.models.layers import RMSNorm
 from contextlm.models.stepping import StepWeights, product
 
 
-class WindowLayer(Taps, RecentLayer):
+class WindowLayer(Taps, EntriesLayer):
     """Keeps keys and values of the newest tokens, and a convolution's taps where there is one."""
 
     kept: ClassVar[tuple[str, ...]] = ("counts", "entries", "taps")

@@ -198,7 +198,7 @@ def attention_step(
             none.
         entry_BSX: memory for entries, the oldest first. The new one is put behind those that are
             kept, or, where there is no room, all move and the oldest goes.
-        count_B: int64, tokens that each row has seen; those before are not looked at.
+        count_B: int64, of how many tokens before the new one each row sees the entries.
         weight_JX: of the convolution, the current token's first; None: no convolution.
         bias_X: of the convolution.
         query_norm_E: weights of the queries' norm; None: no norms.
@@ -206,7 +206,7 @@ def attention_step(
         turns: cosines and sines of each column's rotary angles, ``[..., S, E / 2]``;
             None: no rotary positions.
         eps: of the norms.
-        kept: entries so far.
+        kept: columns before the new entry's.
         heads: H.
         groups: G.
         width: E.
