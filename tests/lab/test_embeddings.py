@@ -421,7 +421,7 @@ def test_an_embedding_that_learns_is_not_called_frozen(tmp_path):
     recipe = smoke(
         f"embedding={{source: pretrained, path: {tmp_path / 'gpt2'}}}",
         "contenders.context-pythia-projected=null",
-        "contenders.hybrid=null",
+        "contenders.selective-global=null",
         "contenders.context-pythia.phase1.max_iterations=2",
         "training.learning_rate=1.0e-9",
         recipe="demo",

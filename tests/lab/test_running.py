@@ -74,7 +74,7 @@ def test_long_texts_are_scored_where_the_cache_is_measured(demo):
 
 def test_every_contender_and_seed_has_a_result(demo):
     keys = [(o.result.contender, o.result.seed) for o in demo.outcomes]
-    names = ["pythia", "context-pythia", "context-pythia-projected", "hybrid"]
+    names = ["pythia", "context-pythia", "context-pythia-projected", "selective-global"]
     assert keys == [(name, seed) for name in names for seed in (0, 3)]
     for outcome in demo.outcomes:
         result = outcome.result
@@ -96,7 +96,7 @@ def test_cache_bytes_are_those_of_float32_whatever_training_computed_in(demo):
     selective = (64 * 16 + 3 * (64 + 2 * 16) + 3 * (32 + 16)) * 4 + 2 * 8
     for outcome in demo.outcomes:
         result = outcome.result
-        if result.contender == "hybrid":
+        if result.contender == "selective-global":
             for entry in result.cache:
                 assert entry.logical == selective + 16 * entry.tokens * 4
                 assert 0 <= entry.resident - entry.logical < 32 * 16 * 4  # room to grow
@@ -256,7 +256,7 @@ def test_windows_of_all_contenders_cover_the_same_text():
         "pythia",
         "context-pythia",
         "context-pythia-projected",
-        "hybrid",
+        "selective-global",
     }
     names = ("context-pythia", "context-pythia-projected")
     two, one = (prepared.entries[name].train for name in names)
@@ -330,7 +330,7 @@ def test_one_contender_that_diverges_does_not_end_the_others(tmp_path):
     progress.line = lines.append
     done = read_run(run(recipe, tmp_path, device="cpu", progress=progress))
     results = {o.result.contender: o.result for o in done.outcomes}
-    assert list(results) == ["pythia", "context-pythia", "hybrid"]
+    assert list(results) == ["pythia", "context-pythia", "selective-global"]
     assert [name for name, result in results.items() if result.diverged] == ["context-pythia"]
     assert "loss is" in results["context-pythia"].diverged
     assert math.isinf(results["context-pythia"].validation_loss)
@@ -563,7 +563,7 @@ def test_bits_per_byte_are_for_the_next_token_only(tmp_path):
     overrides = [
         *QUICK,
         "contenders.context-pythia=null",
-        "contenders.hybrid=null",
+        "contenders.selective-global=null",
         "contenders.context-pythia-projected.target_offset=2",
         "contenders.context-pythia-projected.phase1.max_iterations=2",
     ]
