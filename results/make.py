@@ -72,6 +72,7 @@ class Results:
             file.stem: Compression.model_validate_json(file.read_text("utf-8"))
             for file in sorted(folder.glob("compress-*.json"))
         }
+        self.courses: dict[str, tuple[str, ...]] = {}
         self.rows = cache(self._rows)
 
     def _rows(self, question: str, baseline: str = "") -> list[Contender]:
@@ -163,9 +164,10 @@ class Results:
         ]
         return markdown_table(make_table("", columns, cells))
 
-    def course(self, question: str) -> str:
-        """The chart of a question's epochs."""
+    def course(self, question: str, *contenders: str) -> str:
+        """The chart of a question's epochs, of all contenders or some."""
         self.rows(question)
+        self.courses[question] = contenders
         return f"![Validation perplexity by epoch](plots/course-{question}.svg)"
 
     def budgets(self, *questions: str) -> str:
@@ -330,23 +332,28 @@ def plots(results: Results, folder: Path) -> None:
         drawn += charts.figure("curves-bytes", charts.frontier(results.rows("curves-0.5")))
     for name, found in results.compressions.items():
         drawn += charts.figure(name, compression.frontier(found))
-    for question, epochs in results.epochs.groupby("question"):
-        drawn += charts.figure(f"course-{question}", course_chart(epochs))
+    for question, names in results.courses.items():
+        epochs = results.epochs[results.epochs.question == question]
+        shown = epochs[epochs.contender.isin(names)] if names else epochs
+        drawn += charts.figure(f"course-{question}", course_chart(shown))
     for figure in drawn:
         (folder / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
 
 
 def course_chart(epochs: pd.DataFrame) -> Any:
-    """Validation perplexity by epoch over its lowest: shapes, without levels."""
-    points = []
+    """Validation perplexity by epoch; over its lowest where the document's stands beside it.
+
+    Levels of two corpora cannot be compared, shapes can.
+    """
+    points, shapes = [], bool(epochs.seed.isna().any())
     for (name, told), own in epochs.groupby(["contender", epochs.seed.isna()], sort=False):
         ppl = own.groupby("epoch").validation_ppl.mean().dropna()
         label = f"{name}, document" if told else str(name)
         points += [
-            {"label": label, "x": epoch, "y": ratio, "shown": numbers.decimal(ratio, 3)}
-            for epoch, ratio in (ppl / ppl.min()).items()
+            {"label": label, "x": epoch, "y": value, "shown": numbers.decimal(value, 3)}
+            for epoch, value in (ppl / ppl.min() if shapes else ppl).items()
         ]
-    return charts.course(charts.points_of(points))
+    return charts.course(charts.points_of(points), shapes=shapes)
 
 
 def make(folder: Path) -> None:

@@ -291,12 +291,15 @@ def grid_chart(points: pd.DataFrame, key: str, marks: Sequence[str]) -> Drawn:
     return _line_chart(points, x, _perplexity(points, say("validation perplexity")), said)
 
 
-def course(points: pd.DataFrame) -> Drawn:
-    """Perplexity by epoch as a multiple of its lowest, from points with `label`, `x` and `y`."""
+def course(points: pd.DataFrame, *, shapes: bool) -> Drawn:
+    """Perplexity by epoch, from points with `label`, `x` and `y`; `shapes`: over its lowest."""
     x = alt.X("x:Q").title(say("epoch")).axis(tickMinStep=1, format="d").scale(nice=False)
-    y = alt.Y("y:Q").title(say("validation perplexity over its lowest")).scale(zero=False)
     points = points.assign(low=math.nan, high=math.nan, baseline=False)
-    return _line_chart(points, x, y, say("Perplexity by epoch, as a multiple of its lowest."))
+    if shapes:
+        y = alt.Y("y:Q").title(say("validation perplexity over its lowest")).scale(zero=False)
+        return _line_chart(points, x, y, say("Perplexity by epoch, as a multiple of its lowest."))
+    y = _perplexity(points, say("validation perplexity"))
+    return _line_chart(points, x, y, say("Perplexity by epoch."))
 
 
 def curves(group: Sequence[Contender]) -> Drawn:
@@ -490,9 +493,11 @@ def _perplexity(points: pd.DataFrame, title: str) -> alt.Y:
     if points.empty or points.y.max() <= WIDE_RANGE * points.y.min():
         return y.scale(zero=False)
     low, high = points.y.min(), points.y.max()
-    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    few = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    steps = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if high < 12 * low else few
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    every = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    values = [value for value in every if low / 2 <= value <= 2 * high]
     return y.scale(type="log", nice=False).axis(values=values, format=",~r")
 
 
