@@ -551,52 +551,40 @@ def test_g_is_its_equations(fields, monkeypatch):
         assert_close(mixer(x, None, NewTokens.of(x))[0], naive_global(mixer, x[0]))
 
 
-def test_a_pooled_g_keeps_its_window_and_one_latent_a_block(monkeypatch):
-    """Also where queries are computed a few at a time."""
-    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 4)
-    mixer = GlobalLatents(config(pattern="G", latent_dim=7, pool=3, window=5))
+def check_pieces(x, keeps, **fields) -> None:
+    """G is its equations in uneven pieces; `keeps` looks at the state after so many tokens."""
+    mixer = GlobalLatents(config(pattern="G", latent_dim=7, **fields))
     randomise(mixer)
-    x = torch.randn(1, 40, 12)
     state, pieces, seen = mixer.new_state(mixer.config), [], 0
     for size in (3, 1, 20, 1, 15):
         piece = x[:, seen : seen + size]
         pieces.append(mixer(piece, state, after(seen, piece)))
         seen += size
+        keeps(state, seen)
+    assert_close(torch.cat(pieces, dim=1), torch.stack([naive_global(mixer, row) for row in x]))
+
+
+@pytest.mark.parametrize("reach", [None, 5, 7, 11, 14])
+def test_a_pooled_g_keeps_its_window_and_one_latent_a_block(reach, monkeypatch):
+    """Also where queries are computed a few at a time; blocks up to a limit, if there is one."""
+    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 4)
+
+    def keeps(state, seen):
+        blocks = max(0, -(-(seen - 5) // 3))
+        most = blocks if reach is None else (reach - 5) // 3
         assert state.entries.shape == (1, min(5, seen), 7 + 1)
-        assert state.pooled.shape == (1, max(0, -(-(seen - 5) // 3)), 7)
-    assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
+        assert state.pooled.shape == (1, min(blocks, most), 7)
+
+    check_pieces(torch.randn(1, 40, 12), keeps, pool=3, window=5, global_window=reach)
 
 
 @pytest.mark.parametrize("reach", [1, 2, 6, 7])
 def test_g_within_a_window_keeps_no_more(reach):
-    mixer = GlobalLatents(config(pattern="G", latent_dim=7, global_window=reach))
-    randomise(mixer)
-    x = torch.randn(2, 40, 12)
-    state, pieces, seen = mixer.new_state(mixer.config), [], 0
-    for size in (3, 1, 20, 1, 15):
-        piece = x[:, seen : seen + size]
-        pieces.append(mixer(piece, state, after(seen, piece)))
-        seen += size
+    def keeps(state, seen):
         assert state.entries.shape == (2, min(reach - 1, seen), 7)
         assert state.entries.untyped_storage().nbytes() <= 8 * 2 * reach * 7
-    naive = torch.stack([naive_global(mixer, row) for row in x])
-    assert_close(torch.cat(pieces, dim=1), naive)
 
-
-@pytest.mark.parametrize("reach", [5, 7, 11, 14])
-def test_a_pooled_g_within_a_window_keeps_no_more(reach, monkeypatch):
-    monkeypatch.setattr("contextlm.models.hybrid.global_latents._QUERIES", 4)
-    fields = {"pool": 3, "window": 5, "global_window": reach}
-    mixer = GlobalLatents(config(pattern="G", latent_dim=7, **fields))
-    randomise(mixer)
-    x = torch.randn(1, 40, 12)
-    state, pieces, seen = mixer.new_state(mixer.config), [], 0
-    for size in (3, 1, 20, 1, 15):
-        piece = x[:, seen : seen + size]
-        pieces.append(mixer(piece, state, after(seen, piece)))
-        seen += size
-        assert state.pooled.shape[1] == min((reach - 5) // 3, max(0, -(-(seen - 5) // 3)))
-    assert_close(torch.cat(pieces, dim=1)[0], naive_global(mixer, x[0]))
+    check_pieces(torch.randn(2, 40, 12), keeps, global_window=reach)
 
 
 # One token ------------------------------------------------------------------------------------
