@@ -52,6 +52,10 @@ class CompressedConfig(PreTrainedConfig):
         return _config_class(plain).from_dict(config_dict, **kwargs)
 
 
+# The next two stand in front of a class of transformers that is chosen at run time, so mypy knows
+# nothing of what `super()` reaches: hence the silenced checks.
+
+
 class _KeepsPolicy:
     """What configurations of all plain types have beside those of transformers."""
 
