@@ -307,11 +307,14 @@ def _ratio(line: Any) -> str:
 
 
 def plots(results: Results, folder: Path) -> None:
-    """Perplexity against bytes and against tokens, and right answers by difficulty."""
+    """Perplexity against bytes and tokens, right answers against bytes and by difficulty."""
     folder.mkdir(exist_ok=True)
     drawn = charts.figure("frontier", charts.frontier(results.rows("frontier")))
-    for task in ("recall", "needles"):
+    for task, others in (("recall", ["recall-default"]), ("needles", [])):
         drawn += charts.figure(task, charts.retrieval(results.rows(task)))
+        rows = [row for question in [*others, task] for row in results.rows(question)]
+        once = {row.name: row for row in reversed(rows)}  # the first of a name stays
+        drawn += charts.figure(f"{task}-bytes", charts.frontier(list(once.values())))
     tuned, same = ("half", "frontier", "double"), ("one-rate", "double-one-rate")
     points = [
         {
